@@ -1,0 +1,31 @@
+"""Memorization-compression cycles for any PyTorch training loop."""
+
+from ._version import __version__
+from .alignment import Alignment, Angle
+from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
+from .entropy import matrix_entropy
+from .gate import Phase, PhaseGate
+from .metrics import JSONLines, ProgressBar, StepMetrics, TensorBoard
+from .optimizer import GAPTOptimizer
+from .representation import RepresentationHook
+
+__all__ = [
+    "Alignment",
+    "AlignmentConfig",
+    "Angle",
+    "EntropyConfig",
+    "GAPTConfig",
+    "GAPTOptimizer",
+    "GateConfig",
+    "JSONLines",
+    "LayerConfig",
+    "ObjectiveConfig",
+    "Phase",
+    "PhaseGate",
+    "ProgressBar",
+    "RepresentationHook",
+    "StepMetrics",
+    "TensorBoard",
+    "__version__",
+    "matrix_entropy",
+]

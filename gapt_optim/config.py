@@ -1,0 +1,165 @@
+"""Configuration: typed fields, each with what it does, its unit and its range.
+
+A value that cannot work is refused when it is written down, with the field's name, rather than
+hundreds of steps into a run. Every class is frozen, so a configuration can be shared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EntropyConfig(_Section):
+    """How the entropy of one layer is computed."""
+
+    alpha: float = Field(2.0, gt=0.0)
+    """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest."""
+
+    window: int | None = Field(8, ge=2)
+    """Consecutive tokens per matrix; None takes the whole sequence as one matrix."""
+
+    normalize: bool = False
+    """Divide by log min(live rows, features), so that entropies lie in [0, 1] instead of nats."""
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_is_a_number(cls, alpha: float) -> float:
+        if math.isnan(alpha):
+            raise ValueError("alpha must be a number in (0, inf], found nan")
+        return alpha
+
+
+class GateConfig(_Section):
+    """When training moves from one phase to the other.
+
+    An *update* of the gate is one optimizer step with ``signal="train"`` and one recorded
+    validation loss with ``signal="validation"``; both patiences count updates.
+    """
+
+    rule: Literal["smoothed", "published"] = "smoothed"
+    """`smoothed` judges moving averages within the present phase; `published` judges single
+    minibatches against their minimum over the whole run, as the paper does."""
+
+    patience_memorization: int = Field(50, ge=1)
+    """Updates without improvement of the loss before compression starts."""
+
+    patience_compression: int = Field(50, ge=1)
+    """Updates without improvement of the entropy before memorization starts."""
+
+    min_improvement: float = Field(0.01, ge=0.0, lt=1.0)
+    """Relative fall that counts as an improvement (0.01 = 1 %)."""
+
+    spike_tolerance: float = Field(0.2, gt=0.0)
+    """Relative rise of the loss that ends compression at once (0.2 = 20 %)."""
+
+    smoothing: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the moving averages per update; its time constant is -1/log(smoothing) updates.
+    Not used by `published`."""
+
+    signal: Literal["train", "validation"] = "train"
+    """The loss that is judged: that of the training steps, or the values given to
+    ``optimizer.record_validation``."""
+
+    initial_phase: Literal["memorization", "compression"] = "memorization"
+    """Phase of the first step."""
+
+    frozen: bool = False
+    """Never leave the initial phase. Frozen in compression is a constant entropy penalty."""
+
+    @classmethod
+    def published(cls, **changes: Any) -> GateConfig:
+        """The paper's rule with the settings of its forgetting experiment; ``changes`` override."""
+        settings: dict[str, Any] = {
+            "rule": "published",
+            "patience_memorization": 125,
+            "patience_compression": 75,
+            "min_improvement": 0.01,
+            "spike_tolerance": 0.1,
+            "smoothing": 0.0,
+        }
+        return cls(**(settings | changes))
+
+
+class ObjectiveConfig(_Section):
+    """What compression minimizes: loss + weight * entropy."""
+
+    weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    """Weight of the entropy in the objective, per nat."""
+
+    combine: Literal["sum", "project", "cap"] = "sum"
+    """How the entropy gradient joins the loss gradient at a layer: `sum` adds it, `project` first
+    drops the part that points against the loss gradient, `cap` limits its norm."""
+
+    max_ratio: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    """With combine="cap": largest norm of the entropy gradient, relative to the loss gradient's."""
+
+    floor: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """A layer whose entropy is at or below this is pushed no further (same unit as the entropy)."""
+
+    max_nonfinite: int = Field(25, ge=1)
+    """Steps in a row with a non-finite loss or entropy after which ``step()`` raises."""
+
+
+class LayerConfig(_Section):
+    """Which of the tapped layers count, and how their entropies become one number."""
+
+    schedule: Literal["all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"] = "all"
+    """Weight of each layer at each step of compression; see :mod:`gapt_optim.layers`."""
+
+    skip_first: int = Field(0, ge=0)
+    """Leading layers that are left out. Applies only where more than skip_first + skip_last are tapped."""
+
+    skip_last: int = Field(0, ge=0)
+    """Trailing layers that are left out, under the same condition."""
+
+    reduce: Literal["mean", "max", "min", "largest_drop", "rises", "bottleneck", "valley"] = "mean"
+    """How the layers' entropies become the one that is minimized; see :mod:`gapt_optim.layers`."""
+
+    period: int = Field(100, ge=1)
+    """Compression steps for which `blocks` stays on a block and `progressive` on a depth."""
+
+    @model_validator(mode="after")
+    def _shape_needs_all_layers(self) -> LayerConfig:
+        if self.reduce in ("largest_drop", "rises", "bottleneck", "valley") and self.schedule != "all":
+            raise ValueError(
+                f'reduce="{self.reduce}" judges the profile of all layers, found schedule="{self.schedule}"; '
+                'use schedule="all", or reduce="mean", "max" or "min"'
+            )
+        return self
+
+
+class AlignmentConfig(_Section):
+    """What is measured of the angle between loss and entropy gradients."""
+
+    activation: bool = True
+    """Measure at every tapped layer, every step, in the one backward pass."""
+
+    parameter_every: int = Field(0, ge=0)
+    """Measure between parameter gradients every so many optimizer steps; 0 = never."""
+
+    project_parameters: bool = False
+    """On the steps that measure, remove from the parameters' entropy gradient the part that
+    points against the loss gradient. Changes the run; needs parameter_every > 0."""
+
+    @model_validator(mode="after")
+    def _project_needs_measurement(self) -> AlignmentConfig:
+        if self.project_parameters and self.parameter_every == 0:
+            raise ValueError("project_parameters=True needs parameter_every > 0: it acts on the steps that measure")
+        return self
+
+
+class GAPTConfig(_Section):
+    """All settings of a :class:`gapt_optim.GAPTOptimizer`."""
+
+    entropy: EntropyConfig = EntropyConfig()
+    gate: GateConfig = GateConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    layers: LayerConfig = LayerConfig()
+    alignment: AlignmentConfig = AlignmentConfig()

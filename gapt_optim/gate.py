@@ -1,0 +1,171 @@
+"""The gate: a state machine that names the phase of the next step from two numbers.
+
+It knows nothing of tensors. Feed it a loss and an entropy per update and read ``phase``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from .config import GateConfig
+
+# Part of a lasting rise that an exponential moving average shows after three time constants.
+_SHOWN_AFTER_THREE_TIME_CONSTANTS = 1 - math.exp(-3)
+
+
+class Phase(str, Enum):
+    """What a training step follows."""
+
+    MEMORIZATION = "memorization"
+    """The task loss alone."""
+
+    COMPRESSION = "compression"
+    """The task loss plus the weighted entropy of the representations."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass
+class _State:
+    """Everything the gate remembers. `smoothed` and `published` each use the part they need."""
+
+    phase: str
+    switches: int = 0
+    stale: int = 0  # smoothed: updates since the watched average last improved
+    loss: float | None = None  # smoothed: moving averages
+    entropy: float | None = None
+    best: float | None = None  # smoothed: best value of the watched average in this phase
+    entry_loss: float | None = None  # smoothed: averaged loss when this phase began
+    stale_memorization: int = 0  # published: s_m
+    stale_compression: int = 0  # published: s_c
+    lowest_loss: float | None = None  # published: E
+    lowest_entropy: float | None = None  # published: M
+
+
+class PhaseGate:
+    """Decides between memorization and compression.
+
+    `smoothed` keeps exponential moving averages of loss and entropy. In memorization it watches
+    the loss and starts compression when that has not improved for ``patience_memorization``
+    updates. In compression it watches the entropy, goes back when that has not improved for
+    ``patience_compression`` updates, and at once when the loss rises by ``spike_tolerance`` over
+    its level at the start of compression. Improvements are judged within the present phase.
+    The spike threshold is 95 % of the tolerance, the part of a rise that a moving average
+    shows after three time constants: a lasting rise beyond the tolerance ends compression by then.
+
+    `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
+
+    Args:
+        config: rule and thresholds; see :class:`gapt_optim.GateConfig`.
+
+    Attributes:
+        reason: why the last update switched: ``"plateau"`` (the loss stopped falling, compression
+            starts), ``"spike"`` (the loss rose) or ``"compressed"`` (the entropy stopped falling,
+            memorization starts). None when it did not switch.
+    """
+
+    def __init__(self, config: GateConfig | None = None) -> None:
+        self.config = config if config is not None else GateConfig()
+        self.reason: str | None = None
+        self._state = _State(phase=self.config.initial_phase)
+
+    @property
+    def phase(self) -> Phase:
+        return Phase(self._state.phase)
+
+    @property
+    def switches(self) -> int:
+        """Number of phase switches so far."""
+        return self._state.switches
+
+    def update(self, loss: float, entropy: float) -> Phase:
+        """Take one loss and one entropy, return the phase of the next step.
+
+        Non-finite values are ignored: the phase stays and nothing is remembered.
+        """
+        self.reason = None
+        if self.config.frozen or not (math.isfinite(loss) and math.isfinite(entropy)):
+            return self.phase
+        rule = self._published if self.config.rule == "published" else self._smoothed
+        self.reason = rule(loss, entropy)
+        if self.reason is not None:
+            compressing = self._state.phase == Phase.COMPRESSION.value
+            self._state.phase = (Phase.MEMORIZATION if compressing else Phase.COMPRESSION).value
+            self._state.switches += 1
+        return self.phase
+
+    def _smoothed(self, loss: float, entropy: float) -> str | None:
+        config, s = self.config, self._state
+        s.loss = _average(s.loss, loss, config.smoothing)
+        s.entropy = _average(s.entropy, entropy, config.smoothing)
+        if s.entry_loss is None:
+            s.entry_loss = s.loss
+        compressing = s.phase == Phase.COMPRESSION.value
+
+        rise = s.loss - s.entry_loss
+        tolerated = config.spike_tolerance * _SHOWN_AFTER_THREE_TIME_CONSTANTS * abs(s.entry_loss)
+        watched, patience, reason = (
+            (s.entropy, config.patience_compression, "compressed")
+            if compressing
+            else (s.loss, config.patience_memorization, "plateau")
+        )
+        if s.best is None or watched < s.best - config.min_improvement * abs(s.best):
+            s.best, s.stale = watched, 0
+        else:
+            s.stale += 1
+        if compressing and rise > tolerated:
+            reason = "spike"
+        elif s.stale < patience:
+            return None
+        s.best, s.stale, s.entry_loss = None, 0, s.loss
+        return reason
+
+    def _published(self, loss: float, entropy: float) -> str | None:
+        config, s = self.config, self._state
+        loss_gain, entropy_gain = _gain(s.lowest_loss, loss), _gain(s.lowest_entropy, entropy)
+        s.lowest_loss = loss if s.lowest_loss is None else min(s.lowest_loss, loss)
+        s.lowest_entropy = entropy if s.lowest_entropy is None else min(s.lowest_entropy, entropy)
+        if s.phase == Phase.MEMORIZATION.value:
+            s.stale_memorization = 0 if loss_gain > config.min_improvement else s.stale_memorization + 1
+            if s.stale_memorization >= config.patience_memorization:
+                s.stale_memorization = 0
+                return "plateau"
+        elif loss_gain < -config.spike_tolerance:
+            s.stale_compression = 0
+            return "spike"
+        else:
+            s.stale_compression = 0 if entropy_gain > config.min_improvement else s.stale_compression + 1
+            if s.stale_compression >= config.patience_compression:
+                s.stale_compression = 0
+                return "compressed"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as plain numbers and strings."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`. Raises ValueError on fields that this gate does not know."""
+        unknown = set(state) ^ set(asdict(self._state))
+        if unknown:
+            raise ValueError(f"gate state has missing or unknown fields {sorted(unknown)}: is it from another version?")
+        self._state = _State(**state)
+        self.reason = None
+
+    def __repr__(self) -> str:
+        return f"PhaseGate(rule={self.config.rule!r}, phase={self.phase.value!r}, switches={self.switches})"
+
+
+def _average(mean: float | None, value: float, decay: float) -> float:
+    return value if mean is None else decay * mean + (1 - decay) * value
+
+
+def _gain(lowest: float | None, value: float) -> float:
+    """Relative fall below the minimum; 0 while there is none or it is too small to divide by."""
+    if lowest is None or abs(lowest) < 1e-9:
+        return 0.0
+    return (lowest - value) / max(abs(lowest), 1e-6)

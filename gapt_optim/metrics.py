@@ -1,0 +1,168 @@
+"""What one optimizer step reports, and observers that write it down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .alignment import Alignment
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. Losses and entropies are means over micro-batches and ranks."""
+
+    step: int
+    """Optimizer steps so far, this one included."""
+    phase: str
+    """Phase that this step ran in: "memorization" or "compression"."""
+    next_phase: str
+    """Phase of the next step."""
+    reason: str | None
+    """Why the phase switches after this step: "plateau", "spike", "compressed", or None."""
+    loss: float | None
+    """Task loss (nats for cross-entropy); None if none was recorded."""
+    entropy: float | None
+    """Mean entropy over the layers that count, the value that the gate judges."""
+    layer_entropy: dict[str, float]
+    """Entropy per tapped layer, in nats (or in [0, 1] with ``normalize``)."""
+    alignment: Alignment | None = None
+    """Activation alignment, where it is measured."""
+    parameter_alignment: Alignment | None = None
+    """Parameter alignment, on the steps that measure it."""
+    validation_loss: float | None = None
+    """Held-out loss recorded since the last step."""
+    switches: int = 0
+    """Phase switches so far."""
+    compression_steps: int = 0
+    """Steps in compression so far, this one included."""
+    nonfinite_steps: int = 0
+    """Steps so far whose loss or entropy was not finite."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, non-finite numbers as None."""
+        values: dict[str, Any] = _finite(asdict(self))
+        return values
+
+
+class Observer(Protocol):
+    """Called once per optimizer step. ``close`` is called by whoever made it."""
+
+    def __call__(self, metrics: StepMetrics) -> None: ...
+
+
+class JSONLines:
+    """Appends one JSON object per step to a file and flushes it.
+
+    A killed process loses at most the line being written. A half-written last line of an earlier
+    run is ended, so that appending never glues two records together.
+
+    Raises:
+        OSError: the file cannot be opened for appending.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.exists() and self.path.stat().st_size > 0 and _last_byte(self.path) != b"\n"
+        self._file = self.path.open("a", encoding="utf-8")
+        if unfinished:
+            self._file.write("\n")
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JSONLines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class ProgressBar:
+    """A `tqdm` bar with phase, loss and entropy. ``options`` go to `tqdm`."""
+
+    def __init__(self, total: int | None = None, **options: Any) -> None:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError('ProgressBar needs tqdm: pip install "gapt_optim[examples]"') from error
+        self._bar = tqdm(total=total, **({"unit": "step", "dynamic_ncols": True} | options))
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        values = {"loss": metrics.loss, "entropy": metrics.entropy}
+        self._bar.set_postfix(
+            {"phase": metrics.phase} | {name: f"{value:.3f}" for name, value in values.items() if value is not None},
+            refresh=False,
+        )
+        self._bar.update(1)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class TensorBoard:
+    """Writes loss, entropies, phase and alignment as TensorBoard scalars under ``folder``."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError('TensorBoard needs tensorboard: pip install "gapt_optim[examples]"') from error
+        self._writer = SummaryWriter(os.fspath(folder))
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        scalars: dict[str, float | None] = {
+            "gapt/loss": metrics.loss,
+            "gapt/entropy": metrics.entropy,
+            "gapt/compression": float(metrics.phase == "compression"),
+            "gapt/validation_loss": metrics.validation_loss,
+            **{f"gapt/entropy/{name}": value for name, value in metrics.layer_entropy.items()},
+        }
+        for label, alignment in (
+            ("activation", metrics.alignment),
+            ("parameter", metrics.parameter_alignment),
+        ):
+            if alignment is not None:
+                scalars[f"gapt/{label}_cosine"] = alignment.cosine
+        for name, value in scalars.items():
+            if value is not None and math.isfinite(value):
+                self._writer.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
+
+
+def _finite(value: Any) -> Any:
+    """Without empty tables, and with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items() if item != {}}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

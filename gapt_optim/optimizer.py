@@ -1,0 +1,519 @@
+"""The wrapper: one training step, from the loss to the phase of the next step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .alignment import activation_alignment
+from .bases import Bases
+from .config import GAPTConfig
+from .distributed import HostCopy, group_of, mean_over_ranks
+from .gate import Phase, PhaseGate
+from .layers import counted, reduce_entropies, schedule_shares
+from .metrics import Observer, StepMetrics
+from .representation import RepresentationHook
+from .tap import PROBE_SIZE, TapMode
+
+_STATE_KEY = "gapt"  # in the first parameter group of a state dict, where checkpoint tools carry it along
+_SILENT_STEPS = 10
+
+
+class GAPTOptimizer(Optimizer):
+    """Wraps an optimizer and alternates training between memorization and compression.
+
+    In memorization a step follows the task loss alone, bit for bit as the wrapped optimizer would. In
+    compression it follows loss + weight * entropy of the representations that ``hook`` watches. After
+    each step a gate judges loss and entropy, averaged over micro-batches and ranks, and names the
+    phase of the next step. Method: Gated Phase Transition, arXiv 2505.08727.
+
+        loss = model(batch).loss
+        optimizer.backward(loss)        # was: loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``, or a sequence of them with parameters of their own.
+        hook: the layers to watch; a hook serves one optimizer.
+        config: settings, by default ``GAPTConfig()``.
+        process_group: ranks to average loss and entropy over, by default all of them.
+        observers: called with :class:`StepMetrics` after each step. One that raises is dropped with a warning.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and says what to do.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        hook: RepresentationHook,
+        config: GAPTConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        if not isinstance(hook, RepresentationHook):
+            raise TypeError(
+                f"hook must be a RepresentationHook, found {type(hook).__name__}: RepresentationHook(model)"
+            )
+        if not isinstance(config, GAPTConfig | None):
+            raise TypeError(f"config must be a GAPTConfig, found {type(config).__name__}: GAPTConfig(...)")
+        if hook.removed:
+            raise ValueError("hook was removed; make a new RepresentationHook")
+        if hook._attached:
+            raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
+        self._build(Bases(optimizer), hook, config if config is not None else GAPTConfig(), process_group, observers)
+
+    def _build(
+        self,
+        bases: Bases,
+        hook: RepresentationHook,
+        config: GAPTConfig,
+        process_group: dist.ProcessGroup | None,
+        observers: Sequence[Observer],
+    ) -> None:
+        # Gives us torch's step and state-dict hooks without Optimizer.__init__, which would make param_groups
+        # and state of our own. It sets a default, so it comes before the bases do.
+        self._bases: Bases | None = None
+        Optimizer.__setstate__(self, {})
+        self._bases = bases
+        self.config = config
+        self._hook = hook
+        self._process_group = process_group
+        self._observers = list(observers)
+        keep = counted(len(hook.names), config.layers.skip_first, config.layers.skip_last)
+        self._counted = [name for name, kept in zip(hook.names, keep, strict=True) if kept]
+        self._gate = PhaseGate(config.gate)
+        self._steps = self._compression_steps = self._nonfinite_steps = self._nonfinite_run = 0
+        self._unjudged_entropy: list[float] = []  # [sum, count] since the gate last judged a validation loss
+        self._silent_steps = 0
+        self._metrics: StepMetrics | None = None
+        self._validation: list[float] = []
+        self._sums: Tensor | None = None  # this step's loss and entropies, summed over micro-batches
+        self._host_sums: HostCopy | None = None
+        self._counts: list[int] = []
+        self._last_counts: list[int] = []
+        self._forget_step()
+        self._prepare_step()
+
+    # What a training loop calls
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the step that is being computed."""
+        return self._gate.phase
+
+    @property
+    def metrics(self) -> StepMetrics | None:
+        """What the last step reported, None before the first."""
+        return self._metrics
+
+    @property
+    def base(self) -> Any:
+        """The wrapped optimizer, or a tuple of them."""
+        bases = self._wrapped
+        return bases.all[0] if bases.single else bases.all
+
+    @property
+    def hook(self) -> RepresentationHook:
+        """The hook whose layers are watched."""
+        return self._hook
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """What to differentiate: the loss, plus the weighted entropy in compression.
+
+        Call it once per forward pass, with the loss before any scaling, and scale what it returns.
+
+        Args:
+            loss: scalar, the task loss of the forward pass just run (nats for cross-entropy).
+
+        Returns:
+            A scalar of the loss's dtype. Its value in memorization is the loss's own.
+
+        Raises:
+            TypeError, ValueError: ``loss`` is no floating-point scalar.
+            RuntimeError: a tapped module did not run; the message names it.
+        """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, found {type(loss).__name__}")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            raise ValueError(
+                f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
+                "reduce it first, for example with loss.mean()"
+            )
+        captured = self._hook._take()
+        entropies = {name: entropy.to(loss.device) for name, (entropy, _) in captured.items()}
+        self._record(loss.detach(), {name: entropy.detach() for name, entropy in entropies.items()})
+        result = loss
+        if self._mode.compress:
+            result = result + (self.config.objective.weight * self._penalty(loss, entropies)).to(loss.dtype)
+        carriers = [carrier.to(loss.device) for _, carried in captured.values() for carrier in carried]
+        if carriers:  # zeros: they bring the scale of the whole loss to the taps
+            result = result + torch.stack(carriers).sum().to(loss.dtype)
+        return result
+
+    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
+        """``(objective(loss) * scale).backward()``.
+
+        Args:
+            loss: as for :meth:`objective`.
+            scale: factor on what is differentiated: 1 / micro-batches, or a GradScaler's ``get_scale()``.
+        """
+        total = self.objective(loss)
+        (total if isinstance(scale, float) and scale == 1.0 else total * scale).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the wrapped optimizer, then let the gate choose the phase of the next step.
+
+        Args:
+            closure: evaluates the model, calls :meth:`backward` and returns the loss. It runs once, with
+                gradients on (LBFGS runs it as often as it needs).
+
+        Returns:
+            What the closure returned, or what the wrapped optimizer's step did.
+
+        Raises:
+            FloatingPointError: loss or entropy was not finite for ``max_nonfinite`` steps in a row.
+        """
+        reading = self._start_reading() if closure is None else None
+        result = self._step_bases(closure)
+        if self._skipped_by_scaler():
+            self._forget_step()
+            return result
+        if closure is not None:
+            reading = self._start_reading()
+        self._forget_step()
+        if reading is None:
+            self._note_silent_step()
+        else:
+            self._finish_step(reading())
+        return result
+
+    def record_validation(self, loss: float | Tensor) -> None:
+        """Give a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
+
+        Several before one step are averaged. On several ranks, call it on all of them alike.
+        """
+        self._validation.append(float(loss))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As on the wrapped optimizer."""
+        self._wrapped.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As on the wrapped optimizer; with several, add to one of ``base`` instead."""
+        self._wrapped.add_param_group(param_group)
+
+    # One step, in order
+
+    def _record(self, loss: Tensor, entropies: dict[str, Tensor]) -> None:
+        """Add one micro-batch to this step's sums: the loss, and one entropy per layer."""
+        names = self._hook.names
+        dtype = next(iter(entropies.values())).dtype
+        absent = torch.zeros((), dtype=dtype, device=loss.device)
+        row = torch.stack([loss.reshape(()).to(dtype), *(entropies.get(name, absent) for name in names)])
+        self._sums = row if self._sums is None else self._sums + row
+        here = [1, *(int(name in entropies) for name in names)]
+        self._counts = [a + b for a, b in zip(self._counts, here, strict=True)]
+        # The copy runs while the backward does. Across ranks the sums are reduced first, in step().
+        compiling = torch.compiler.is_compiling()
+        self._host_sums = None if compiling or self._group is not None else HostCopy(self._sums)
+
+    def _penalty(self, loss: Tensor, entropies: dict[str, Tensor]) -> Tensor:
+        """The entropy to minimize, 0 where it or the loss is not finite."""
+        present = [i for i, name in enumerate(self._counted) if name in entropies]
+        if not present:
+            return torch.zeros_like(loss)
+        values = torch.stack([entropies[self._counted[i]] for i in present])
+        if self.config.objective.floor > 0:
+            values = values.clamp(min=self.config.objective.floor)
+        shares = self._shares.to(device=values.device, dtype=values.dtype, non_blocking=True)
+        if len(present) < len(self._counted):
+            shares = shares[present]
+        total = reduce_entropies(self.config.layers.reduce, values, shares)
+        return torch.where(total.isfinite() & loss.isfinite().reshape(()), total, 0)
+
+    def _start_reading(self) -> Callable[[], list[float]] | None:
+        """Begin to bring this step's numbers to the host; the result waits for them.
+
+        They are: loss, validation loss, one entropy per layer, and three statistics per layer if measured.
+        """
+        if self._sums is None:
+            return None
+        counts, sums, host_sums = self._counts, self._sums, self._host_sums
+        self._last_counts = counts
+        statistics = self._hook._take_statistics() if self._mode.measure else None
+        validation = math.fsum(self._validation) / len(self._validation) if self._validation else math.nan
+        self._validation = []
+        group = self._group
+        if group is not None:
+            means = sums / torch.tensor([max(count, 1) for count in counts]).to(sums)
+            if self._mode.measure and statistics is None:
+                statistics = means.new_zeros(len(self._hook.names), PROBE_SIZE)
+            parts = [means[:1], means.new_full((1,), validation), means[1:]]
+            parts += [] if statistics is None else [statistics.to(means).reshape(-1)]
+            return HostCopy(mean_over_ranks(torch.cat(parts), group)).read
+        first = host_sums if host_sums is not None else HostCopy(sums)
+        second = None if statistics is None else HostCopy(statistics.reshape(-1))
+
+        def read() -> list[float]:
+            loss, *entropies = (value / max(count, 1) for value, count in zip(first.read(), counts, strict=True))
+            return [loss, validation, *entropies, *(second.read() if second is not None else [])]
+
+        return read
+
+    def _step_bases(self, closure: Callable[[], Any] | None) -> Any:
+        # GradScaler leaves these two on an optimizer whose fused kernel unscales and skips by itself.
+        passed: dict[str, Any] = {
+            name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
+        }
+        for base in self._wrapped.all:
+            base.__dict__.update(passed)
+        try:
+            return self._wrapped.step(closure)
+        finally:
+            for base in self._wrapped.all:
+                for name in passed:
+                    base.__dict__.pop(name, None)
+
+    def _skipped_by_scaler(self) -> bool:
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        return found_inf is not None and bool(found_inf)
+
+    def _forget_step(self) -> None:
+        self._hook._drop()
+        self._sums = None
+        self._counts = [0] * (1 + len(self._hook.names))
+        self._host_sums = None
+
+    def _finish_step(self, values: list[float]) -> None:
+        """Gate, metrics and observers, from the numbers of one step."""
+        names, n = self._hook.names, len(self._hook.names)
+        loss, validation, *rest = values
+        absent = [name for name, count in zip(names, self._last_counts[1:], strict=True) if count == 0]
+        entropies = {name: value for name, value in zip(names, rest[:n], strict=True) if name not in absent}
+        judged = [entropies[name] for name in self._counted if name in entropies] or list(entropies.values())
+        entropy = math.fsum(judged) / len(judged)
+        statistics = [rest[i : i + PROBE_SIZE] for i in range(n, len(rest), PROBE_SIZE)]
+
+        phase = self._gate.phase
+        self._silent_steps = 0
+        self._steps += 1
+        self._compression_steps += phase is Phase.COMPRESSION
+        finite = math.isfinite(loss) and math.isfinite(entropy)
+        self._nonfinite_steps += not finite
+        self._nonfinite_run = 0 if finite else self._nonfinite_run + 1
+        if finite:
+            self._judge(loss, entropy, validation)
+        reason = self._gate.reason if self._gate.phase is not phase else None
+        self._prepare_step()
+        self._metrics = StepMetrics(
+            step=self._steps,
+            phase=phase.value,
+            next_phase=self._gate.phase.value,
+            reason=reason,
+            loss=loss,
+            entropy=entropy,
+            layer_entropy=entropies,
+            alignment=activation_alignment(names, statistics) if statistics else None,
+            validation_loss=None if math.isnan(validation) else validation,
+            switches=self._gate.switches,
+            compression_steps=self._compression_steps,
+            nonfinite_steps=self._nonfinite_steps,
+        )
+        self._notify(self._metrics)
+        if self._nonfinite_run >= self.config.objective.max_nonfinite:
+            raise FloatingPointError(
+                f"loss or entropy was not finite for {self._nonfinite_run} steps in a row (loss {loss}, entropy "
+                f"{entropy}); lower the learning rate, or raise ObjectiveConfig.max_nonfinite to go on longer"
+            )
+
+    def _judge(self, loss: float, entropy: float, validation: float) -> None:
+        if self.config.gate.signal == "train":
+            self._gate.update(loss, entropy)
+            return
+        total, count = self._unjudged_entropy or (0.0, 0)
+        self._unjudged_entropy = [total + entropy, count + 1]
+        if math.isfinite(validation):
+            self._gate.update(validation, (total + entropy) / (count + 1))
+            self._unjudged_entropy = []
+
+    def _prepare_step(self) -> None:
+        """Tell the taps what the next step does."""
+        config = self.config
+        self._mode = TapMode(
+            entropy=config.entropy,
+            compress=self._gate.phase is Phase.COMPRESSION,
+            measure=config.alignment.activation,
+            combine=config.objective.combine,
+            max_ratio=config.objective.max_ratio,
+        )
+        layers = config.layers
+        shares = schedule_shares(layers.schedule, len(self._counted), self._compression_steps, layers.period)
+        self._shares = torch.tensor(shares)
+        self._group = group_of(self._process_group)
+        self._hook._set_mode(self._mode, self._counted)
+
+    def _note_silent_step(self) -> None:
+        self._silent_steps += 1
+        if self._silent_steps == _SILENT_STEPS:
+            warnings.warn(
+                f"{_SILENT_STEPS} optimizer steps in a row had no loss: the gate does not move. Call "
+                "optimizer.backward(loss) instead of loss.backward(), or differentiate optimizer.objective(loss)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _notify(self, metrics: StepMetrics) -> None:
+        for observer in list(self._observers):
+            try:
+                observer(metrics)
+            except Exception as error:  # a full disk must not end a training run
+                self._observers.remove(observer)
+                warnings.warn(
+                    f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    # What torch expects of an optimizer
+
+    @property
+    def _wrapped(self) -> Bases:
+        bases: Bases | None = self.__dict__.get("_bases")
+        if bases is None:
+            raise AttributeError("this GAPTOptimizer is not built yet")
+        return bases
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's own groups."""
+        return self._wrapped.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._wrapped.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's own state."""
+        return self._wrapped.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._wrapped.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's own defaults."""
+        return {} if self._bases is None else self._bases.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._wrapped.defaults = defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # Read by GradScaler. Every base must be able to skip a step with infinite gradients by itself.
+        return all(getattr(base, "_step_supports_amp_scaling", False) for base in self._wrapped.all)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only the two that schedule-free optimizers have. More would make GradScaler take us for a fused base.
+        if name in ("train", "eval"):
+            methods = [getattr(base, name) for base in self._wrapped.all if hasattr(base, name)]
+            if methods:
+                return lambda *args, **kwargs: [method(*args, **kwargs) for method in methods] and None
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, with the gate and counters in its first parameter group.
+
+        Holds plain values and tensors only, so it loads with ``torch.load(weights_only=True)``.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._wrapped.state_dict()
+        first, *rest = state_dict["param_groups"]
+        state_dict["param_groups"] = [{**first, _STATE_KEY: self._own_state()}, *rest]
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, or from that of a bare optimizer, with a fresh gate and a warning.
+
+        Raises:
+            ValueError: the state is of other layers or another configuration. Nothing is changed then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        own = groups[0].pop(_STATE_KEY, None) if groups else None
+        if own is not None:
+            self._check_own_state(own)
+        self._wrapped.load_state_dict({**state_dict, "param_groups": groups})
+        if own is None:
+            warnings.warn("the state dict is of a bare optimizer: the gate starts fresh", UserWarning, stacklevel=2)
+            self._gate = PhaseGate(self.config.gate)
+            self._steps = self._compression_steps = self._nonfinite_steps = self._nonfinite_run = 0
+            self._unjudged_entropy = []
+        else:
+            self._load_own_state(own)
+        self._forget_step()
+        self._prepare_step()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "gate": self._gate.state_dict(),
+            "steps": self._steps,
+            "compression_steps": self._compression_steps,
+            "nonfinite_steps": self._nonfinite_steps,
+            "nonfinite_run": self._nonfinite_run,
+            "unjudged_entropy": list(self._unjudged_entropy),
+            "unjudged_validation": list(self._validation),
+            "layers": list(self._hook.names),
+            "config": self.config.model_dump(),
+        }
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        fresh = f'to start the gate fresh, remove "{_STATE_KEY}" from state_dict["param_groups"][0]'
+        if own["layers"] != self._hook.names:
+            raise ValueError(f"state_dict is of the layers {own['layers']}, this hook has {self._hook.names}; {fresh}")
+        here = self.config.model_dump()
+        for section, values in own["config"].items():
+            for name, value in values.items():
+                if here.get(section, {}).get(name) != value:
+                    found = here.get(section, {}).get(name)
+                    raise ValueError(f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {fresh}")
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        self._gate.load_state_dict(own["gate"])
+        self._steps, self._compression_steps = own["steps"], own["compression_steps"]
+        self._nonfinite_steps, self._nonfinite_run = own["nonfinite_steps"], own["nonfinite_run"]
+        self._unjudged_entropy = list(own["unjudged_entropy"])
+        self._validation = list(own["unjudged_validation"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Observers hold files and process groups live in one process: neither goes along.
+        return {"base": self.base, "hook": self._hook, "config": self.config, "own": self._own_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._build(Bases(state["base"]), state["hook"], state["config"], None, ())
+        self._load_own_state(state["own"])
+        self._prepare_step()
+
+    def __repr__(self) -> str:
+        bases = ", ".join(repr(base) for base in self._wrapped.all)
+        return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
