@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from .alignment import activation_alignment
 from .bases import Bases
 from .config import GAPTConfig
-from .distributed import HostCopy, group_of, mean_over_ranks
+from .distributed import group_of
 from .gate import Phase, PhaseGate
 from .layers import counted, reduce_entropies, schedule_shares
 from .metrics import Observer, StepMetrics
+from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
-from .tap import PROBE_SIZE, TapMode
+from .tap import TapMode
 
 _STATE_KEY = "gapt"  # in the first parameter group of a state dict, where checkpoint tools carry it along
 _SILENT_STEPS = 10
@@ -96,10 +97,7 @@ class GAPTOptimizer(Optimizer):
         self._silent_steps = 0
         self._metrics: StepMetrics | None = None
         self._validation: list[float] = []
-        self._sums: Tensor | None = None  # this step's loss and entropies, summed over micro-batches
-        self._host_sums: HostCopy | None = None
-        self._counts: list[int] = []
-        self._last_counts: list[int] = []
+        self._record = StepRecord(hook.names)
         self._forget_step()
         self._prepare_step()
 
@@ -150,7 +148,7 @@ class GAPTOptimizer(Optimizer):
             )
         captured = self._hook._take()
         entropies = {name: entropy.to(loss.device) for name, (entropy, _) in captured.items()}
-        self._record(loss.detach(), {name: entropy.detach() for name, entropy in entropies.items()})
+        self._record.add(loss, entropies, self._group)
         result = loss
         if self._mode.compress:
             result = result + (self.config.objective.weight * self._penalty(loss, entropies)).to(loss.dtype)
@@ -213,19 +211,6 @@ class GAPTOptimizer(Optimizer):
 
     # One step, in order
 
-    def _record(self, loss: Tensor, entropies: dict[str, Tensor]) -> None:
-        """Add one micro-batch to this step's sums: the loss, and one entropy per layer."""
-        names = self._hook.names
-        dtype = next(iter(entropies.values())).dtype
-        absent = torch.zeros((), dtype=dtype, device=loss.device)
-        row = torch.stack([loss.reshape(()).to(dtype), *(entropies.get(name, absent) for name in names)])
-        self._sums = row if self._sums is None else self._sums + row
-        here = [1, *(int(name in entropies) for name in names)]
-        self._counts = [a + b for a, b in zip(self._counts, here, strict=True)]
-        # The copy runs while the backward does. Across ranks the sums are reduced first, in step().
-        compiling = torch.compiler.is_compiling()
-        self._host_sums = None if compiling or self._group is not None else HostCopy(self._sums)
-
     def _penalty(self, loss: Tensor, entropies: dict[str, Tensor]) -> Tensor:
         """The entropy to minimize, 0 where it or the loss is not finite."""
         present = [i for i, name in enumerate(self._counted) if name in entropies]
@@ -240,34 +225,13 @@ class GAPTOptimizer(Optimizer):
         total = reduce_entropies(self.config.layers.reduce, values, shares)
         return torch.where(total.isfinite() & loss.isfinite().reshape(()), total, 0)
 
-    def _start_reading(self) -> Callable[[], list[float]] | None:
-        """Begin to bring this step's numbers to the host; the result waits for them.
-
-        They are: loss, validation loss, one entropy per layer, and three statistics per layer if measured.
-        """
-        if self._sums is None:
+    def _start_reading(self) -> Callable[[], Reading] | None:
+        """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
+        if self._record.sums is None:
             return None
-        counts, sums, host_sums = self._counts, self._sums, self._host_sums
-        self._last_counts = counts
-        statistics = self._hook._take_statistics() if self._mode.measure else None
-        validation = math.fsum(self._validation) / len(self._validation) if self._validation else math.nan
-        self._validation = []
-        group = self._group
-        if group is not None:
-            means = sums / torch.tensor([max(count, 1) for count in counts]).to(sums)
-            if self._mode.measure and statistics is None:
-                statistics = means.new_zeros(len(self._hook.names), PROBE_SIZE)
-            parts = [means[:1], means.new_full((1,), validation), means[1:]]
-            parts += [] if statistics is None else [statistics.to(means).reshape(-1)]
-            return HostCopy(mean_over_ranks(torch.cat(parts), group)).read
-        first = host_sums if host_sums is not None else HostCopy(sums)
-        second = None if statistics is None else HostCopy(statistics.reshape(-1))
-
-        def read() -> list[float]:
-            loss, *entropies = (value / max(count, 1) for value, count in zip(first.read(), counts, strict=True))
-            return [loss, validation, *entropies, *(second.read() if second is not None else [])]
-
-        return read
+        validation, self._validation = mean_or_nan(self._validation), []
+        statistics = self._hook._take_statistics(self._record.sums.device) if self._mode.measure else None
+        return self._record.start_reading(statistics, validation, self._group)
 
     def _step_bases(self, closure: Callable[[], Any] | None) -> Any:
         # GradScaler leaves these two on an optimizer whose fused kernel unscales and skips by itself.
@@ -289,19 +253,13 @@ class GAPTOptimizer(Optimizer):
 
     def _forget_step(self) -> None:
         self._hook._drop()
-        self._sums = None
-        self._counts = [0] * (1 + len(self._hook.names))
-        self._host_sums = None
+        self._record.clear()
 
-    def _finish_step(self, values: list[float]) -> None:
+    def _finish_step(self, reading: Reading) -> None:
         """Gate, metrics and observers, from the numbers of one step."""
-        names, n = self._hook.names, len(self._hook.names)
-        loss, validation, *rest = values
-        absent = [name for name, count in zip(names, self._last_counts[1:], strict=True) if count == 0]
-        entropies = {name: value for name, value in zip(names, rest[:n], strict=True) if name not in absent}
+        loss, entropies, validation, statistics = reading
         judged = [entropies[name] for name in self._counted if name in entropies] or list(entropies.values())
         entropy = math.fsum(judged) / len(judged)
-        statistics = [rest[i : i + PROBE_SIZE] for i in range(n, len(rest), PROBE_SIZE)]
 
         phase = self._gate.phase
         self._silent_steps = 0
@@ -322,7 +280,7 @@ class GAPTOptimizer(Optimizer):
             loss=loss,
             entropy=entropy,
             layer_entropy=entropies,
-            alignment=activation_alignment(names, statistics) if statistics else None,
+            alignment=activation_alignment(self._hook.names, statistics) if statistics else None,
             validation_loss=None if math.isnan(validation) else validation,
             switches=self._gate.switches,
             compression_steps=self._compression_steps,

@@ -170,6 +170,7 @@ class RepresentationHook:
         # A module that ran before may rest for a step (layer drop), but not because gradients were off.
         resting = capture.ever_ran - capture.without_grad if taken else set()
         missing = [name for name in self.names if name not in taken and name not in resting]
+        capture.ever_ran.update(taken)
         if missing:
             raise RuntimeError(self._why_missing(missing))
         capture.calls.update({name: [] for name in taken})
@@ -190,13 +191,10 @@ class RepresentationHook:
         self._capture.without_grad.clear()
         self._capture.evaluated.clear()
 
-    def _take_statistics(self) -> Tensor | None:
-        """(layers, 3) sums of <g,d>, |g|², |d|² since the last call, None if no backward reached a tap."""
+    def _take_statistics(self, device: torch.device) -> Tensor:
+        """(layers, 3) sums of <g,d>, |g|², |d|² since the last call, zeros where no backward reached a tap."""
         probes = [self._taps[name].probe for name in self.names]
-        if all(probe.grad is None for probe in probes):
-            return None
-        device = next(probe.grad.device for probe in probes if probe.grad is not None)
-        rows = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in probes]
+        rows = [probe.detach() if probe.grad is None else probe.grad for probe in probes]
         for probe in probes:
             probe.grad = None
         return torch.stack([row.to(device, non_blocking=True) for row in rows])
@@ -253,10 +251,8 @@ class _ModuleTap:
             (capture.without_grad if module.training else capture.evaluated).add(self.name)
             return None
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if recomputing and self.name not in capture.ever_ran:
+        if recomputing and self.name not in capture.ever_ran and not capture.calls[self.name]:
             raise RuntimeError(f'tapped module "{self.name}" {_WITHOUT_GRAD}')
-        if not recomputing:
-            capture.ever_ran.add(self.name)
         h = self.hidden(output)
         mask = self.mask_for(h, recomputing)
         if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
