@@ -7,10 +7,12 @@ parameters numbered through, so that schedulers and checkpoint tools see a singl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 
@@ -31,7 +33,7 @@ class Bases:
         self.all: tuple[Optimizer, ...] = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         if not self.all:
             raise ValueError("optimizer is an empty sequence; pass at least one torch.optim.Optimizer")
-        owner: dict[torch.Tensor, int] = {}
+        owner: dict[Tensor, int] = {}
         for i, base in enumerate(self.all):
             if not isinstance(base, Optimizer):
                 raise TypeError(f"optimizer[{i}] must be a torch.optim.Optimizer, found {type(base).__name__}")
@@ -55,19 +57,17 @@ class Bases:
 
     @property
     def state(self) -> Any:
-        if self.single:
-            return self.all[0].state
-        return {parameter: state for base in self.all for parameter, state in base.state.items()}
+        return self.all[0].state if self.single else _MergedState(self.all)
 
     @state.setter
     def state(self, state: Any) -> None:
         if self.single:
             self.all[0].state = state
             return
+        items = list(state.items())
         for base in self.all:
             own = {parameter for group in base.param_groups for parameter in group["params"]}
-            base.state.clear()
-            base.state.update({parameter: value for parameter, value in state.items() if parameter in own})
+            base.state = defaultdict(dict, {parameter: value for parameter, value in items if parameter in own})
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -110,26 +110,29 @@ class Bases:
         first = 0
         for base in self.all:
             part = base.state_dict()
-            merged["state"].update({key + first: value for key, value in part["state"].items()})
-            merged["param_groups"].extend(_renumbered(part["param_groups"], first))
-            first += sum(len(group["params"]) for group in part["param_groups"])
+            numbers = _numbered(part["param_groups"], first)
+            merged["state"].update({numbers.get(key, key): value for key, value in part["state"].items()})
+            merged["param_groups"].extend(_renamed(part["param_groups"], numbers))
+            first += len(numbers)
         return merged
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing is loaded where a part does not fit. Parameters go by position: checkpoint tools name them."""
         if self.single:
             self.all[0].load_state_dict(state_dict)
             return
         parts = []
-        first = 0
-        for groups in self._split(state_dict["param_groups"]):
-            keys = [key for group in groups for key in group["params"]]
-            state = {key - first: state_dict["state"][key] for key in keys if key in state_dict["state"]}
-            parts.append({"state": state, "param_groups": _renumbered(groups, -first)})
-            first += len(keys)
+        for i, (base, groups) in enumerate(zip(self.all, self._split(state_dict["param_groups"]), strict=True)):
+            here, saved = ([len(group["params"]) for group in each] for each in (base.param_groups, groups))
+            if here != saved:
+                raise ValueError(f"optimizer[{i}] has parameter groups of {here} parameters, found {saved}")
+            numbers = _numbered(groups, 0)
+            state = {number: state_dict["state"][key] for key, number in numbers.items() if key in state_dict["state"]}
+            parts.append({"state": state, "param_groups": _renamed(groups, numbers)})
         for base, part in zip(self.all, parts, strict=True):
             base.load_state_dict(part)
 
-    def _split(self, groups: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+    def _split(self, groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         sizes = [len(base.param_groups) for base in self.all]
         if self.single:
             return [groups]
@@ -139,5 +142,42 @@ class Bases:
         return [groups[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-def _renumbered(groups: list[dict[str, Any]], offset: int) -> list[dict[str, Any]]:
-    return [{**group, "params": [key + offset for key in group["params"]]} for group in groups]
+class _MergedState(MutableMapping[Tensor, Any]):
+    """The states of several optimizers as one live mapping: each parameter's is in the optimizer that owns it."""
+
+    def __init__(self, bases: Sequence[Optimizer]) -> None:
+        self._bases = bases
+
+    def _owner(self, parameter: Tensor) -> Any:
+        for base in self._bases:
+            if parameter in base.state or any(parameter is p for group in base.param_groups for p in group["params"]):
+                return base.state
+        raise KeyError(parameter)
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self._owner(parameter)[parameter]
+
+    def __setitem__(self, parameter: Tensor, state: Any) -> None:
+        self._owner(parameter)[parameter] = state
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._owner(parameter)[parameter]
+
+    def __contains__(self, parameter: object) -> bool:
+        return any(parameter in base.state for base in self._bases)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (parameter for base in self._bases for parameter in base.state)
+
+    def __len__(self) -> int:
+        return sum(len(base.state) for base in self._bases)
+
+
+def _numbered(groups: list[dict[str, Any]], first: int) -> dict[Any, int]:
+    """What a state dict calls its parameters, and their positions from ``first``."""
+    names = (name for group in groups for name in group["params"])
+    return {name: i for i, name in enumerate(names, first)}
+
+
+def _renamed(groups: list[dict[str, Any]], names: dict[Any, int]) -> list[dict[str, Any]]:
+    return [{**group, "params": [names[name] for name in group["params"]]} for group in groups]

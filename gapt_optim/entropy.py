@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,16 +62,20 @@ def matrix_entropy(z: Tensor, *, alpha: float = 2.0, mask: Tensor | None = None,
 class _MatrixEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, alpha: float, mask: Tensor | None, normalize: bool) -> Tensor:
-        live = None if mask is None else mask.sum(-1)
-        value, kernel = entropy_and_kernel(masked(z, mask), alpha, live, normalize, with_kernel=ctx.needs_input_grad[0])
+        gram = gram_matrix(masked(z, mask), alpha)
+        value, kernel = entropy_of_gram(gram, alpha, z.shape[-2:], with_kernel=ctx.needs_input_grad[0])
+        if normalize:
+            scale = normalizer(value, None if mask is None else mask.sum(-1), z.shape[-2:])
+            value, kernel = value * scale, None if kernel is None else kernel * scale[..., None, None]
         ctx.save_for_backward(z, mask, kernel)
-        return value
+        return value.to(torch.promote_types(z.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, mask, kernel = ctx.saved_tensors
-        return (apply_kernel(kernel * grad[..., None, None], masked(z, mask)).to(z.dtype), None, None, None)
+        gradient = apply_kernel(kernel * grad[..., None, None], masked(z, mask))
+        return gradient.to(z.dtype), None, None, None
 
 
 def masked(z: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,58 +83,68 @@ def masked(z: Tensor, mask: Tensor | None) -> Tensor:
     return z if mask is None else z.masked_fill(~mask.unsqueeze(-1), 0)
 
 
+def gram_matrix(z: Tensor, alpha: float) -> Tensor:
+    """The smaller of Z Zᵀ and Zᵀ Z, (..., m, m) with m = min(n, d), in the dtype that ``alpha`` needs."""
+    # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
+    z = z.to(torch.promote_types(z.dtype, torch.float32) if _by_power(alpha) else torch.float64)
+    with _full_precision(z):
+        return z @ z.mT if z.shape[-2] <= z.shape[-1] else z.mT @ z
+
+
 def apply_kernel(kernel: Tensor, z: Tensor) -> Tensor:
-    """The gradient dS/dz from the kernel of :func:`entropy_and_kernel`, in the kernel's dtype."""
-    z = z.to(kernel.dtype)
+    """dS/dZ from the kernel of :func:`entropy_of_gram`: kernel @ z, or z @ kernel where n > d."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    z, kernel = z.to(dtype), kernel.to(dtype)
     with _full_precision(z):
         return kernel @ z if z.shape[-2] <= z.shape[-1] else z @ kernel
 
 
-def entropy_and_kernel(
-    z: Tensor, alpha: float, live: Tensor | None = None, normalize: bool = False, *, with_kernel: bool = True
+def entropy_of_gram(
+    gram: Tensor, alpha: float, shape: Sequence[int], *, with_kernel: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Entropy of each matrix, and the small symmetric matrix that turns ``z`` into its gradient.
+    """Entropy from the matrix of :func:`gram_matrix`, and the symmetric matrix that turns Z into its gradient.
 
     Args:
-        z: (..., n, d), masked rows already zero.
+        gram: (..., m, m).
         alpha: order of the entropy.
-        live: (...) number of rows that count, for ``normalize``; None = all n.
-        normalize: divide by log min(live, d).
+        shape: (n, d) of the matrices Z, for the rounding that is told from rank.
         with_kernel: False returns None for the kernel and saves its work.
 
     Returns:
-        The entropy (...) and the kernel (..., m, m) with m = min(n, d): dS/dz is ``kernel @ z`` where n <= d,
-        otherwise ``z @ kernel``. Where ``z`` is not finite, neither is the entropy.
+        The entropy (...) in nats and the kernel (..., m, m) = 2 dS/dK, both in the Gram matrix's dtype. Where the
+        Gram matrix is not finite, neither is the entropy.
     """
-    n, d = z.shape[-2:]
-    by_power = alpha == int(alpha) and 2 <= alpha <= _LARGEST_POWER if math.isfinite(alpha) else False
-    value_dtype = torch.promote_types(z.dtype, torch.float32)
-    # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
-    z = z.to(value_dtype if by_power else torch.float64)
-    with _full_precision(z):
-        gram = z @ z.mT if n <= d else z.mT @ z
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        # Below this the reciprocal overflows: such a matrix counts as zero.
-        zero = trace <= 8 * torch.finfo(trace.dtype).tiny
-        inverse = torch.where(zero, 0, trace.reciprocal())
-        rho = gram * inverse[..., None, None]
-        if by_power:
-            value, kernel = _by_power(rho, int(alpha), zero, with_kernel)
-        else:
-            value, kernel = _by_eigenvalues(rho, alpha, zero, with_kernel, _rank_tolerance(value_dtype, n, d))
-    scale = inverse if not normalize else inverse * _normalizer(inverse, live, n, d)
-    if normalize:
-        value = value * _normalizer(value, live, n, d)
-    if kernel is not None:
-        kernel = (kernel * scale[..., None, None]).to(value_dtype)
-    return value.to(value_dtype), kernel
+    # Normalized before it is squared, so that the range of scales is that of the trace itself. A trace whose
+    # reciprocal would overflow is raised to the smallest that does not.
+    inverse = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_(min=8 * torch.finfo(gram.dtype).tiny).reciprocal_()
+    rho = gram * inverse[..., None, None]
+    if _by_power(alpha):
+        value, kernel = _from_powers(rho, int(alpha), with_kernel)
+    else:
+        value, kernel = _from_eigenvalues(rho, alpha, with_kernel, _rank_tolerance(gram.dtype, *shape))
+    return value, None if kernel is None else kernel.mul_(inverse[..., None, None])
 
 
-def _by_power(rho: Tensor, alpha: int, zero: Tensor, with_kernel: bool) -> tuple[Tensor, Tensor | None]:
+def normalizer(like: Tensor, live: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """1 / log min(live rows, d) for matrices of ``shape`` (n, d), and 0 where one row or column leaves no entropy."""
+    n, d = shape
+    rows = torch.full_like(like, n) if live is None else live.to(like.dtype)
+    limit = rows.clamp(max=d).log()
+    return torch.where(limit > 0, limit.reciprocal(), 0)
+
+
+def _by_power(alpha: float) -> bool:
+    return 2 <= alpha <= _LARGEST_POWER and float(alpha).is_integer()
+
+
+def _from_powers(rho: Tensor, alpha: int, with_kernel: bool) -> tuple[Tensor, Tensor | None]:
     """S and tr(K) dS/dK * 2 for integer alpha >= 2, from matrix products alone."""
     power = rho if alpha == 2 else torch.linalg.matrix_power(rho, alpha - 1)
-    total = torch.where(zero, 1, (power * rho).sum((-2, -1)))
-    value = total.log().clamp(max=0).abs() / (alpha - 1)
+    total = (power * rho).sum((-2, -1))
+    # tr(rho^alpha) is at least m^(1 - alpha); below it there was no trace to normalize by: a matrix of zeros.
+    zero = total < 0.5 * max(rho.shape[-1], 1) ** (1 - alpha)
+    total = total.masked_fill_(zero, 1)
+    value = total.log().clamp_(max=0).abs_().div_(alpha - 1)
     if not with_kernel:
         return value, None
     factor = 2 * alpha / (alpha - 1)
@@ -138,16 +153,15 @@ def _by_power(rho: Tensor, alpha: int, zero: Tensor, with_kernel: bool) -> tuple
     return value, kernel
 
 
-def _by_eigenvalues(
-    rho: Tensor, alpha: float, zero: Tensor, with_kernel: bool, tolerance: float
-) -> tuple[Tensor, Tensor | None]:
+def _from_eigenvalues(rho: Tensor, alpha: float, with_kernel: bool, tolerance: float) -> tuple[Tensor, Tensor | None]:
     """S and tr(K) dS/dK * 2 for any alpha. Eigenvalues within rounding of zero count as zero."""
     if rho.shape[-1] == 0:
-        return torch.zeros_like(zero, dtype=rho.dtype), rho if with_kernel else None
+        return rho.new_zeros(rho.shape[:-2]), rho if with_kernel else None
     finite = rho.isfinite().all(-1).all(-1)
     # eigh raises on non-finite input, which would end a training run; such matrices come back as nan instead.
     p, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], rho, 0))
     largest = p[..., -1:]
+    zero = largest.squeeze(-1) < 0.5 / rho.shape[-1]  # there was no trace to normalize by
     support = p > tolerance * largest
     p = torch.where(support, p, 1)
     log_p = p.log()
@@ -180,13 +194,6 @@ def _rank_tolerance(dtype: torch.dtype, n: int, d: int) -> float:
     """Smallest eigenvalue, relative to the largest, that is told from rounding; `torch.linalg.matrix_rank`'s rule."""
     largest = max(n, d)
     return max((largest * torch.finfo(dtype).eps) ** 2, largest * torch.finfo(torch.float64).eps)
-
-
-def _normalizer(like: Tensor, live: Tensor | None, n: int, d: int) -> Tensor:
-    """1 / log min(live, d), and 0 where that is not defined (one row or feature has no entropy to divide)."""
-    rows = torch.full_like(like, n) if live is None else live.to(like.dtype)
-    limit = rows.clamp(max=d).log()
-    return torch.where(limit > 0, limit.reciprocal(), 0)
 
 
 def _full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -12,9 +12,6 @@ from typing import Any
 
 from .config import GateConfig
 
-# Part of a lasting rise that an exponential moving average shows after three time constants.
-_SHOWN_AFTER_THREE_TIME_CONSTANTS = 1 - math.exp(-3)
-
 
 class Phase(str, Enum):
     """What a training step follows."""
@@ -35,6 +32,7 @@ class _State:
 
     phase: str
     switches: int = 0
+    updates: int = 0  # smoothed: counted until the averages have settled
     stale: int = 0  # smoothed: updates since the watched average last improved
     loss: float | None = None  # smoothed: moving averages
     entropy: float | None = None
@@ -54,8 +52,9 @@ class PhaseGate:
     updates. In compression it watches the entropy, goes back when that has not improved for
     ``patience_compression`` updates, and at once when the loss rises by ``spike_tolerance`` over
     its level at the start of compression. Improvements are judged within the present phase.
-    The spike threshold is 95 % of the tolerance, the part of a rise that a moving average
+    The spike threshold is about 95 % of the tolerance, the part of a rise that a moving average
     shows after three time constants: a lasting rise beyond the tolerance ends compression by then.
+    During the first three time constants of a run there is no level to judge a rise against.
 
     `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
 
@@ -88,6 +87,7 @@ class PhaseGate:
         Non-finite values are ignored: the phase stays and nothing is remembered.
         """
         self.reason = None
+        loss, entropy = float(loss), float(entropy)  # a tensor or numpy number would stay in the state
         if self.config.frozen or not (math.isfinite(loss) and math.isfinite(entropy)):
             return self.phase
         rule = self._published if self.config.rule == "published" else self._smoothed
@@ -102,12 +102,13 @@ class PhaseGate:
         config, s = self.config, self._state
         s.loss = _average(s.loss, loss, config.smoothing)
         s.entropy = _average(s.entropy, entropy, config.smoothing)
-        if s.entry_loss is None:
-            s.entry_loss = s.loss
+        settling = _three_time_constants(config.smoothing)
+        if s.updates < settling:  # the averages still rest on few values: no level to judge a rise against
+            s.updates, s.entry_loss = s.updates + 1, s.loss
         compressing = s.phase == Phase.COMPRESSION.value
 
-        rise = s.loss - s.entry_loss
-        tolerated = config.spike_tolerance * _SHOWN_AFTER_THREE_TIME_CONSTANTS * abs(s.entry_loss)
+        entry = s.loss if s.entry_loss is None else s.entry_loss
+        tolerated = config.spike_tolerance * (1 - config.smoothing**settling) * abs(entry)
         watched, patience, reason = (
             (s.entropy, config.patience_compression, "compressed")
             if compressing
@@ -117,7 +118,7 @@ class PhaseGate:
             s.best, s.stale = watched, 0
         else:
             s.stale += 1
-        if compressing and rise > tolerated:
+        if compressing and s.loss - entry > tolerated:
             reason = "spike"
         elif s.stale < patience:
             return None
@@ -162,6 +163,11 @@ class PhaseGate:
 
 def _average(mean: float | None, value: float, decay: float) -> float:
     return value if mean is None else decay * mean + (1 - decay) * value
+
+
+def _three_time_constants(decay: float) -> int:
+    """Updates within three time constants of a moving average, at least one."""
+    return max(1, math.floor(-3 / math.log(decay))) if decay > 0 else 1
 
 
 def _gain(lowest: float | None, value: float) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Schedule = Callable[[int, int, int], list[float]]
 Reduction = Callable[[Tensor, Tensor], Tensor]
@@ -66,7 +67,7 @@ def valley(n: int, step: int, period: int) -> list[float]:
 
 def mountain(n: int, step: int, period: int) -> list[float]:
     """Most on both ends, least in the middle: the opposite of `valley`, for comparison."""
-    return [1.0 + max(i, n - 1 - i) - (n - 1) // 2 for i in range(n)]
+    return [1.0 + max(i, n - 1 - i) - n // 2 for i in range(n)]
 
 
 def slope(n: int, step: int, period: int) -> list[float]:
@@ -86,8 +87,11 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def reduce_entropies(name: str, entropies: Tensor, shares: Tensor) -> Tensor:
-    """One entropy from those of the layers.
+def reduction_coefficients(name: str, entropies: Tensor, shares: Tensor) -> Tensor:
+    """What each layer's entropy counts for in the one that is minimized.
+
+    Every reduction here is piecewise linear, so the reduced entropy is ``(coefficients * entropies).sum()`` and the
+    coefficients are its gradient.
 
     Args:
         name: a key of :data:`REDUCTIONS`.
@@ -95,51 +99,64 @@ def reduce_entropies(name: str, entropies: Tensor, shares: Tensor) -> Tensor:
         shares: (layers,), from :func:`schedule_shares`; a layer of share 0 takes no part in `mean`, `max` and `min`.
 
     Returns:
-        A scalar that is differentiable in ``entropies`` and at least 0.
+        (layers,)
     """
     return REDUCTIONS[name](entropies, shares)
 
 
 def mean(entropies: Tensor, shares: Tensor) -> Tensor:
     """The mean, weighted by share: the paper's choice."""
-    return (entropies * shares).sum()
+    return shares
 
 
 def maximum(entropies: Tensor, shares: Tensor) -> Tensor:
     """The highest: only the layer that is spread out most is compressed."""
-    return entropies.masked_fill(shares == 0, -torch.inf).max()
+    return _one_hot(entropies, entropies.masked_fill(shares == 0, -torch.inf).argmax())
 
 
 def minimum(entropies: Tensor, shares: Tensor) -> Tensor:
     """The lowest: one layer becomes the bottleneck, the others stay as they are."""
-    return entropies.masked_fill(shares == 0, torch.inf).min()
+    return _one_hot(entropies, entropies.masked_fill(shares == 0, torch.inf).argmin())
 
 
 def largest_drop(entropies: Tensor, shares: Tensor) -> Tensor:
     """The layer behind the steepest fall between neighbours: goes on where the network compresses by itself."""
     if len(entropies) == 1:
-        return entropies[0]
-    after = (entropies[:-1] - entropies[1:]).argmax() + 1
-    return entropies.gather(0, after.unsqueeze(0)).squeeze(0)
+        return torch.ones_like(entropies)
+    return _one_hot(entropies, (-entropies.diff()).argmax() + 1)
 
 
 def rises(entropies: Tensor, shares: Tensor) -> Tensor:
     """What the entropy gains from layer to layer: a profile that only falls with depth costs nothing."""
-    return entropies.diff().clamp(min=0).sum()
+    return _sum_of_steps((entropies.diff() > 0).to(entropies.dtype))
 
 
 def bottleneck(entropies: Tensor, shares: Tensor) -> Tensor:
     """The lowest layer and its neighbours, averaged: widens the bottleneck instead of sharpening one layer."""
-    position = torch.arange(len(entropies), device=entropies.device)
-    near = ((position - entropies.argmin()).abs() <= 1).to(entropies.dtype)
-    return (entropies * near).sum() / near.sum()
+    near = ((_positions(entropies) - entropies.argmin()).abs() <= 1).to(entropies.dtype)
+    return near / near.sum()
 
 
 def valley_shape(entropies: Tensor, shares: Tensor) -> Tensor:
     """The lowest layer plus every rise before it and every fall behind it: one valley, down and up again."""
-    step = entropies.diff()
-    before = torch.arange(len(step), device=entropies.device) < entropies.argmin()
-    return entropies.min() + torch.where(before, step, -step).clamp(min=0).sum()
+    lowest, step = entropies.argmin(), entropies.diff()
+    before = _positions(step) < lowest
+    rising = (before & (step > 0)).to(entropies.dtype)
+    falling = (~before & (step < 0)).to(entropies.dtype)
+    return _one_hot(entropies, lowest) + _sum_of_steps(rising - falling)
+
+
+def _one_hot(like: Tensor, index: Tensor) -> Tensor:
+    return (_positions(like) == index).to(like.dtype)
+
+
+def _positions(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
+
+
+def _sum_of_steps(steps: Tensor) -> Tensor:
+    """Coefficients of sum_i steps[i] * (s[i + 1] - s[i])."""
+    return F.pad(steps, (1, 0)) - F.pad(steps, (0, 1))
 
 
 REDUCTIONS: dict[str, Reduction] = {

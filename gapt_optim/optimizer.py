@@ -17,11 +17,11 @@ from .bases import Bases
 from .config import GAPTConfig
 from .distributed import group_of
 from .gate import Phase, PhaseGate
-from .layers import counted, reduce_entropies, schedule_shares
+from .layers import counted, reduction_coefficients, schedule_shares
 from .metrics import Observer, StepMetrics
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
-from .tap import TapMode
+from .tap import Grams, TapMode, entropies_of, link
 
 _STATE_KEY = "gapt"  # in the first parameter group of a state dict, where checkpoint tools carry it along
 _SILENT_STEPS = 10
@@ -146,16 +146,19 @@ class GAPTOptimizer(Optimizer):
                 f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
                 "reduce it first, for example with loss.mean()"
             )
-        captured = self._hook._take()
-        entropies = {name: entropy.to(loss.device) for name, (entropy, _) in captured.items()}
+        calls = self._hook._take()
+        flat = [call for of_layer in calls.values() for call in of_layer]
+        flows = self._mode.compress or self._mode.measure
+        values, kernels = entropies_of(flat, self.config.entropy, with_kernels=flows)
+        entropies = _layer_means(calls, [value.to(loss.device) for value in values])
         self._record.add(loss, entropies, self._group)
-        result = loss
-        if self._mode.compress:
-            result = result + (self.config.objective.weight * self._penalty(loss, entropies)).to(loss.dtype)
-        carriers = [carrier.to(loss.device) for _, carried in captured.values() for carrier in carried]
-        if carriers:  # zeros: they bring the scale of the whole loss to the taps
-            result = result + torch.stack(carriers).sum().to(loss.dtype)
-        return result
+        if not flows:
+            return loss
+        penalty, weights = self._penalty(loss.detach(), entropies)
+        of_call = [(name, len(of_layer)) for name, of_layer in calls.items() for _ in of_layer]
+        kernels = [kernel if n == 1 else kernel / n for kernel, (_, n) in zip(kernels, of_call, strict=True)]
+        result = loss + link(flat, kernels, torch.stack([weights[name] for name, _ in of_call])).to(loss.dtype)
+        return result + penalty.to(loss.dtype) if self._mode.compress else result
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -211,19 +214,27 @@ class GAPTOptimizer(Optimizer):
 
     # One step, in order
 
-    def _penalty(self, loss: Tensor, entropies: dict[str, Tensor]) -> Tensor:
-        """The entropy to minimize, 0 where it or the loss is not finite."""
+    def _penalty(self, loss: Tensor, entropies: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What compression adds to the loss, and the weight of each layer in it; 0 where anything is not finite."""
+        objective, layers = self.config.objective, self.config.layers
         present = [i for i, name in enumerate(self._counted) if name in entropies]
-        if not present:
-            return torch.zeros_like(loss)
+        zero = torch.zeros((), dtype=next(iter(entropies.values())).dtype, device=loss.device)
+        weights = dict.fromkeys(entropies, zero)
+        if not present or not self._mode.compress:
+            return zero, weights
         values = torch.stack([entropies[self._counted[i]] for i in present])
-        if self.config.objective.floor > 0:
-            values = values.clamp(min=self.config.objective.floor)
         shares = self._shares.to(device=values.device, dtype=values.dtype, non_blocking=True)
         if len(present) < len(self._counted):
-            shares = shares[present]
-        total = reduce_entropies(self.config.layers.reduce, values, shares)
-        return torch.where(total.isfinite() & loss.isfinite().reshape(()), total, 0)
+            shares = torch.stack([shares[i] for i in present])
+        coefficients = objective.weight * reduction_coefficients(layers.reduce, values, shares)
+        if objective.floor > 0:
+            values = values - objective.floor
+            coefficients = torch.where(values > 0, coefficients, 0)
+        total = (coefficients * values).sum()
+        finite = total.isfinite() & loss.isfinite().reshape(())
+        coefficients = torch.where(finite, coefficients, 0)
+        weights |= zip((self._counted[i] for i in present), coefficients.unbind(), strict=True)
+        return torch.where(finite, total, 0), weights
 
     def _start_reading(self) -> Callable[[], Reading] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
@@ -475,3 +486,13 @@ class GAPTOptimizer(Optimizer):
     def __repr__(self) -> str:
         bases = ", ".join(repr(base) for base in self._wrapped.all)
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
+
+
+def _layer_means(calls: dict[str, list[Grams]], values: list[Tensor]) -> dict[str, Tensor]:
+    """Mean over the calls of each layer, from one value per call in the same order."""
+    remaining = iter(values)
+    means = {}
+    for name, of_layer in calls.items():
+        own = [next(remaining) for _ in of_layer]
+        means[name] = own[0] if len(own) == 1 else torch.stack(own).mean()
+    return means

@@ -75,24 +75,24 @@ class StepRecord:
         parts = [self.sums] if group is not None or self.host_sums is None else []
         if group is not None:
             parts = [self.sums / torch.tensor([max(count, 1) for count in counts]).to(self.sums)]
-            parts.append(self.sums.new_full((1,), validation))
-            counts = [1] * len(counts)
+            # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
+            parts.append(torch.tensor([*(float(count > 0) for count in counts), validation]).to(self.sums))
         if statistics is not None:
             parts.append(statistics.reshape(-1).to(self.sums.dtype))
         device_values = HostCopy(mean_over_ranks(torch.cat(parts), group)) if parts else None
         host_sums = self.host_sums if group is None else None
-        ran = [name for name, count in zip(names, self.counts[1:], strict=True) if count]
 
         def read() -> Reading:
             values = (host_sums.read() if host_sums is not None else []) + (
                 device_values.read() if device_values is not None else []
             )
-            loss, *entropies = (values[i] / max(count, 1) for i, count in enumerate(counts))
-            rest = values[len(counts) :]
-            held_out = rest.pop(0) if group is not None else validation
+            size, divisors, held_out = len(counts), [float(count) for count in counts], validation
+            rest = values[size:]
+            if group is not None:
+                divisors, held_out, rest = rest[:size], rest[size], rest[size + 1 :]
             rows = [rest[i : i + PROBE_SIZE] for i in range(0, len(rest), PROBE_SIZE)]
-            by_name = {name: value for name, value in zip(names, entropies, strict=True) if name in ran}
-            return Reading(loss, by_name, held_out, rows)
+            entropies = {name: values[i] / divisors[i] for i, name in enumerate(names, 1) if divisors[i] > 0}
+            return Reading(values[0] / divisors[0], entropies, held_out, rows)
 
         return read
 

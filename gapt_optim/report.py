@@ -145,10 +145,8 @@ def draw_entropy_map(
     shown = {name: rows for name, run in runs.items() if (rows := _layer_rows(run))}
     if not shown:
         raise ValueError("no run holds layer entropies, so there is nothing to draw; pass runs trained with a hook")
-    everything = np.concatenate(
-        [np.array([list(layers.values()) for _, layers in rows]).ravel() for rows in shown.values()]
-    )
-    low, high = 0.0, float(np.nanpercentile(everything, 99.5))
+    every_value = [value for rows in shown.values() for _, layers in rows for value in layers.values()]
+    low, high = 0.0, float(np.nanpercentile(np.array(every_value, dtype=float), 99.5))
     with plt.rc_context(_style()):
         columns = len(shown)
         layers = len(next(iter(shown.values()))[0][1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import EntropyConfig
-from .tap import PROBE_SIZE, Tap, TapMode, entropy_of
+from .tap import PROBE_SIZE, Grams, Tap, TapMode, entropies_of, grams_of, live_rows, window_shape
 
 Layers: TypeAlias = "str | nn.Module | Iterable[str | nn.Module] | None"
 
@@ -57,7 +57,7 @@ class _Capture:
     """What the taps of one hook share. It refers to no module, so that it never keeps a model alive."""
 
     def __init__(self, names: list[str], pick_mask: Callable[[dict[str, Any]], Tensor | None] | None) -> None:
-        self.calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in names}
+        self.calls: dict[str, list[Grams]] = {name: [] for name in names}
         self.mode: TapMode | None = None  # None: no optimizer listens
         self.compressing: set[str] = set()  # layers that take part in compression
         self.measurement: Measurement | None = None
@@ -160,8 +160,8 @@ class RepresentationHook:
     def _set_mode(self, mode: TapMode, compressing: Iterable[str]) -> None:
         self._capture.mode, self._capture.compressing = mode, set(compressing)
 
-    def _take(self) -> dict[str, tuple[Tensor, list[Tensor]]]:
-        """Entropy (mean over calls) and scale carriers of each module that ran since the last call.
+    def _take(self) -> dict[str, list[Grams]]:
+        """What each module that ran since the last call left, one item per call of it.
 
         Raises RuntimeError when a module never ran, or none did, saying why where that is known.
         """
@@ -174,13 +174,7 @@ class RepresentationHook:
         if missing:
             raise RuntimeError(self._why_missing(missing))
         capture.calls.update({name: [] for name in taken})
-        return {
-            name: (
-                calls[0][0] if len(calls) == 1 else torch.stack([entropy for entropy, _ in calls]).mean(),
-                [carrier for _, carrier in calls if carrier is not None],
-            )
-            for name, calls in taken.items()
-        }
+        return taken
 
     def _drop(self) -> None:
         """Forget what was captured and not used."""
@@ -242,7 +236,9 @@ class _ModuleTap:
         if capture.measurement is not None:
             with torch.no_grad():
                 h = self.hidden(output)
-                capture.measurement.add(self.name, entropy_of(h, self.mask_for(h, False), capture.measurement.config))
+                config = capture.measurement.config
+                values, _ = entropies_of([grams_of(h, self.mask_for(h, False), config)], config, with_kernels=False)
+                capture.measurement.add(self.name, values[0])
             return None
         mode = capture.mode
         if mode is None:
@@ -257,18 +253,19 @@ class _ModuleTap:
         mask = self.mask_for(h, recomputing)
         if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
             if not recomputing:
-                capture.calls[self.name].append((entropy_of(h.detach(), mask, mode.entropy), None))
+                capture.calls[self.name].append(grams_of(h, mask, mode.entropy))
             return None
         if self.probe.device != h.device:
             self.probe = _make_probe(h.device)
-        entropy = mode.entropy
+        window = mode.entropy.window
         compress = mode.compress and self.name in capture.compressing
-        tapped, value, carrier = self.function.apply(
-            h, self.probe, mask, entropy.alpha, entropy.window, entropy.normalize,
-            compress, mode.measure, mode.combine, mode.max_ratio,
-        )  # fmt: skip
+        tapped, gram, carrier = self.function.apply(
+            h, self.probe, mask, mode.entropy.alpha, window, compress, mode.measure, mode.combine, mode.max_ratio
+        )
         if not recomputing:
-            capture.calls[self.name].append((value, carrier if mode.measure else None))
+            flows = compress or mode.measure
+            left = Grams(gram, live_rows(h, window, mask), window_shape(h, window), carrier if flows else None)
+            capture.calls[self.name].append(left)
         return _replace(output, h, tapped, self.name)
 
     def hidden(self, output: Any) -> Tensor:

@@ -1,10 +1,11 @@
-"""The tap: an identity on a hidden tensor that also gives its entropy, and its gradient's angle.
+"""The tap: an identity on a hidden tensor that hands its Gram matrices to the objective.
 
-Forward, a tapped tensor h becomes (h, S, t): h itself, its entropy S, and a zero t. The objective
-adds t to the loss and, in compression, S times its weight. Backward, the tap then receives
-three gradients: g for h, the weight of S, and for t the scale of the whole loss (of a GradScaler,
-of accumulation). It passes on g + (weight of S) * dS/dh in one pass, and leaves <g,d>, |g|² and |d|²
-as the gradient of the `probe`, a leaf of three numbers, so that they add up over micro-batches
+Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of its windows, and a
+zero t. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
+Backward, a tap then receives three gradients: g for h, the entropy's kernel for K, times the
+scale of the whole loss (of a GradScaler, of accumulation), and for t the weight that its entropy has in
+the objective. With d = kernel @ h it passes on g + weight * d, and leaves <g,d>, |g|² and |d|² as
+the gradient of the `probe`, a leaf of three numbers, so that they add up over micro-batches
 and need no Python in the backward.
 """
 
@@ -17,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import EntropyConfig
-from .entropy import apply_kernel, entropy_and_kernel, masked
+from .entropy import apply_kernel, entropy_of_gram, gram_matrix, masked, normalizer
 
 PROBE_SIZE = 3
 """Statistics per tap: <g,d>, |g|² and |d|², for the arriving gradient g and the entropy gradient d."""
 
 
 class TapMode(NamedTuple):
-    """What a tap does in this step. Constants, so that a compiled model specializes on them."""
+    """What taps do in this step. Constants, so that a compiled model specializes on them."""
 
     entropy: EntropyConfig
     compress: bool
@@ -35,8 +36,21 @@ class TapMode(NamedTuple):
     max_ratio: float
 
 
+class Grams(NamedTuple):
+    """What one call of a tapped module leaves for the objective."""
+
+    matrices: Tensor
+    """(windows, m, m)"""
+    live: Tensor | None
+    """(windows,) rows that count; None = all."""
+    shape: tuple[int, int]
+    """(rows, features) of a window."""
+    carrier: Tensor | None
+    """The zero t; None where nothing flows back."""
+
+
 class Tap(torch.autograd.Function):
-    """(h, probe, ...) -> (h, S, t). Saves h itself (no copy) and one small matrix per window."""
+    """(h, probe, ...) -> (h, K, t). Saves h itself, no copy, and nothing where nothing flows back."""
 
     @staticmethod
     def forward(
@@ -46,14 +60,13 @@ class Tap(torch.autograd.Function):
         mask: Tensor | None,
         alpha: float,
         window: int | None,
-        normalize: bool,
         compress: bool,
         measure: bool,
         combine: str,
         max_ratio: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, live = windows(h, window, mask)
-        entropy, kernel = _mean_entropy(z, live, alpha, normalize, with_kernel=compress or measure)
+        gram = gram_matrix(windows(h, window, mask), alpha)
+        carrier = h.new_zeros((), dtype=gram.dtype)
         ctx.window, ctx.compress, ctx.measure, ctx.combine, ctx.max_ratio = (
             window,
             compress,
@@ -61,45 +74,108 @@ class Tap(torch.autograd.Function):
             combine,
             max_ratio,
         )
-        ctx.mark_non_differentiable(*([] if compress else [entropy]))
-        if kernel is not None:
-            # Without this, one overflowing layer would put nan into every weight below it.
-            kernel = torch.where(entropy.isfinite(), kernel, 0)
-            ctx.save_for_backward(h, mask, kernel)
-        return h.view_as(h), entropy, entropy.new_zeros(())
+        if compress or measure:
+            ctx.save_for_backward(h, mask)
+        else:
+            ctx.mark_non_differentiable(gram, carrier)
+        return h.view_as(h), gram, carrier
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, kernel: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
         if not (ctx.compress or ctx.measure):
-            return (g, *[None] * 9)
-        h, mask, kernel = ctx.saved_tensors
-        z, _ = windows(h, ctx.window, mask)
-        d = from_windows(apply_kernel(kernel, z), h)
+            return (g, *[None] * 8)
+        h, mask = ctx.saved_tensors
+        d = from_windows(apply_kernel(kernel, windows(h, ctx.window, mask)), h)
+        wide, statistics = g.to(d.dtype), None
+        weight = weight.to(d.dtype)
         if ctx.compress:
+            # Without this, one overflowing layer would put nan into every weight below it.
             d = d.nan_to_num_(0.0, 0.0, 0.0)
-        statistics = None
         if ctx.measure or ctx.combine != "sum":
-            wide = g.to(d.dtype)
             gd, gg, dd = _dot(wide, d), _dot(wide, wide), _dot(d, d)
-            statistics = torch.stack((gd * scale, gg, dd * scale.square())) if ctx.measure else None
+            statistics = torch.stack((gd, gg, dd)) if ctx.measure else None
         if ctx.compress:
+            if ctx.combine == "cap":
+                weight = weight * _shrink_to(ctx.max_ratio, gg, dd * weight.square())
+            total = torch.addcmul(wide, d, weight)
             if ctx.combine == "project":
-                g = g + (d * weight - wide * _opposing_part(gd * weight, gg)).to(g.dtype)
-            else:
-                if ctx.combine == "cap":
-                    weight = weight * _shrink_to(ctx.max_ratio, gg, dd * weight.square())
-                g = g + d.mul_(weight).to(g.dtype)
-        return (g, statistics, *[None] * 8)
+                total.addcmul_(wide, -_opposing_part(gd * weight, gg))
+            g = total.to(g.dtype)
+        return (g, statistics, *[None] * 7)
 
 
-def entropy_of(h: Tensor, mask: Tensor | None, config: EntropyConfig) -> Tensor:
-    """Mean entropy over the windows of ``h``, values only."""
-    z, live = windows(h, config.window, mask)
-    return _mean_entropy(z, live, config.alpha, config.normalize, with_kernel=False)[0]
+class _Link(torch.autograd.Function):
+    """A zero whose gradient, the scale of the loss, sends each tap its kernel and its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, weights: Tensor, *tensors: Tensor) -> Tensor:
+        # tensors: n kernels, then the n matrices and the n carriers that the gradients go to
+        ctx.n = n
+        ctx.save_for_backward(weights, *tensors[:n])
+        return weights.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *kernels = ctx.saved_tensors
+        scaled = [kernel * scale.to(kernel) for kernel in kernels]
+        each = [weight.to(kernel) for weight, kernel in zip(weights.unbind(), kernels, strict=True)]
+        return (None, None, *[None] * ctx.n, *scaled, *each)
 
 
-def windows(h: Tensor, window: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_kernels: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The entropy of each call, a mean over its windows, and the kernels of those means.
+
+    Calls of equal shape are computed as one batch: the matrices are so small that it is the number of operations
+    that costs.
+    """
+    values: list[Tensor] = [torch.empty(0)] * len(calls)
+    kernels: list[Tensor] = [torch.empty(0)] * (len(calls) if with_kernels else 0)
+    alike: dict[Any, list[int]] = {}
+    for i, call in enumerate(calls):
+        matrices = call.matrices
+        key = (matrices.shape, call.shape, call.live is None, matrices.dtype, matrices.device)
+        alike.setdefault(key, []).append(i)
+    for members in alike.values():
+        first = calls[members[0]]
+        grams = first.matrices.unsqueeze(0) if len(members) == 1 else torch.stack([calls[i].matrices for i in members])
+        live = None
+        if first.live is not None:
+            live = torch.stack([live for live in (calls[i].live for i in members) if live is not None])
+        value, kernel = _mean_entropy(grams.detach(), live, first.shape, config, with_kernels)
+        for i, one in zip(members, value.unbind(), strict=True):
+            values[i] = one
+        if kernel is not None:
+            for i, one in zip(members, kernel.unbind(), strict=True):
+                kernels[i] = one
+    return values, kernels
+
+
+def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor) -> Tensor:
+    """A zero to add to the loss: it carries the entropy gradients of all calls to their taps.
+
+    Args:
+        calls: what the taps left; calls that nothing flows back to are passed over.
+        kernels: one per call.
+        weights: (calls,) weight of each call's entropy in the objective.
+    """
+    flowing = [i for i, call in enumerate(calls) if call.carrier is not None]
+    if len(flowing) < len(calls):
+        weights = weights[flowing]
+    carriers = [carrier for carrier in (call.carrier for call in calls) if carrier is not None]
+    matrices = [calls[i].matrices for i in flowing]
+    zero: Tensor = _Link.apply(len(flowing), weights, *(kernels[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]
+    return zero
+
+
+def grams_of(h: Tensor, mask: Tensor | None, config: EntropyConfig) -> Grams:
+    """What a tap leaves when nothing flows back: in evaluation, or above frozen layers."""
+    z = windows(h.detach(), config.window, mask)
+    return Grams(gram_matrix(z, config.alpha), live_rows(h, config.window, mask), window_shape(h, config.window), None)
+
+
+def windows(h: Tensor, window: int | None, mask: Tensor | None) -> Tensor:
     """Cut a hidden tensor into matrices of ``window`` consecutive rows.
 
     Args:
@@ -109,19 +185,30 @@ def windows(h: Tensor, window: int | None, mask: Tensor | None) -> tuple[Tensor,
         mask: (batch, seq) bool, true where a token counts.
 
     Returns:
-        z (matrices, window, d), short tails and masked rows filled with zeros, and the number of live
-        rows of each matrix (matrices,), None where all are live.
+        (windows, rows, d), with short tails and masked rows filled with zeros.
     """
     rows = h.unsqueeze(0) if h.ndim == 2 else h if h.ndim == 3 else h.flatten(2).mT
-    batch, length, features = rows.shape
-    size = length if window is None else min(window, length)
-    tail = -length % size if size else 0
+    size, features = window_shape(h, window)
+    tail = -rows.shape[1] % size if size else 0
     rows = masked(rows, mask)
+    return (F.pad(rows, (0, 0, 0, tail)) if tail else rows).reshape(-1, size, features)
+
+
+def window_shape(h: Tensor, window: int | None) -> tuple[int, int]:
+    """(rows, features) of the windows of ``h``: a sequence shorter than a window is one window."""
+    length, features = (h[0, 0].numel(), h.shape[1]) if h.ndim > 3 else h.shape[-2:]
+    return length if window is None else min(window, length), features
+
+
+def live_rows(h: Tensor, window: int | None, mask: Tensor | None) -> Tensor | None:
+    """Rows that count in each window, (windows,); None where all do."""
+    batch, length = (1, h.shape[0]) if h.ndim == 2 else (h.shape[0], h.shape[1] if h.ndim == 3 else h[0, 0].numel())
+    size, _ = window_shape(h, window)
+    tail = -length % size if size else 0
     if not tail and mask is None:
-        return rows.reshape(-1, size, features), None
+        return None
     live = torch.ones(batch, length, dtype=torch.bool, device=h.device) if mask is None else mask
-    z = F.pad(rows, (0, 0, 0, tail)).reshape(-1, size, features)
-    return z, F.pad(live, (0, tail)).reshape(-1, size).sum(-1)
+    return F.pad(live, (0, tail)).reshape(-1, size).sum(-1)
 
 
 def from_windows(z: Tensor, like: Tensor) -> Tensor:
@@ -135,15 +222,19 @@ def from_windows(z: Tensor, like: Tensor) -> Tensor:
 
 
 def _mean_entropy(
-    z: Tensor, live: Tensor | None, alpha: float, normalize: bool, *, with_kernel: bool
+    grams: Tensor, live: Tensor | None, shape: tuple[int, int], config: EntropyConfig, with_kernel: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean over the windows that have a live row; the kernel is that of the mean."""
-    values, kernel = entropy_and_kernel(z, alpha, live, normalize, with_kernel=with_kernel)
+    """Mean entropy over the windows with a live row (calls,), and its kernels, from (calls, windows, m, m)."""
+    values, kernel = entropy_of_gram(grams, config.alpha, shape, with_kernel=with_kernel)
+    if config.normalize:
+        scale = normalizer(values, live, shape)
+        values = values * scale
+        kernel = None if kernel is None else kernel * scale[..., None, None]
     if live is None:
-        return values.mean(), None if kernel is None else kernel / values.numel()
+        return values.mean(-1), None if kernel is None else kernel.div_(values.shape[-1])
     share = (live > 0).to(values.dtype)
-    share = share / share.sum().clamp(min=1)
-    return (values * share).sum(), None if kernel is None else kernel * share[:, None, None]
+    share = share / share.sum(-1, keepdim=True).clamp(min=1)
+    return (values * share).sum(-1), None if kernel is None else kernel.mul_(share[..., None, None])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
