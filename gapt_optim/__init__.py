@@ -1,7 +1,7 @@
 """Memorization-compression cycles for any PyTorch training loop."""
 
 from ._version import __version__
-from .alignment import Alignment, Angle
+from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
 from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
 from .entropy import matrix_entropy
 from .gate import Phase, PhaseGate
@@ -27,5 +27,7 @@ __all__ = [
     "StepMetrics",
     "TensorBoard",
     "__version__",
+    "gradient_alignment",
+    "gradient_cosines",
     "matrix_entropy",
 ]

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Parameters: TypeAlias = Iterable[Tensor | tuple[str, Tensor]]
+"""Tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,18 @@ class Angle:
 
 @dataclass(frozen=True)
 class Alignment(Angle):
-    """The angle over everything, and per layer."""
+    """The angle over everything, and in parts."""
 
     layers: dict[str, Angle] = field(default_factory=dict)
+    """Per tapped layer."""
+    parameters: dict[str, Angle] = field(default_factory=dict)
+    """Per parameter tensor that both losses reach (parameter space only)."""
+    shared: int | None = None
+    """Parameter tensors that both losses reach; the angle is over these (parameter space only)."""
+    only_loss: int | None = None
+    """Parameter tensors that only the first loss reaches."""
+    only_entropy: int | None = None
+    """Parameter tensors that only the second loss, the entropy, reaches."""
 
 
 def activation_alignment(names: Sequence[str], statistics: Sequence[Sequence[float]]) -> Alignment | None:
@@ -48,7 +64,112 @@ def activation_alignment(names: Sequence[str], statistics: Sequence[Sequence[flo
         return None
     # d is the gradient of one layer's entropy; the mean over n layers has 1/n of it.
     share = 1 / len(names)
-    gd, gg, dd = (math.fsum(column) for column in zip(*statistics, strict=True))
-    overall = Angle.of(gd * share, gg, dd * share * share)
+    gd, gg, dd = _totals(statistics)
     layers = {name: Angle.of(*row) for name, row in zip(names, statistics, strict=True)}
-    return Alignment(overall.cosine, overall.projection, overall.loss_norm, overall.entropy_norm, layers)
+    return _alignment(Angle.of(gd * share, gg, dd * share * share), layers=layers)
+
+
+def parameter_alignment(
+    names: Sequence[str],
+    reached: Sequence[tuple[bool, bool]],
+    statistics: Sequence[Sequence[float]],
+    layers: Sequence[str],
+) -> Alignment:
+    """Alignment from each parameter tensor's <g,d>, |g|² and |d|².
+
+    Args:
+        names: of the parameters.
+        reached: per parameter, whether the loss and whether the entropy reaches it.
+        statistics: three numbers per parameter, ignored where not both reach it.
+        layers: names of modules; a layer's parameters are those whose names begin with its own.
+    """
+    shared = {name: row for name, both, row in zip(names, reached, statistics, strict=True) if both == (True, True)}
+    in_layer = {layer: [row for name, row in shared.items() if name.startswith(layer + ".")] for layer in layers}
+    return _alignment(
+        Angle.of(*_totals(list(shared.values()))),
+        layers={layer: Angle.of(*_totals(rows)) for layer, rows in in_layer.items() if rows},
+        parameters={name: Angle.of(*row) for name, row in shared.items()},
+        shared=len(shared),
+        only_loss=sum(both == (True, False) for both in reached),
+        only_entropy=sum(both == (False, True) for both in reached),
+    )
+
+
+def gradient_alignment(loss_a: Tensor, loss_b: Tensor, parameters: Parameters) -> Alignment:
+    """Angle between the gradients of two losses of any kind.
+
+    Neither ``.grad`` nor the graph is touched, so both losses can still be differentiated. Takes two backward
+    passes and the memory of both gradients.
+
+    Args:
+        loss_a, loss_b: scalars.
+        parameters: tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them. Those that do not
+            require a gradient are passed over.
+
+    Returns:
+        Cosine, norms and projection of b's gradient on a's, over the parameters that both losses reach and for each.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
+    named = _named(parameters)
+    gradients = [
+        torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        for loss in (loss_a, loss_b)
+    ]
+    reached = [(a is not None, b is not None) for a, b in zip(*gradients, strict=True)]
+    return parameter_alignment(list(named), reached, dots(*gradients).tolist(), ())
+
+
+def gradient_cosines(losses: Sequence[Tensor], parameters: Parameters) -> list[list[float | None]]:
+    """Cosines between the gradients of several losses, for example of one loss on several micro-batches.
+
+    With ``[*cross_entropies, *entropies]`` of n micro-batches, the blocks of the result are the CE-CE, CE-MBE and
+    MBE-MBE cosines of arXiv 2505.08727. Takes one backward pass and the memory of a gradient per loss.
+
+    Args:
+        losses: scalars.
+        parameters: as for :func:`gradient_alignment`. A parameter that a loss does not reach counts as zero.
+
+    Returns:
+        A symmetric table, None where a gradient is zero.
+    """
+    named = _named(parameters)
+    gradients = [
+        torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True) for loss in losses
+    ]
+    gram = [[math.fsum(dots(a, b)[:, 0].tolist()) for b in gradients[: i + 1]] for i, a in enumerate(gradients)]
+    lower = [[Angle.of(gram[i][j], gram[i][i], gram[j][j]).cosine for j in range(i + 1)] for i in range(len(losses))]
+    return [[lower[max(i, j)][min(i, j)] for j in range(len(losses))] for i in range(len(losses))]
+
+
+def dots(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Tensor:
+    """<a,b>, |a|² and |b|² of each pair, (pairs, 3); zeros where one is None."""
+    device = next((t.device for t in (*first, *second) if t is not None), torch.device("cpu"))
+    rows = []
+    for a, b in zip(first, second, strict=True):
+        if a is None or b is None:
+            rows.append(torch.zeros(3, device=device))
+            continue
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        x, y = (t.detach().to_dense().to(dtype).reshape(-1) for t in (a, b))
+        rows.append(torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y))).to(device))
+    dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
+    return torch.stack([row.to(dtype) for row in rows])
+
+
+def _named(parameters: Parameters) -> dict[str, Tensor]:
+    pairs = [(str(i), item) if isinstance(item, Tensor) else item for i, item in enumerate(list(parameters))]
+    named = {name: parameter for name, parameter in pairs if parameter.requires_grad}
+    if not named:
+        raise ValueError("parameters holds no tensor that requires a gradient; pass model.parameters()")
+    return named
+
+
+def _totals(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    gd, gg, dd = (sum(column) for column in zip(*rows, strict=True)) if rows else (0.0, 0.0, 0.0)
+    return gd, gg, dd
+
+
+def _alignment(overall: Angle, **parts: Any) -> Alignment:
+    return Alignment(overall.cosine, overall.projection, overall.loss_norm, overall.entropy_norm, **parts)

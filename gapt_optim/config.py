@@ -144,6 +144,10 @@ class AlignmentConfig(_Section):
     parameter_every: int = Field(0, ge=0)
     """Measure between parameter gradients every so many optimizer steps; 0 = never."""
 
+    parameter_streaming: bool = False
+    """Hold the entropy gradient of one parameter at a time instead of a buffer of all. Measures the first
+    micro-batch of the step; for one process, and objectives with reduce="mean", schedule="all", combine="sum"."""
+
     project_parameters: bool = False
     """On the steps that measure, remove from the parameters' entropy gradient the part that
     points against the loss gradient. Changes the run; needs parameter_every > 0."""
@@ -152,6 +156,8 @@ class AlignmentConfig(_Section):
     def _project_needs_measurement(self) -> AlignmentConfig:
         if self.project_parameters and self.parameter_every == 0:
             raise ValueError("project_parameters=True needs parameter_every > 0: it acts on the steps that measure")
+        if self.project_parameters and self.parameter_streaming:
+            raise ValueError("project_parameters=True needs the whole entropy gradient: set parameter_streaming=False")
         return self
 
 
@@ -163,3 +169,20 @@ class GAPTConfig(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     layers: LayerConfig = LayerConfig()
     alignment: AlignmentConfig = AlignmentConfig()
+
+    @property
+    def plain_objective(self) -> bool:
+        """The objective is loss + weight * mean entropy of the layers that count, with nothing left out."""
+        layers, objective = self.layers, self.objective
+        plain = layers.schedule == "all" and layers.reduce == "mean"
+        return plain and objective.combine == "sum" and objective.floor == 0
+
+    @model_validator(mode="after")
+    def _parameters_need_a_plain_objective(self) -> GAPTConfig:
+        for name in ("parameter_streaming", "project_parameters"):
+            if getattr(self.alignment, name) and not self.plain_objective:
+                raise ValueError(
+                    f'alignment.{name}=True needs layers.schedule="all", layers.reduce="mean", objective.combine="sum" '
+                    "and objective.floor=0"
+                )
+        return self

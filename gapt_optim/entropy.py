@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Orders up to this are taken by matrix products. Beyond, powers of small eigenvalues leave float32's range.
 _LARGEST_POWER = 8
@@ -63,7 +64,7 @@ class _MatrixEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, alpha: float, mask: Tensor | None, normalize: bool) -> Tensor:
         gram = gram_matrix(masked(z, mask), alpha)
-        value, kernel = entropy_of_gram(gram, alpha, z.shape[-2:], with_kernel=ctx.needs_input_grad[0])
+        value, kernel = entropy_of_gram(gram, alpha, z.shape[-2:], z.dtype, with_kernel=ctx.needs_input_grad[0])
         if normalize:
             scale = normalizer(value, None if mask is None else mask.sum(-1), z.shape[-2:])
             value, kernel = value * scale, None if kernel is None else kernel * scale[..., None, None]
@@ -71,11 +72,21 @@ class _MatrixEntropy(torch.autograd.Function):
         return value.to(torch.promote_types(z.dtype, torch.float32))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, mask, kernel = ctx.saved_tensors
-        gradient = apply_kernel(kernel * grad[..., None, None], masked(z, mask))
-        return gradient.to(z.dtype), None, None, None
+        return _Gradient.apply(z, grad, mask, kernel), None, None, None  # type: ignore[no-untyped-call]
+
+
+class _Gradient(torch.autograd.Function):
+    """dS/dZ, tied to Z: once_differentiable would let it pass for a constant where ``grad`` is one."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, grad: Tensor, mask: Tensor | None, kernel: Tensor) -> Tensor:
+        return apply_kernel(kernel * grad[..., None, None], masked(z, mask)).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("matrix_entropy is differentiable once; its gradient was differentiated again")
 
 
 def masked(z: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,34 +105,37 @@ def gram_matrix(z: Tensor, alpha: float) -> Tensor:
 def apply_kernel(kernel: Tensor, z: Tensor) -> Tensor:
     """dS/dZ from the kernel of :func:`entropy_of_gram`: kernel @ z, or z @ kernel where n > d."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    z, kernel = z.to(dtype), kernel.to(dtype)
+    z = z.to(kernel.dtype)  # a kernel of order 1 / |z|² may lie outside of float32 where the gradient does not
     with _full_precision(z):
-        return kernel @ z if z.shape[-2] <= z.shape[-1] else z @ kernel
+        return (kernel @ z if z.shape[-2] <= z.shape[-1] else z @ kernel).to(dtype)
 
 
 def entropy_of_gram(
-    gram: Tensor, alpha: float, shape: Sequence[int], *, with_kernel: bool
+    gram: Tensor, alpha: float, shape: Sequence[int], dtype: torch.dtype, *, with_kernel: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Entropy from the matrix of :func:`gram_matrix`, and the symmetric matrix that turns Z into its gradient.
 
     Args:
         gram: (..., m, m).
         alpha: order of the entropy.
-        shape: (n, d) of the matrices Z, for the rounding that is told from rank.
+        shape: (n, d) of the matrices Z; with ``dtype``, it tells rank from rounding.
+        dtype: that of Z.
         with_kernel: False returns None for the kernel and saves its work.
 
     Returns:
         The entropy (...) in nats and the kernel (..., m, m) = 2 dS/dK, both in the Gram matrix's dtype. Where the
         Gram matrix is not finite, neither is the entropy.
     """
-    # Normalized before it is squared, so that the range of scales is that of the trace itself. A trace whose
-    # reciprocal would overflow is raised to the smallest that does not.
-    inverse = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_(min=8 * torch.finfo(gram.dtype).tiny).reciprocal_()
+    # Normalized before it is squared, so that the range of scales is that of the trace itself. A matrix whose
+    # trace has no reciprocal counts as zero.
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    inverse = F.threshold_(trace, 8 * torch.finfo(gram.dtype).tiny, math.inf).reciprocal_()
     rho = gram * inverse[..., None, None]
-    if _by_power(alpha):
-        value, kernel = _from_powers(rho, int(alpha), with_kernel)
-    else:
-        value, kernel = _from_eigenvalues(rho, alpha, with_kernel, _rank_tolerance(gram.dtype, *shape))
+    with _full_precision(gram):
+        if _by_power(alpha):
+            value, kernel = _from_powers(rho, int(alpha), with_kernel)
+        else:
+            value, kernel = _from_eigenvalues(rho, alpha, with_kernel, _rank_tolerance(dtype, *shape))
     return value, None if kernel is None else kernel.mul_(inverse[..., None, None])
 
 
@@ -160,6 +174,8 @@ def _from_eigenvalues(rho: Tensor, alpha: float, with_kernel: bool, tolerance: f
     finite = rho.isfinite().all(-1).all(-1)
     # eigh raises on non-finite input, which would end a training run; such matrices come back as nan instead.
     p, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], rho, 0))
+    # A row of zeros has no part in a direction, but for rounding.
+    vectors = torch.where(rho.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 0, vectors, 0)
     largest = p[..., -1:]
     zero = largest.squeeze(-1) < 0.5 / rho.shape[-1]  # there was no trace to normalize by
     support = p > tolerance * largest
@@ -192,8 +208,8 @@ def _from_eigenvalues(rho: Tensor, alpha: float, with_kernel: bool, tolerance: f
 
 def _rank_tolerance(dtype: torch.dtype, n: int, d: int) -> float:
     """Smallest eigenvalue, relative to the largest, that is told from rounding; `torch.linalg.matrix_rank`'s rule."""
-    largest = max(n, d)
-    return max((largest * torch.finfo(dtype).eps) ** 2, largest * torch.finfo(torch.float64).eps)
+    largest, eps = max(n, d), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return max((largest * eps) ** 2, largest * torch.finfo(torch.float64).eps)
 
 
 def _full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:

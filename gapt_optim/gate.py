@@ -32,7 +32,7 @@ class _State:
 
     phase: str
     switches: int = 0
-    updates: int = 0  # smoothed: counted until the averages have settled
+    updates: int = 0  # smoothed: counted in the first phase, until its entry_loss has settled
     stale: int = 0  # smoothed: updates since the watched average last improved
     loss: float | None = None  # smoothed: moving averages
     entropy: float | None = None
@@ -54,7 +54,7 @@ class PhaseGate:
     its level at the start of compression. Improvements are judged within the present phase.
     The spike threshold is about 95 % of the tolerance, the part of a rise that a moving average
     shows after three time constants: a lasting rise beyond the tolerance ends compression by then.
-    During the first three time constants of a run there is no level to judge a rise against.
+    A run that starts in compression takes its level from the first two time constants.
 
     `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
 
@@ -102,13 +102,14 @@ class PhaseGate:
         config, s = self.config, self._state
         s.loss = _average(s.loss, loss, config.smoothing)
         s.entropy = _average(s.entropy, entropy, config.smoothing)
-        settling = _three_time_constants(config.smoothing)
-        if s.updates < settling:  # the averages still rest on few values: no level to judge a rise against
+        if s.switches == 0 and s.updates < _updates_within(2, config.smoothing):
+            # A run that starts in compression has no level yet: a single noisy loss is none to judge a rise against.
             s.updates, s.entry_loss = s.updates + 1, s.loss
         compressing = s.phase == Phase.COMPRESSION.value
 
         entry = s.loss if s.entry_loss is None else s.entry_loss
-        tolerated = config.spike_tolerance * (1 - config.smoothing**settling) * abs(entry)
+        shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
+        tolerated = config.spike_tolerance * shown * abs(entry)
         watched, patience, reason = (
             (s.entropy, config.patience_compression, "compressed")
             if compressing
@@ -165,9 +166,9 @@ def _average(mean: float | None, value: float, decay: float) -> float:
     return value if mean is None else decay * mean + (1 - decay) * value
 
 
-def _three_time_constants(decay: float) -> int:
-    """Updates within three time constants of a moving average, at least one."""
-    return max(1, math.floor(-3 / math.log(decay))) if decay > 0 else 1
+def _updates_within(time_constants: float, decay: float) -> int:
+    """Whole updates within so many time constants of a moving average, at least one."""
+    return max(1, math.floor(-time_constants / math.log(decay))) if decay > 0 else 1
 
 
 def _gain(lowest: float | None, value: float) -> float:

@@ -19,6 +19,7 @@ from .distributed import group_of
 from .gate import Phase, PhaseGate
 from .layers import counted, reduction_coefficients, schedule_shares
 from .metrics import Observer, StepMetrics
+from .parameter_alignment import ParameterMeasurement, Plan
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
 from .tap import Grams, TapMode, entropies_of, link
@@ -98,6 +99,8 @@ class GAPTOptimizer(Optimizer):
         self._metrics: StepMetrics | None = None
         self._validation: list[float] = []
         self._record = StepRecord(hook.names)
+        self._measurement: ParameterMeasurement | None = None
+        self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
         self._forget_step()
         self._prepare_step()
 
@@ -154,11 +157,19 @@ class GAPTOptimizer(Optimizer):
         self._record.add(loss, entropies, self._group)
         if not flows:
             return loss
-        penalty, weights = self._penalty(loss.detach(), entropies)
+        compressing = self.phase is Phase.COMPRESSION
+        zero = torch.zeros_like(next(iter(entropies.values())))
+        penalty, weights = self._penalty(loss.detach(), entropies) if compressing else (zero, {})
         of_call = [(name, len(of_layer)) for name, of_layer in calls.items() for _ in of_layer]
         kernels = [kernel if n == 1 else kernel / n for kernel, (_, n) in zip(kernels, of_call, strict=True)]
-        result = loss + link(flat, kernels, torch.stack([weights[name] for name, _ in of_call])).to(loss.dtype)
-        return result + penalty.to(loss.dtype) if self._mode.compress else result
+        result = loss + link(flat, kernels, torch.stack([weights.get(name, zero) for name, _ in of_call])).to(
+            loss.dtype
+        )
+        if self._measurement is not None and any(call.carrier is not None for call in flat):
+            share = torch.ones_like(zero) / len(self._counted)
+            shares = torch.stack([share if name in self._counted else zero for name, _ in of_call])
+            self._mean_entropy = link(flat, kernels, shares, alone=True)
+        return result + penalty.to(loss.dtype) if compressing else result
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -168,7 +179,12 @@ class GAPTOptimizer(Optimizer):
             scale: factor on what is differentiated: 1 / micro-batches, or a GradScaler's ``get_scale()``.
         """
         total = self.objective(loss)
-        (total if isinstance(scale, float) and scale == 1.0 else total * scale).backward()  # type: ignore[no-untyped-call]
+        total = total if isinstance(scale, float) and scale == 1.0 else total * scale
+        if self._measurement is not None and self._mean_entropy is not None:
+            self._measurement.backward(total, loss * scale, self._mean_entropy * scale)
+            self._mean_entropy = None
+        else:
+            total.backward()  # type: ignore[no-untyped-call]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, then let the gate choose the phase of the next step.
@@ -187,6 +203,7 @@ class GAPTOptimizer(Optimizer):
         result = self._step_bases(closure)
         if self._skipped_by_scaler():
             self._forget_step()
+            self._prepare_step()
             return result
         if closure is not None:
             reading = self._start_reading()
@@ -218,10 +235,8 @@ class GAPTOptimizer(Optimizer):
         """What compression adds to the loss, and the weight of each layer in it; 0 where anything is not finite."""
         objective, layers = self.config.objective, self.config.layers
         present = [i for i, name in enumerate(self._counted) if name in entropies]
-        zero = torch.zeros((), dtype=next(iter(entropies.values())).dtype, device=loss.device)
-        weights = dict.fromkeys(entropies, zero)
-        if not present or not self._mode.compress:
-            return zero, weights
+        if not present:
+            return torch.zeros_like(loss), {}
         values = torch.stack([entropies[self._counted[i]] for i in present])
         shares = self._shares.to(device=values.device, dtype=values.dtype, non_blocking=True)
         if len(present) < len(self._counted):
@@ -233,8 +248,8 @@ class GAPTOptimizer(Optimizer):
         total = (coefficients * values).sum()
         finite = total.isfinite() & loss.isfinite().reshape(())
         coefficients = torch.where(finite, coefficients, 0)
-        weights |= zip((self._counted[i] for i in present), coefficients.unbind(), strict=True)
-        return torch.where(finite, total, 0), weights
+        weights = zip((self._counted[i] for i in present), coefficients.unbind(), strict=True)
+        return torch.where(finite, total, 0), dict(weights)
 
     def _start_reading(self) -> Callable[[], Reading] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
@@ -282,6 +297,7 @@ class GAPTOptimizer(Optimizer):
         if finite:
             self._judge(loss, entropy, validation)
         reason = self._gate.reason if self._gate.phase is not phase else None
+        parameter_alignment = self._measurement.finish() if self._measurement is not None else None
         self._prepare_step()
         self._metrics = StepMetrics(
             step=self._steps,
@@ -292,6 +308,7 @@ class GAPTOptimizer(Optimizer):
             entropy=entropy,
             layer_entropy=entropies,
             alignment=activation_alignment(self._hook.names, statistics) if statistics else None,
+            parameter_alignment=parameter_alignment() if parameter_alignment is not None else None,
             validation_loss=None if math.isnan(validation) else validation,
             switches=self._gate.switches,
             compression_steps=self._compression_steps,
@@ -317,18 +334,41 @@ class GAPTOptimizer(Optimizer):
     def _prepare_step(self) -> None:
         """Tell the taps what the next step does."""
         config = self.config
+        every = config.alignment.parameter_every
+        self._measurement = ParameterMeasurement(self._plan()) if every and self._steps % every == 0 else None
+        self._mean_entropy = None
         self._mode = TapMode(
             entropy=config.entropy,
-            compress=self._gate.phase is Phase.COMPRESSION,
+            compress=self._gate.phase is Phase.COMPRESSION or self._measurement is not None,
             measure=config.alignment.activation,
             combine=config.objective.combine,
             max_ratio=config.objective.max_ratio,
         )
         layers = config.layers
         shares = schedule_shares(layers.schedule, len(self._counted), self._compression_steps, layers.period)
-        self._shares = torch.tensor(shares)
+        self._shares = torch.tensor(shares, dtype=torch.float64)
         self._group = group_of(self._process_group)
         self._hook._set_mode(self._mode, self._counted)
+
+    def _plan(self) -> Plan:
+        config = self.config
+        model = self._hook._model()
+        names = {} if model is None else {parameter: name for name, parameter in model.named_parameters()}
+        parameters = {
+            names.get(parameter, f"param_groups[{i}].params[{j}]"): parameter
+            for i, group in enumerate(self.param_groups)
+            for j, parameter in enumerate(group["params"])
+            if parameter.requires_grad
+        }
+        return Plan(
+            parameters=parameters,
+            layers=self._hook.names,
+            weight=config.objective.weight if self._gate.phase is Phase.COMPRESSION else 0.0,
+            separable=config.plain_objective or self._gate.phase is Phase.MEMORIZATION,
+            streaming=config.alignment.parameter_streaming,
+            project=config.alignment.project_parameters and self._gate.phase is Phase.COMPRESSION,
+            group=group_of(self._process_group),
+        )
 
     def _note_silent_step(self) -> None:
         self._silent_steps += 1

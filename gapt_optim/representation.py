@@ -264,7 +264,7 @@ class _ModuleTap:
         )
         if not recomputing:
             flows = compress or mode.measure
-            left = Grams(gram, live_rows(h, window, mask), window_shape(h, window), carrier if flows else None)
+            left = Grams(gram, live_rows(h, window, mask), window_shape(h, window), h.dtype, carrier if flows else None)
             capture.calls[self.name].append(left)
         return _replace(output, h, tapped, self.name)
 

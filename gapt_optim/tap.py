@@ -4,9 +4,10 @@ Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of i
 zero t. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
 Backward, a tap then receives three gradients: g for h, the entropy's kernel for K, times the
 scale of the whole loss (of a GradScaler, of accumulation), and for t the weight that its entropy has in
-the objective. With d = kernel @ h it passes on g + weight * d, and leaves <g,d>, |g|² and |d|² as
-the gradient of the `probe`, a leaf of three numbers, so that they add up over micro-batches
-and need no Python in the backward.
+the objective and whether entropies are differentiated alone, without a loss to combine with. With
+d = kernel @ h it passes on g + weight * d, and leaves <g,d>, |g|² and |d|² as the gradient of the
+`probe`, a leaf of three numbers, so that they add up over micro-batches and need no Python in
+the backward.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Grams(NamedTuple):
     """(windows,) rows that count; None = all."""
     shape: tuple[int, int]
     """(rows, features) of a window."""
+    dtype: torch.dtype
+    """Of the hidden tensor."""
     carrier: Tensor | None
     """The zero t; None where nothing flows back."""
 
@@ -66,7 +69,7 @@ class Tap(torch.autograd.Function):
         max_ratio: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gram = gram_matrix(windows(h, window, mask), alpha)
-        carrier = h.new_zeros((), dtype=gram.dtype)
+        carrier = h.new_zeros(2, dtype=gram.dtype)
         ctx.window, ctx.compress, ctx.measure, ctx.combine, ctx.max_ratio = (
             window,
             compress,
@@ -82,13 +85,13 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor, kernel: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, kernel: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
         if not (ctx.compress or ctx.measure):
             return (g, *[None] * 8)
         h, mask = ctx.saved_tensors
         d = from_windows(apply_kernel(kernel, windows(h, ctx.window, mask)), h)
         wide, statistics = g.to(d.dtype), None
-        weight = weight.to(d.dtype)
+        weight, alone = carried.to(d.dtype).unbind()
         if ctx.compress:
             # Without this, one overflowing layer would put nan into every weight below it.
             d = d.nan_to_num_(0.0, 0.0, 0.0)
@@ -97,10 +100,11 @@ class Tap(torch.autograd.Function):
             statistics = torch.stack((gd, gg, dd)) if ctx.measure else None
         if ctx.compress:
             if ctx.combine == "cap":
-                weight = weight * _shrink_to(ctx.max_ratio, gg, dd * weight.square())
+                shrink = _shrink_to(ctx.max_ratio, gg, dd * weight.square())
+                weight = torch.where(alone > 0, weight, weight * shrink)
             total = torch.addcmul(wide, d, weight)
             if ctx.combine == "project":
-                total.addcmul_(wide, -_opposing_part(gd * weight, gg))
+                total.addcmul_(wide, _opposing_part(gd * weight, gg) * (alone - 1))
             g = total.to(g.dtype)
         return (g, statistics, *[None] * 7)
 
@@ -109,19 +113,20 @@ class _Link(torch.autograd.Function):
     """A zero whose gradient, the scale of the loss, sends each tap its kernel and its weight."""
 
     @staticmethod
-    def forward(ctx: Any, n: int, weights: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, n: int, alone: bool, weights: Tensor, *tensors: Tensor) -> Tensor:
         # tensors: n kernels, then the n matrices and the n carriers that the gradients go to
         ctx.n = n
-        ctx.save_for_backward(weights, *tensors[:n])
+        carried = F.pad(weights.unsqueeze(-1), (0, 1), value=float(alone))
+        ctx.save_for_backward(carried, *tensors[:n])
         return weights.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *kernels = ctx.saved_tensors
+        carried, *kernels = ctx.saved_tensors
         scaled = [kernel * scale.to(kernel) for kernel in kernels]
-        each = [weight.to(kernel) for weight, kernel in zip(weights.unbind(), kernels, strict=True)]
-        return (None, None, *[None] * ctx.n, *scaled, *each)
+        each = [row.to(kernel) for row, kernel in zip(carried.unbind(), kernels, strict=True)]
+        return (None, None, None, *[None] * ctx.n, *scaled, *each)
 
 
 def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_kernels: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -135,7 +140,7 @@ def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_kernels: boo
     alike: dict[Any, list[int]] = {}
     for i, call in enumerate(calls):
         matrices = call.matrices
-        key = (matrices.shape, call.shape, call.live is None, matrices.dtype, matrices.device)
+        key = (matrices.shape, call.shape, call.live is None, matrices.dtype, call.dtype, matrices.device)
         alike.setdefault(key, []).append(i)
     for members in alike.values():
         first = calls[members[0]]
@@ -143,7 +148,7 @@ def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_kernels: boo
         live = None
         if first.live is not None:
             live = torch.stack([live for live in (calls[i].live for i in members) if live is not None])
-        value, kernel = _mean_entropy(grams.detach(), live, first.shape, config, with_kernels)
+        value, kernel = _mean_entropy(grams.detach(), live, first.shape, first.dtype, config, with_kernels)
         for i, one in zip(members, value.unbind(), strict=True):
             values[i] = one
         if kernel is not None:
@@ -152,27 +157,28 @@ def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_kernels: boo
     return values, kernels
 
 
-def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor) -> Tensor:
+def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor, *, alone: bool = False) -> Tensor:
     """A zero to add to the loss: it carries the entropy gradients of all calls to their taps.
 
     Args:
         calls: what the taps left; calls that nothing flows back to are passed over.
         kernels: one per call.
         weights: (calls,) weight of each call's entropy in the objective.
+        alone: this is differentiated by itself; taps add the entropy gradients up and combine them with nothing.
     """
     flowing = [i for i, call in enumerate(calls) if call.carrier is not None]
     if len(flowing) < len(calls):
         weights = weights[flowing]
     carriers = [carrier for carrier in (call.carrier for call in calls) if carrier is not None]
     matrices = [calls[i].matrices for i in flowing]
-    zero: Tensor = _Link.apply(len(flowing), weights, *(kernels[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]
+    zero: Tensor = _Link.apply(len(flowing), alone, weights, *(kernels[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]
     return zero
 
 
 def grams_of(h: Tensor, mask: Tensor | None, config: EntropyConfig) -> Grams:
     """What a tap leaves when nothing flows back: in evaluation, or above frozen layers."""
-    z = windows(h.detach(), config.window, mask)
-    return Grams(gram_matrix(z, config.alpha), live_rows(h, config.window, mask), window_shape(h, config.window), None)
+    gram = gram_matrix(windows(h.detach(), config.window, mask), config.alpha)
+    return Grams(gram, live_rows(h, config.window, mask), window_shape(h, config.window), h.dtype, None)
 
 
 def windows(h: Tensor, window: int | None, mask: Tensor | None) -> Tensor:
@@ -222,10 +228,15 @@ def from_windows(z: Tensor, like: Tensor) -> Tensor:
 
 
 def _mean_entropy(
-    grams: Tensor, live: Tensor | None, shape: tuple[int, int], config: EntropyConfig, with_kernel: bool
+    grams: Tensor,
+    live: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    config: EntropyConfig,
+    with_kernel: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean entropy over the windows with a live row (calls,), and its kernels, from (calls, windows, m, m)."""
-    values, kernel = entropy_of_gram(grams, config.alpha, shape, with_kernel=with_kernel)
+    values, kernel = entropy_of_gram(grams, config.alpha, shape, dtype, with_kernel=with_kernel)
     if config.normalize:
         scale = normalizer(values, live, shape)
         values = values * scale
