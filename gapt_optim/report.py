@@ -1,92 +1,33 @@
 """Pictures from what a run wrote down: loss and entropy with the phases, entropy per layer, alignment.
 
-`read_metrics` needs nothing beyond the standard library; drawing needs matplotlib.
+Read a run with `read_run`, draw it with one of the ``draw_`` functions. They need matplotlib.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from .history import Record, RunHistory, compression_spans, read_metrics, read_run
+
+__all__ = [
+    "RunHistory",
+    "compression_spans",
+    "draw_alignment",
+    "draw_entropy_map",
+    "draw_training",
+    "read_metrics",
+    "read_run",
+]
 
 COLORS = {"plain": "#7d8590", "penalty": "#d9822b", "gapt": "#1f6feb"}
 OTHER_COLORS = ("#8250df", "#1a7f37", "#cf222e", "#0e7490", "#9a6700")
 SHADE = "#1f6feb"
 INK = "#1f2328"
 FAINT = "#656d76"
-
-
-@dataclass(frozen=True)
-class RunHistory:
-    """One run over its steps."""
-
-    steps: list[Record]
-    """Records of ``metrics.jsonl``, by step."""
-    validations: list[Record] = field(default_factory=list)
-    """Held-out records: ``step`` (steps trained before it), ``loss``, ``entropy``, ``layer_entropy``."""
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a JSON-lines file in order of step.
-
-    A line that a kill cut short is left out. A step that was taken twice, because the run went on from an
-    earlier checkpoint, counts as the later one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file has text in it, and none of it is a record with a ``step``.
-    """
-    records: dict[int, Record] = {}
-    lines = 0
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            lines += bool(line.strip())
-            try:
-                record = json.loads(line)
-                records[int(record["step"])] = record
-            except (ValueError, KeyError, TypeError):
-                continue
-    # One unreadable line may be all that a run killed in its first step has written.
-    if lines > 1 and not records:
-        raise ValueError(f"{path} holds no metrics: expected one JSON object with a step on each line")
-    return [records[step] for step in sorted(records)]
-
-
-def read_run(folder: str | os.PathLike[str]) -> RunHistory:
-    """A run from its folder: ``metrics.jsonl`` and, where there is one, ``validation.jsonl``.
-
-    Without the second file, the validation losses in the metrics are used.
-    """
-    steps = read_metrics(Path(folder) / "metrics.jsonl")
-    held_out = Path(folder) / "validation.jsonl"
-    if held_out.exists():
-        return RunHistory(steps, read_metrics(held_out))
-    recorded = [
-        {"step": record["step"] - 1, "loss": record["validation_loss"]}
-        for record in steps
-        if record.get("validation_loss") is not None
-    ]
-    return RunHistory(steps, recorded)
-
-
-def compression_spans(steps: Iterable[Record]) -> list[tuple[int, int]]:
-    """First and last step of each stretch of compression."""
-    spans: list[tuple[int, int]] = []
-    for record in steps:
-        if record.get("phase") != "compression":
-            continue
-        step = int(record["step"])
-        if spans and spans[-1][1] == step - 1:
-            spans[-1] = (spans[-1][0], step)
-        else:
-            spans.append((step, step))
-    return spans
 
 
 def draw_training(
@@ -223,6 +164,7 @@ def draw_alignment(
         axes.set_xlabel("step")
         axes.set_ylabel("cosine")
         _label_ends(axes, labels)
+        _name_switches(axes, runs[main].steps)
         note = "line: at the layers' outputs, dots: of the parameters, " if any_parameter else ""
         _title(axes, title, note + _phase_summary(main, runs[main].steps))
         return _save(plt, figure, path)
@@ -339,20 +281,23 @@ def _shade(axes: Any, steps: Sequence[Record]) -> None:
 
 
 def _name_switches(axes: Any, steps: Sequence[Record]) -> None:
-    """Why each phase began, above its first step; left out where the words would run into each other."""
-    switches = [(int(record["step"]), str(record["reason"])) for record in steps if record.get("reason")]
-    if not switches or not steps:
-        return
-    length = max(1, int(steps[-1]["step"]))
-    last = -math.inf
-    for step, reason in switches:
+    """Why each phase began, above its first step: entries of compression in the upper row, exits in the lower.
+
+    Words that would run into each other are left out.
+    """
+    length = max((int(record["step"]) for record in steps), default=1)
+    last = {"compression": -math.inf, "memorization": -math.inf}
+    for record in steps:
+        if not record.get("reason"):
+            continue
+        step, begins = int(record["step"]), record.get("next_phase", "compression")
         axes.plot([step, step], [1.0, 1.015], color=FAINT, lw=0.8, transform=axes.get_xaxis_transform(), clip_on=False)
-        if (step - last) / length > 0.09:
-            axes.text(
-                step, 1.025, reason, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8,
-                color=FAINT,
+        if (step - last[begins]) / length > 0.085:
+            axes.annotate(
+                record["reason"], (step, 1), (0, 15 if begins == "compression" else 5), ha="center", fontsize=8,
+                xycoords=axes.get_xaxis_transform(), textcoords="offset points", color=FAINT,
             )  # fmt: skip
-            last = step
+            last[begins] = step
 
 
 def _fit_after_the_start(axes: Any, curves: list[list[tuple[float, float]]]) -> None:
@@ -411,8 +356,8 @@ def _phase_summary(name: str, steps: Sequence[Record]) -> str:
 
 def _title(axes: Any, title: str, subtitle: str) -> None:
     axes.annotate(
-        title, (0, 1), (0, 40), xycoords="axes fraction", textcoords="offset points", fontsize=13, fontweight="bold"
+        title, (0, 1), (0, 52), xycoords="axes fraction", textcoords="offset points", fontsize=13, fontweight="bold"
     )
     axes.annotate(
-        subtitle, (0, 1), (0, 24), xycoords="axes fraction", textcoords="offset points", fontsize=9.5, color=FAINT
+        subtitle, (0, 1), (0, 36), xycoords="axes fraction", textcoords="offset points", fontsize=9.5, color=FAINT
     )

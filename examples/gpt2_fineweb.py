@@ -1,0 +1,135 @@
+"""Pretrains GPT-2 on web text with GAPT, and shows what that changes against plain AdamW.
+
+    python examples/gpt2_fineweb.py --compare                      # a small GPT-2: minutes on two CPU cores
+    python examples/gpt2_fineweb.py --data corpus.jsonl --weight 0.3 --window 16
+    python examples/gpt2_fineweb.py --preset small --out runs/124m            # GPT-2 124M, on a GPU
+    python examples/gpt2_fineweb.py --preset small --out runs/124m --resume   # goes on where that one stopped
+
+What is written to --out: metrics.jsonl, validation.jsonl, checkpoint.pt, results.json, table.md and pictures. With
+--compare, the metrics and checkpoints of plain AdamW and of the constant penalty lie in sub-folders of these names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Read when torch loads. Threads that wait by spinning, the default, make a step several times slower as soon as
+# another process wants one of the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from comparison import changes, table
+from corpus import Corpus, check_length, load, prepare
+from errors import UserError
+from gpt2 import PRESETS
+from gpt2_options import make_config, make_parser, settings_to_resume
+from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
+from text_data import open_source
+from training import METHODS, StoppedError, TrainConfig, check_layers, pick_device, train
+
+from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run
+
+
+def run(argv: list[str] | None = None) -> dict[str, Any]:
+    """The script, from the command line to the results."""
+    parser, flags = make_parser()
+    given = vars(parser.parse_args(argv))
+    out = Path(given.pop("out", "runs/gpt2_fineweb"))
+    resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
+    threads = given.pop("threads", None)
+
+    # Everything that can be refused is refused before anything is computed or replaced.
+    if given.get("compare") and "method" in given:
+        raise UserError("--method: --compare trains all methods; give one of the two flags")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads: needs at least 1, found {threads}")
+    stored = claim(out, resume=resume, overwrite=overwrite)
+    given = settings_to_resume(given, stored, flags) if resume else given
+    config = make_config(given, flags)
+    pick_device(config.device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
+    corpus = open_corpus(given.get("data", "auto"), config, out / "data", resume)
+    check_length(corpus, config.context)
+    check_layers(config, corpus)
+    if not resume:
+        clear(out, METHODS)
+    write_json(out / SETTINGS, given)
+
+    print(
+        f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
+        f"{corpus.vocabulary:,}, unigram entropy {corpus.unigram_entropy:.3f} nats.",
+        flush=True,
+    )
+    runs: dict[str, dict[str, Any]] = {}
+    folders: dict[str, Path] = {}
+    chosen = given.get("method", "gapt")
+    for method in METHODS if given.get("compare") else (chosen,):
+        folders[method] = out if method == chosen else out / method
+        runs[method] = train(
+            config,
+            corpus,
+            seed=given.get("seed", 0),
+            method=method,
+            folder=folders[method],
+            resume=resume,
+            progress=not quiet,
+        )
+
+    results = {
+        "corpus": corpus.name,
+        "tokens_seen": runs[chosen]["tokens_seen"],
+        "runs": runs,
+        "relative": changes(runs),
+        "unigram_entropy": corpus.unigram_entropy,
+        "vocabulary": corpus.vocabulary,
+        "seed": given.get("seed", 0),
+        "config": config.model_dump(),
+        "versions": versions(),
+    }
+    lines = table(runs)
+    print(f"\n{lines}\n\nUnigram entropy of the corpus: {corpus.unigram_entropy:.3f} nats. Written to {out}.")
+    (out / "table.md").write_text(lines + "\n")
+    histories = {method: read_run(folder) for method, folder in folders.items()}
+    draw_training(histories, out / "training.png", main=chosen)
+    draw_entropy_map(histories, out / "layers.png")
+    wrapped = {method: history for method, history in histories.items() if method != "plain"}
+    if wrapped:
+        draw_alignment(wrapped, out / "alignment.png", main=chosen)
+    write_json(out / RESULTS, results)  # last: a folder with results is a finished run
+    return results
+
+
+def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> Corpus:
+    """Tokens for the run; the ones it already has where it is resumed."""
+    if resume and (folder / "corpus.json").exists():
+        return load(folder)
+    source, line = open_source(data)
+    print(line, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = config.steps * config.accumulation * config.batch_size * config.context
+    return prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
+
+
+def main() -> int:
+    """Exit code: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"', file=sys.stderr)
+        return 2
+    except StoppedError as stopped:
+        print(f"{stopped}. Go on with the same command and --resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

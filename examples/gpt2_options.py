@@ -1,0 +1,153 @@
+"""The flags of gpt2_fineweb.py, and the configuration that they make."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from errors import UserError, explain
+from gpt2 import PRESETS, Preset
+from pydantic import ValidationError
+from training import METHODS, TrainConfig
+
+from gapt_optim import GAPTConfig, GateConfig
+
+# Settings that may differ when a run goes on: they do not change its numbers, or extend it.
+FREE_TO_CHANGE = {"steps", "eval_every", "eval_sequences", "checkpoint_every", "device", "threads"}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a bad flag, like for any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
+    """The flags, and the flag of every field of the configuration (``gapt.gate.rule`` -> ``--gate``)."""
+    parser = Parser(
+        usage="%(prog)s [options]",
+        description="Pretrain GPT-2 with GAPT, and compare with plain AdamW.",
+        # What was not typed is absent, so that --resume can tell it from what was.
+        argument_default=argparse.SUPPRESS,
+    )
+    flags: dict[str, str] = {}
+
+    def add(group: Any, flag: str, field: str, help: str, **options: Any) -> None:
+        flags[field] = flag
+        if not {"action", "choices", "metavar"} & set(options):
+            options["metavar"] = {int: "N", float: "X", window: "N"}.get(options.get("type", str), "NAME")
+        group.add_argument(flag, dest=field, help=help, **options)
+
+    run = parser.add_argument_group("run")
+    add(run, "--data", "data", "auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin file (default: auto)")
+    add(run, "--out", "out", "folder for everything that is written (default: runs/gpt2_fineweb)", metavar="DIR")
+    add(run, "--compare", "compare", "train plain AdamW and a constant penalty as well", action="store_true")
+    add(run, "--method", "method", "what to train without --compare (default: gapt)", choices=METHODS)
+    add(run, "--resume", "resume", "go on with the run in --out, with its settings", action="store_true")
+    add(run, "--overwrite", "overwrite", "replace the run in --out", action="store_true")
+    add(run, "--seed", "seed", "of weights and batches (default: 0)", type=int)
+    add(run, "--device", "device", "cpu, cuda, ... (default: auto)")
+    add(run, "--threads", "threads", "CPU threads (default: torch's choice)", type=int)
+    add(run, "--quiet", "quiet", "no progress bars", action="store_true")
+
+    model = parser.add_argument_group("model and training (defaults come with the preset)")
+    add(model, "--preset", "preset", "model size (default: micro)", choices=list(PRESETS))
+    add(model, "--context", "context", "tokens per sequence", type=int)
+    add(model, "--steps", "steps", "optimizer steps", type=int)
+    add(model, "--batch-size", "batch_size", "sequences per micro-batch", type=int)
+    add(model, "--accumulation", "accumulation", "micro-batches per step", type=int)
+    add(model, "--lr", "lr", "highest learning rate", type=float)
+    add(model, "--warmup", "warmup", "steps of linear warm-up before the cosine", type=int)
+    add(model, "--weight-decay", "weight_decay", "of the matrices (default: 0.1)", type=float)
+    add(model, "--clip", "clip", "largest gradient norm (default: 1.0)", type=float)
+    add(model, "--dropout", "dropout", "(default: 0.0)", type=float)
+    add(model, "--dtype", "dtype", "auto takes bfloat16 autocast on GPUs", choices=["auto", "float32", "bfloat16"])
+    add(model, "--eval-every", "eval_every", "steps between validations (default: 50)", type=int)
+    add(model, "--eval-sequences", "eval_sequences", "sequences in a validation (default: 128)", type=int)
+    add(model, "--checkpoint-every", "checkpoint_every", "steps between checkpoints (default: 100)", type=int)
+
+    gapt = parser.add_argument_group("GAPT (defaults are the library's; small presets have shorter patiences)")
+    default = GAPTConfig()
+    add(gapt, "--weight", "gapt.objective.weight", f"of the entropy ({default.objective.weight})", type=float)
+    add(gapt, "--combine", "gapt.objective.combine", "how gradients are joined: sum, project, cap")
+    add(gapt, "--max-ratio", "gapt.objective.max_ratio", "for --combine cap", type=float)
+    add(gapt, "--alpha", "gapt.entropy.alpha", f"order of the entropy ({default.entropy.alpha}); inf works", type=float)
+    add(gapt, "--window", "gapt.entropy.window", f"tokens a matrix ({default.entropy.window}) or none", type=window)
+    add(gapt, "--layers", "layers", 'glob of the watched modules (default: "transformer.h.*")')
+    add(gapt, "--schedule", "gapt.layers.schedule", "which layers are compressed when: all, rotate, ...")
+    add(gapt, "--skip-first", "gapt.layers.skip_first", f"({default.layers.skip_first})", type=int)
+    add(gapt, "--skip-last", "gapt.layers.skip_last", f"({default.layers.skip_last})", type=int)
+    add(gapt, "--reduce", "gapt.layers.reduce", "how layers become one entropy: mean, max, ...")
+    add(gapt, "--gate", "gapt.gate.rule", "smoothed, or published for the paper's rule and settings")
+    add(gapt, "--signal", "gapt.gate.signal", "loss the gate judges: train or validation")
+    add(gapt, "--patience-memorization", "gapt.gate.patience_memorization", "gate updates without progress", type=int)
+    add(gapt, "--patience-compression", "gapt.gate.patience_compression", "gate updates without progress", type=int)
+    add(gapt, "--min-improvement", "gapt.gate.min_improvement", "relative fall that counts", type=float)
+    add(gapt, "--spike-tolerance", "gapt.gate.spike_tolerance", "relative rise that ends compression", type=float)
+    add(gapt, "--smoothing", "gapt.gate.smoothing", "decay of the gate's averages", type=float)
+    add(gapt, "--parameter-alignment-every", "gapt.alignment.parameter_every", "steps; 0: never", type=int)
+    return parser, flags
+
+
+def window(text: str) -> int | None:
+    """A number of tokens, or none for whole sequences."""
+    return None if text.lower() == "none" else int(text)
+
+
+def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
+    """The configuration: what was given, over the preset's settings, over the defaults."""
+    preset = PRESETS[given.get("preset", "micro")]
+    values: dict[str, Any] = {
+        name: getattr(preset, name) for name in ("context", "steps", "batch_size", "accumulation", "warmup", "lr")
+    }
+    values["gapt"] = {"gate": gate_defaults(preset, given)}
+    for field, value in given.items():
+        *sections, name = field.split(".")
+        if sections or name in TrainConfig.model_fields:
+            target = values
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[name] = value
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, flags) from error
+
+
+def gate_defaults(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+    """Gate settings that differ from the library's: the paper's for its rule, a short run's own patience."""
+    if given.get("gapt.gate.rule") == "published":
+        return GateConfig.published().model_dump()
+    patience = preset.patience
+    if given.get("gapt.gate.signal") == "validation":
+        patience = 2  # validations, not steps
+    return {} if patience is None else {"patience_memorization": patience, "patience_compression": patience}
+
+
+def settings_to_resume(given: dict[str, Any], stored: dict[str, Any], flags: dict[str, str]) -> dict[str, Any]:
+    """The settings a run was started with and what was typed now; refuses what would make it another run."""
+    merged = {**stored, **given}
+    before, after = _flat(stored, flags), _flat(merged, flags)
+    for field in given:
+        if field not in FREE_TO_CHANGE and before.get(field) != after.get(field):
+            raise UserError(
+                f"{flags[field]}: the run to resume has {before.get(field)}, found {after.get(field)}; drop the flag, "
+                "or start a new run in another --out"
+            )
+    return merged
+
+
+def _flat(given: dict[str, Any], flags: dict[str, str]) -> dict[str, Any]:
+    """Every setting under the name of its field, defaults included."""
+    flat: dict[str, Any] = {"data": "auto", "seed": 0, "compare": False, "method": "gapt", **given}
+
+    def collect(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                collect(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    collect("", make_config(given, flags).model_dump())
+    return flat
