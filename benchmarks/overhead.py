@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -26,7 +27,8 @@ PARAMETER_EVERY = 50
 
 def time_rounds(steps: dict[str, Step], rounds: int, seed: int) -> dict[str, list[float]]:
     """CPU seconds per step; the first two rounds warm up."""
-    order, seconds = list(steps), {name: [] for name in steps}  # type: dict[str, list[float]]
+    order = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     shuffle = random.Random(seed)
     for i in range(rounds + 2):
         shuffle.shuffle(order)
@@ -78,7 +80,7 @@ def main() -> None:
             seconds[name] += rounds[name]
     memory = {name: peak_bytes(name) for name in names}
 
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
     print("| step | CPU time against bare | 95 % interval | peak memory against bare |")
     print("|---|---|---|---|")
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,13 @@ def bare() -> Step:
     return step
 
 
-def wrapped(phase: str, *, activation: bool = True, parameter_every: int = 0) -> Step:
+def wrapped(
+    phase: Literal["memorization", "compression"], *, activation: bool = True, parameter_every: int = 0
+) -> Step:
     """Ours, with the gate frozen in ``phase``."""
     model, tokens = build_model(), batch()
     config = GAPTConfig(
-        gate=GateConfig(initial_phase=phase, frozen=True),  # type: ignore[arg-type]
+        gate=GateConfig(initial_phase=phase, frozen=True),
         objective=ObjectiveConfig(weight=WEIGHT),
         alignment=AlignmentConfig(activation=activation, parameter_every=parameter_every),
     )

@@ -6,11 +6,14 @@ import argparse
 from typing import Any, NoReturn
 
 from errors import UserError, explain
-from gpt2 import PRESETS, Preset
+from gpt2 import PRESETS
 from pydantic import ValidationError
 from training import METHODS, TrainConfig
 
 from gapt_optim import GAPTConfig, GateConfig
+
+# Of the entropy. A language model's loss falls slowly, and the library's 1.0 outweighs it.
+WEIGHT = 0.1
 
 # Settings that may differ when a run goes on: they do not change its numbers, or extend it.
 FREE_TO_CHANGE = {"steps", "eval_every", "eval_sequences", "checkpoint_every", "device", "threads"}
@@ -67,9 +70,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     add(model, "--eval-sequences", "eval_sequences", "sequences in a validation (default: 128)", type=int)
     add(model, "--checkpoint-every", "checkpoint_every", "steps between checkpoints (default: 100)", type=int)
 
-    gapt = parser.add_argument_group("GAPT (defaults are the library's; small presets have shorter patiences)")
+    gapt = parser.add_argument_group("GAPT (defaults are the library's, but for the weight)")
     default = GAPTConfig()
-    add(gapt, "--weight", "gapt.objective.weight", f"of the entropy ({default.objective.weight})", type=float)
+    add(gapt, "--weight", "gapt.objective.weight", f"of the entropy ({WEIGHT})", type=float)
     add(gapt, "--combine", "gapt.objective.combine", "how gradients are joined: sum, project, cap")
     add(gapt, "--max-ratio", "gapt.objective.max_ratio", "for --combine cap", type=float)
     add(gapt, "--alpha", "gapt.entropy.alpha", f"order of the entropy ({default.entropy.alpha}); inf works", type=float)
@@ -101,7 +104,7 @@ def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
     values: dict[str, Any] = {
         name: getattr(preset, name) for name in ("context", "steps", "batch_size", "accumulation", "warmup", "lr")
     }
-    values["gapt"] = {"gate": gate_defaults(preset, given)}
+    values["gapt"] = {"gate": gate_defaults(given), "objective": {"weight": WEIGHT}}
     for field, value in given.items():
         *sections, name = field.split(".")
         if sections or name in TrainConfig.model_fields:
@@ -115,14 +118,13 @@ def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
         raise explain(error, flags) from error
 
 
-def gate_defaults(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
-    """Gate settings that differ from the library's: the paper's for its rule, a short run's own patience."""
+def gate_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Gate settings that differ from the library's: the paper's for its rule, validations in place of steps."""
     if given.get("gapt.gate.rule") == "published":
         return GateConfig.published().model_dump()
-    patience = preset.patience
     if given.get("gapt.gate.signal") == "validation":
-        patience = 2  # validations, not steps
-    return {} if patience is None else {"patience_memorization": patience, "patience_compression": patience}
+        return {"patience_memorization": 2, "patience_compression": 2}
+    return {}
 
 
 def settings_to_resume(given: dict[str, Any], stored: dict[str, Any], flags: dict[str, str]) -> dict[str, Any]:

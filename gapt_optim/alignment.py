@@ -10,6 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .distributed import refuse_sharded
+
+_PIECE = 2**20
+
 Parameters: TypeAlias = Iterable[Tensor | tuple[str, Tensor]]
 """Tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them."""
 
@@ -84,7 +88,8 @@ def parameter_alignment(
         layers: names of modules; a layer's parameters are those whose names begin with its own.
     """
     shared = {name: row for name, both, row in zip(names, reached, statistics, strict=True) if both == (True, True)}
-    in_layer = {layer: [row for name, row in shared.items() if name.startswith(layer + ".")] for layer in layers}
+    prefixes = {layer: layer + "." if layer else "" for layer in layers}
+    in_layer = {layer: [row for name, row in shared.items() if name.startswith(p)] for layer, p in prefixes.items()}
     return _alignment(
         Angle.of(*_totals(list(shared.values()))),
         layers={layer: Angle.of(*_totals(rows)) for layer, rows in in_layer.items() if rows},
@@ -110,15 +115,13 @@ def gradient_alignment(loss_a: Tensor, loss_b: Tensor, parameters: Parameters) -
         Cosine, norms and projection of b's gradient on a's, over the parameters that both losses reach and for each.
 
     Raises:
-        ValueError: no parameter requires a gradient.
+        TypeError, ValueError: a loss is no scalar that requires a gradient, or no parameter requires one.
+        RuntimeError: a parameter is sharded.
     """
     named = _named(parameters)
-    gradients = [
-        torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
-        for loss in (loss_a, loss_b)
-    ]
-    reached = [(a is not None, b is not None) for a, b in zip(*gradients, strict=True)]
-    return parameter_alignment(list(named), reached, dots(*gradients).tolist(), ())
+    a, b = (_gradients(name, loss, named) for name, loss in (("loss_a", loss_a), ("loss_b", loss_b)))
+    reached = [(x is not None, y is not None) for x, y in zip(a, b, strict=True)]
+    return parameter_alignment(list(named), reached, dots(a, b).tolist(), ())
 
 
 def gradient_cosines(losses: Sequence[Tensor], parameters: Parameters) -> list[list[float | None]]:
@@ -133,11 +136,12 @@ def gradient_cosines(losses: Sequence[Tensor], parameters: Parameters) -> list[l
 
     Returns:
         A symmetric table, None where a gradient is zero.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`gradient_alignment`.
     """
     named = _named(parameters)
-    gradients = [
-        torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True) for loss in losses
-    ]
+    gradients = [_gradients(f"losses[{i}]", loss, named) for i, loss in enumerate(losses)]
     gram = [[math.fsum(dots(a, b)[:, 0].tolist()) for b in gradients[: i + 1]] for i, a in enumerate(gradients)]
     lower = [[Angle.of(gram[i][j], gram[i][i], gram[j][j]).cosine for j in range(i + 1)] for i in range(len(losses))]
     return [[lower[max(i, j)][min(i, j)] for j in range(len(losses))] for i in range(len(losses))]
@@ -145,17 +149,36 @@ def gradient_cosines(losses: Sequence[Tensor], parameters: Parameters) -> list[l
 
 def dots(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Tensor:
     """<a,b>, |a|² and |b|² of each pair, (pairs, 3); zeros where one is None."""
-    device = next((t.device for t in (*first, *second) if t is not None), torch.device("cpu"))
-    rows = []
-    for a, b in zip(first, second, strict=True):
-        if a is None or b is None:
-            rows.append(torch.zeros(3, device=device))
-            continue
-        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        x, y = (t.detach().to_dense().to(dtype).reshape(-1) for t in (a, b))
-        rows.append(torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y))).to(device))
-    dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
-    return torch.stack([row.to(dtype) for row in rows])
+    return stacked([None if a is None or b is None else dot(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a,b>, |a|² and |b|², in float32 or better."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    # A float32 dot product of tens of millions of numbers is off by 1e-4 on CPU; in pieces it is not.
+    x, y = (torch.split(t.detach().to_dense().to(dtype).reshape(-1), _PIECE) for t in (a, b))
+    pairs = ((x, y), (x, x), (y, y))
+    pieces = [torch.dot(u, v) for left, right in pairs for u, v in zip(left, right, strict=True)]
+    return torch.stack(pieces).reshape(3, -1).sum(1)
+
+
+def stacked(rows: Sequence[Tensor | None]) -> Tensor:
+    """What :func:`dot` gave for each pair, (pairs, 3), on one device; zeros for None."""
+    given = [row for row in rows if row is not None]
+    like = given[0].new_zeros(3) if given else torch.zeros(3)
+    dtype = torch.float64 if any(row.dtype == torch.float64 for row in given) else like.dtype
+    return torch.stack([(like if row is None else row).to(device=like.device, dtype=dtype) for row in rows])
+
+
+def _gradients(name: str, loss: Tensor, named: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} must be a tensor, found {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"{name} must be one number that requires a gradient, found shape {tuple(loss.shape)}, "
+            f"requires_grad={loss.requires_grad}; pass the scalar loss of a forward pass with gradients on"
+        )
+    return torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
 
 
 def _named(parameters: Parameters) -> dict[str, Tensor]:
@@ -163,6 +186,7 @@ def _named(parameters: Parameters) -> dict[str, Tensor]:
     named = {name: parameter for name, parameter in pairs if parameter.requires_grad}
     if not named:
         raise ValueError("parameters holds no tensor that requires a gradient; pass model.parameters()")
+    refuse_sharded(named, "Compare the gradients of a model that is not sharded")
     return named
 
 

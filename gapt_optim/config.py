@@ -47,10 +47,10 @@ class GateConfig(_Section):
     """`smoothed` judges moving averages within the present phase; `published` judges single
     minibatches against their minimum over the whole run, as the paper does."""
 
-    patience_memorization: int = Field(50, ge=1)
+    patience_memorization: int = Field(15, ge=1)
     """Updates without improvement of the loss before compression starts."""
 
-    patience_compression: int = Field(50, ge=1)
+    patience_compression: int = Field(25, ge=1)
     """Updates without improvement of the entropy before memorization starts."""
 
     min_improvement: float = Field(0.01, ge=0.0, lt=1.0)

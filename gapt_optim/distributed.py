@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,9 +21,19 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Elementwise mean over the ranks of ``group``, in one collective; the same on every rank."""
     if group is None:
         return values
-    values = values.clone()
-    dist.all_reduce(values, group=group)  # gloo has no average
-    return values / dist.get_world_size(group)
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)  # gloo has no average
+    return total.div_(dist.get_world_size(group))
+
+
+def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
+    """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
+    for name, parameter in parameters.items():
+        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param"):
+            raise RuntimeError(
+                f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
+                f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
+            )
 
 
 class HostCopy:

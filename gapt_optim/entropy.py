@@ -129,7 +129,7 @@ def entropy_of_gram(
     # Normalized before it is squared, so that the range of scales is that of the trace itself. A matrix whose
     # trace has no reciprocal counts as zero.
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    inverse = F.threshold_(trace, 8 * torch.finfo(gram.dtype).tiny, math.inf).reciprocal_()
+    inverse = F.threshold(trace, 8 * torch.finfo(gram.dtype).tiny, math.inf).reciprocal_()
     rho = gram * inverse[..., None, None]
     with _full_precision(gram):
         if _by_power(alpha):

@@ -67,11 +67,14 @@ class GAPTOptimizer(Optimizer):
             )
         if not isinstance(config, GAPTConfig | None):
             raise TypeError(f"config must be a GAPTConfig, found {type(config).__name__}: GAPTConfig(...)")
+        bases = Bases(optimizer)
+        if any(isinstance(base, GAPTOptimizer) for base in bases.all):
+            raise TypeError("optimizer is a GAPTOptimizer already; wrap its .base, with one hook for all layers")
         if hook.removed:
             raise ValueError("hook was removed; make a new RepresentationHook")
         if hook._attached:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
-        self._build(Bases(optimizer), hook, config if config is not None else GAPTConfig(), process_group, observers)
+        self._build(bases, hook, config if config is not None else GAPTConfig(), process_group, observers)
 
     def _build(
         self,
@@ -96,6 +99,7 @@ class GAPTOptimizer(Optimizer):
         self._steps = self._compression_steps = self._nonfinite_steps = self._nonfinite_run = 0
         self._unjudged_entropy: list[float] = []  # [sum, count] since the gate last judged a validation loss
         self._silent_steps = 0
+        self._zeroed = False  # zero_grad was called since the last objective
         self._metrics: StepMetrics | None = None
         self._validation: list[float] = []
         self._record = StepRecord(hook.names)
@@ -149,6 +153,7 @@ class GAPTOptimizer(Optimizer):
                 f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
                 "reduce it first, for example with loss.mean()"
             )
+        self._forget_skipped_step()
         calls = self._hook._take()
         flat = [call for of_layer in calls.values() for call in of_layer]
         flows = self._mode.compress or self._mode.measure
@@ -166,7 +171,10 @@ class GAPTOptimizer(Optimizer):
             loss.dtype
         )
         if self._measurement is not None and any(call.carrier is not None for call in flat):
-            share = torch.ones_like(zero) / len(self._counted)
+            # A micro-batch that falls back to the loss alone has no entropy gradient.
+            judged = [entropies[name] for name in self._counted if name in entropies]
+            finite = torch.stack([loss.detach().reshape(()).to(zero), *judged]).isfinite().all()
+            share = finite.to(zero) / len(self._counted)
             shares = torch.stack([share if name in self._counted else zero for name, _ in of_call])
             self._mean_entropy = link(flat, kernels, shares, alone=True)
         return result + penalty.to(loss.dtype) if compressing else result
@@ -176,15 +184,12 @@ class GAPTOptimizer(Optimizer):
 
         Args:
             loss: as for :meth:`objective`.
-            scale: factor on what is differentiated: 1 / micro-batches, or a GradScaler's ``get_scale()``.
+            scale: factor on what is differentiated, such as 1 / micro-batches. With a GradScaler, use
+                ``scaler.scale(optimizer.objective(loss)).backward()``: it must see what it scales.
         """
         total = self.objective(loss)
         total = total if isinstance(scale, float) and scale == 1.0 else total * scale
-        if self._measurement is not None and self._mean_entropy is not None:
-            self._measurement.backward(total, loss * scale, self._mean_entropy * scale)
-            self._mean_entropy = None
-        else:
-            total.backward()  # type: ignore[no-untyped-call]
+        self._differentiate(total, loss, scale)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, then let the gate choose the phase of the next step.
@@ -202,8 +207,7 @@ class GAPTOptimizer(Optimizer):
         reading = self._start_reading() if closure is None else None
         result = self._step_bases(closure)
         if self._skipped_by_scaler():
-            self._forget_step()
-            self._prepare_step()
+            self._abandon_step()
             return result
         if closure is not None:
             reading = self._start_reading()
@@ -211,6 +215,7 @@ class GAPTOptimizer(Optimizer):
         if reading is None:
             self._note_silent_step()
         else:
+            self._validation = []
             self._finish_step(reading())
         return result
 
@@ -219,17 +224,30 @@ class GAPTOptimizer(Optimizer):
 
         Several before one step are averaged. On several ranks, call it on all of them alike.
         """
-        self._validation.append(float(loss))
+        self._validation.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
         self._wrapped.zero_grad(set_to_none)
+        self._zeroed = True
+        if self._measurement is not None:
+            self._measurement.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As on the wrapped optimizer; with several, add to one of ``base`` instead."""
         self._wrapped.add_param_group(param_group)
 
     # One step, in order
+
+    def _differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor) -> None:
+        """One backward pass of ``total``, which holds ``loss * scale``, and the parameter alignment when it is due."""
+        if self._measurement is not None and self._mean_entropy is not None:
+            if not self._measurement.begun:  # parameters may have been frozen or added since the last step
+                self._measurement = ParameterMeasurement(self._plan())
+            self._measurement.backward(total, loss * scale, self._mean_entropy * scale)
+            self._mean_entropy = None
+        else:
+            total.backward()  # type: ignore[no-untyped-call]
 
     def _penalty(self, loss: Tensor, entropies: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """What compression adds to the loss, and the weight of each layer in it; 0 where anything is not finite."""
@@ -255,7 +273,8 @@ class GAPTOptimizer(Optimizer):
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self._record.sums is None:
             return None
-        validation, self._validation = mean_or_nan(self._validation), []
+        validation = mean_or_nan(self._validation)
+        self._group = group_of(self._process_group)  # ranks may have met after this optimizer was made
         statistics = self._hook._take_statistics(self._record.sums.device) if self._mode.measure else None
         return self._record.start_reading(statistics, validation, self._group)
 
@@ -277,9 +296,24 @@ class GAPTOptimizer(Optimizer):
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         return found_inf is not None and bool(found_inf)
 
+    def _forget_skipped_step(self) -> None:
+        """GradScaler does not call ``step`` on an overflow: what was recorded for it went with its gradients."""
+        gone = self._zeroed and self._record.sums is not None
+        self._zeroed = False
+        if gone and all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self._hook._take_statistics(torch.device("cpu"))
+            self._record.clear()
+            self._prepare_step()
+
     def _forget_step(self) -> None:
         self._hook._drop()
         self._record.clear()
+
+    def _abandon_step(self) -> None:
+        """The step was not taken: its record goes, and its statistics, which may have overflowed."""
+        self._hook._take_statistics(torch.device("cpu"))
+        self._forget_step()
+        self._prepare_step()
 
     def _finish_step(self, reading: Reading) -> None:
         """Gate, metrics and observers, from the numbers of one step."""
@@ -296,6 +330,8 @@ class GAPTOptimizer(Optimizer):
         self._nonfinite_run = 0 if finite else self._nonfinite_run + 1
         if finite:
             self._judge(loss, entropy, validation)
+        elif not math.isnan(validation):
+            self._validation = [validation]  # judged with the next entropy that is finite
         reason = self._gate.reason if self._gate.phase is not phase else None
         parameter_alignment = self._measurement.finish() if self._measurement is not None else None
         self._prepare_step()
@@ -449,6 +485,8 @@ class GAPTOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._wrapped.state_dict()
+        if not state_dict.get("param_groups"):
+            raise ValueError(f"{type(self.base).__name__}.state_dict() has no param_groups, where the gate is kept")
         first, *rest = state_dict["param_groups"]
         state_dict["param_groups"] = [{**first, _STATE_KEY: self._own_state()}, *rest]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -498,7 +536,7 @@ class GAPTOptimizer(Optimizer):
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
         fresh = f'to start the gate fresh, remove "{_STATE_KEY}" from state_dict["param_groups"][0]'
-        if own["layers"] != self._hook.names:
+        if _unwrapped(own["layers"]) != _unwrapped(self._hook.names):
             raise ValueError(f"state_dict is of the layers {own['layers']}, this hook has {self._hook.names}; {fresh}")
         here = self.config.model_dump()
         for section, values in own["config"].items():
@@ -506,6 +544,11 @@ class GAPTOptimizer(Optimizer):
                 if here.get(section, {}).get(name) != value:
                     found = here.get(section, {}).get(name)
                     raise ValueError(f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {fresh}")
+
+        fields = set(own) ^ set(self._own_state())
+        if fields:
+            raise ValueError(f"state_dict has missing or unknown fields {sorted(fields)}; {fresh}")
+        PhaseGate(self.config.gate).load_state_dict(own["gate"])
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._gate.load_state_dict(own["gate"])
@@ -523,9 +566,17 @@ class GAPTOptimizer(Optimizer):
         self._load_own_state(state["own"])
         self._prepare_step()
 
+    def __copy__(self) -> GAPTOptimizer:
+        raise TypeError("two optimizers cannot share a hook; use copy.deepcopy((model, optimizer))")
+
     def __repr__(self) -> str:
         bases = ", ".join(repr(base) for base in self._wrapped.all)
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
+
+
+def _unwrapped(names: list[str]) -> list[str]:
+    """Names without what DistributedDataParallel and torch.compile put before them."""
+    return [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
 
 
 def _layer_means(calls: dict[str, list[Grams]], values: list[Tensor]) -> dict[str, Tensor]:

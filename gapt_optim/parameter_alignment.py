@@ -6,16 +6,16 @@ backward leaves in ``.grad``. That backward is the one of a step that does not m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from .alignment import Alignment, dots, parameter_alignment
-from .distributed import HostCopy, mean_over_ranks
+from .alignment import Alignment, dot, parameter_alignment, stacked
+from .distributed import HostCopy, mean_over_ranks, refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ParameterMeasurement:
     """One measured step: its micro-batches' backward passes, then the alignment.
 
     By default the entropy's gradient is kept, one buffer of the parameters' size, and summed over
-    micro-batches. Across ranks the entropy's gradient is averaged as DistributedDataParallel averages ``.grad``.
+    micro-batches. Across ranks it is averaged as DistributedDataParallel averages ``.grad``.
     With ``streaming`` only one parameter's entropy gradient exists at a time, and the first micro-batch is measured.
 
     Raises:
@@ -48,40 +48,46 @@ class ParameterMeasurement:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._entropy: list[Tensor | None] = [None] * len(plan.parameters)
-        self._loss: list[Tensor | None] = [None] * len(plan.parameters)
+        self._parameters = list(plan.parameters.values())
+        self.forget()
+        refuse_sharded(
+            plan.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
+        )
+        if plan.streaming:
+            busy = [name for name, p in plan.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+            if busy or plan.group is not None:
+                what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average them"
+                raise RuntimeError(
+                    "parameter_streaming=True compares with the gradients in .grad while the entropy is "
+                    f"differentiated, but {what}; use parameter_streaming=False"
+                )
+
+    def forget(self) -> None:
+        """Begin anew: the gradients in ``.grad`` are gone."""
+        self._entropy: list[Tensor | None] = [None] * len(self._parameters)
+        self._loss: list[Tensor | None] = [None] * len(self._parameters)
         self._reached: list[tuple[bool, bool]] = []
         self._statistics: HostCopy | None = None
-        sharded = [name for name, p in plan.parameters.items() if type(p).__name__ == "DTensor"]
-        if sharded:
-            raise RuntimeError(
-                f'parameter "{sharded[0]}" is sharded (DTensor): FSDP2 gathers it for the forward pass, so its entropy '
-                "gradient cannot be taken by itself. Set AlignmentConfig.parameter_every=0; activation alignment works"
-            )
+
+    @property
+    def begun(self) -> bool:
+        """A backward was measured, and its gradients are still in ``.grad``."""
+        return self._statistics is not None and any(p.grad is not None for p in self._parameters)
 
     def backward(self, total: Tensor, loss: Tensor, entropy: Tensor) -> None:
         """Differentiate ``total`` into ``.grad``, and measure ``loss`` against ``entropy``, all scaled alike."""
         if self.plan.streaming:
             self._stream(total, entropy)
             return
-        _accumulate(self._entropy, self._gradient(entropy))
+        self._add_gradient(entropy, self._entropy)
         if not self.plan.separable:
-            _accumulate(self._loss, self._gradient(loss))
+            self._add_gradient(loss, self._loss)
         total.backward()  # type: ignore[no-untyped-call]
-        parameters = self.plan.parameters.values()
-        losses = [self._loss_gradient(i, p.grad) for i, p in enumerate(parameters)] if self.plan.project else None
-        rows = []
-        self._reached = []
-        for i, parameter in enumerate(parameters):
-            mine = self._entropy[i]
-            shared = None if mine is None else mean_over_ranks(mine, self.plan.group)
-            own = losses[i] if losses is not None else self._loss_gradient(i, parameter.grad, shared)
-            self._reached.append((own is not None, shared is not None))
-            rows.append(dots([own], [shared]))
-        statistics = torch.cat([row.to(rows[0]) for row in rows])
-        self._statistics = HostCopy(statistics.reshape(-1))
-        if losses is not None:
-            self._project(losses, statistics)
+        self._average(self._entropy)
+        self._average(self._loss)
+        statistics = self._compare([self._row(i) for i in range(len(self._parameters))])
+        if self.plan.project:
+            self._project(statistics)
 
     def finish(self) -> Callable[[], Alignment] | None:
         """A reader of the alignment, None if no backward was measured."""
@@ -96,81 +102,103 @@ class ParameterMeasurement:
 
         return read
 
-    def _gradient(self, value: Tensor) -> tuple[Tensor | None, ...]:
+    def _add_gradient(self, value: Tensor, sums: list[Tensor | None]) -> None:
+        def add(i: int, gradient: Tensor) -> None:
+            held = sums[i]
+            # Not in place: autograd may give one tensor to several parameters.
+            sums[i] = gradient if held is None else held + gradient
+
+        self._visit_gradients(value, add, retain_graph=True)
+
+    def _visit_gradients(self, value: Tensor, visit: Callable[[int, Tensor], None], *, retain_graph: bool) -> None:
+        """Call ``visit`` with each parameter's gradient of ``value``, as it comes; autograd keeps none of them."""
+
+        def hook(i: int) -> Callable[[Tensor], Tensor | None]:
+            def seen(gradient: Tensor) -> Tensor | None:
+                visit(i, gradient.detach())
+                # What autograd collects in its place takes no memory.
+                return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+            return seen
+
+        handles = [p.register_hook(hook(i)) for i, p in enumerate(self._parameters)]  # type: ignore[no-untyped-call]
         try:
-            return torch.autograd.grad(value, list(self.plan.parameters.values()), retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "donated" not in str(error):
-                raise
-            raise RuntimeError(
-                "parameter alignment differentiates a compiled model twice, which donated buffers do not allow; set "
-                "torch._functorch.config.donated_buffer = False before compiling, or AlignmentConfig.parameter_every=0"
-            ) from error
-
-    def _loss_gradient(self, i: int, gradient: Tensor | None, entropy: Tensor | None = None) -> Tensor | None:
-        """The loss's part of what the backward left in ``.grad``."""
-        if not self.plan.separable:
-            return self._loss[i]
-        entropy = self._entropy[i] if entropy is None else entropy
-        if gradient is None or entropy is None or self.plan.weight == 0:
-            return gradient
-        return gradient - self.plan.weight * entropy.to(gradient.dtype)
-
-    def _project(self, losses: list[Tensor | None], statistics: Tensor) -> None:
-        """Remove from ``.grad`` the part of the entropy gradient that points against the loss gradient."""
-        gd, gg, _ = statistics.sum(0).unbind()
-        opposing = torch.where(gg > 0, self.plan.weight * gd / gg, 0).clamp(max=0)
-        for i, (parameter, own) in enumerate(zip(self.plan.parameters.values(), losses, strict=True)):
-            entropy = self._entropy[i]
-            if parameter.grad is None or own is None or entropy is None:
-                continue
-            # Kept in step with .grad, so that the next micro-batch tells the two parts apart.
-            parameter.grad.addcmul_(own, -opposing.to(own))
-            if self.plan.weight != 0:
-                entropy.addcmul_(own.to(entropy), -opposing.to(entropy) / self.plan.weight)
-
-    def _stream(self, total: Tensor, entropy: Tensor) -> None:
-        parameters = self.plan.parameters
-        if self._statistics is not None:  # later micro-batches: .grad already holds a sum
-            total.backward()  # type: ignore[no-untyped-call]
-            return
-        busy = [name for name, p in parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
-        if busy or self.plan.group is not None:
-            what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average gradients"
-            raise RuntimeError(
-                f"parameter_streaming=True runs a second backward into .grad, but {what}; use parameter_streaming=False"
-            )
-        total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        kept = {parameter: parameter.grad for parameter in parameters.values()}
-        rows: dict[Tensor, Tensor] = {}
-
-        def compare(parameter: Tensor) -> None:
-            mine, gradient = parameter.grad, kept[parameter]
-            if gradient is not None and mine is not None:
-                own = gradient if self.plan.weight == 0 else gradient - self.plan.weight * mine.to(gradient.dtype)
-                rows[parameter] = dots([own], [mine])
-            else:
-                rows[parameter] = torch.zeros(1, 3, device=parameter.device)
-            parameter.grad = None
-
-        handles: list[RemovableHandle] = []
-        try:
-            for parameter in parameters.values():
-                parameter.grad = None
-                handles.append(parameter.register_post_accumulate_grad_hook(compare))  # type: ignore[no-untyped-call]
-            entropy.backward(inputs=list(parameters.values()))  # type: ignore[no-untyped-call]
+            with _donated_buffers_explained():
+                torch.autograd.grad(value, self._parameters, retain_graph=retain_graph, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, gradient in kept.items():
-                parameter.grad = gradient
-        self._reached = [(kept[p] is not None, p in rows) for p in parameters.values()]
-        device = next(iter(rows.values())).device if rows else torch.device("cpu")
-        table = [rows.get(p, torch.zeros(1, 3)).to(device=device, dtype=torch.float64) for p in parameters.values()]
-        self._statistics = HostCopy(torch.cat(table).reshape(-1))
+
+    def _average(self, sums: list[Tensor | None]) -> None:
+        """Over ranks, in place. A mean that is averaged again stays what it is, so later micro-batches add to it."""
+        group = self.plan.group
+        if group is None or (sums is self._loss and self.plan.separable):
+            return
+        # A parameter may be out of reach on some of the ranks.
+        here = torch.tensor([float(gradient is not None) for gradient in sums], device=self._parameters[0].device)
+        for i, share in enumerate(mean_over_ranks(here, group).tolist()):
+            if share > 0:
+                gradient = sums[i]
+                dense = torch.zeros_like(self._parameters[i]) if gradient is None else gradient.to_dense()
+                sums[i] = mean_over_ranks(dense, group)
+
+    def _own(self, i: int) -> Tensor | None:
+        """The loss's part of what the backward left in ``.grad``."""
+        return self._loss[i] if not self.plan.separable else self._without(self._parameters[i].grad, self._entropy[i])
+
+    def _without(self, gradient: Tensor | None, entropy: Tensor | None) -> Tensor | None:
+        if gradient is None or entropy is None or self.plan.weight == 0:
+            return gradient
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        return torch.sub(gradient.to_dense().to(dtype), entropy.to_dense(), alpha=self.plan.weight)
+
+    def _row(self, i: int) -> tuple[bool, bool, Tensor | None]:
+        own, entropy = self._own(i), self._entropy[i]
+        row = None if own is None or entropy is None else dot(own, entropy)
+        return own is not None, entropy is not None, row
+
+    def _compare(self, rows: list[tuple[bool, bool, Tensor | None]]) -> Tensor:
+        self._reached = [(by_loss, by_entropy) for by_loss, by_entropy, _ in rows]
+        statistics = stacked([row for *_, row in rows])
+        self._statistics = HostCopy(statistics.reshape(-1))
+        return statistics
+
+    def _project(self, statistics: Tensor) -> None:
+        """Remove from ``.grad`` the part of the entropy gradient that points against the loss gradient."""
+        gd, gg, _ = statistics.sum(0).unbind()
+        removed = -torch.where(gg > 0, self.plan.weight * gd / gg, 0).clamp(max=0)
+        for i, parameter in enumerate(self._parameters):
+            own, entropy = self._own(i), self._entropy[i]
+            if parameter.grad is None or own is None or entropy is None or self.plan.weight == 0:
+                continue
+            # Kept in step with .grad, so that the next micro-batch tells the two parts apart.
+            self._entropy[i] = entropy + (own * (removed / self.plan.weight).to(own)).to(entropy.dtype)
+            parameter.grad.add_(own.mul_(removed.to(own)))
+
+    def _stream(self, total: Tensor, entropy: Tensor) -> None:
+        if self._statistics is not None:  # later micro-batches: .grad already holds a sum
+            total.backward()  # type: ignore[no-untyped-call]
+            return
+        with _donated_buffers_explained():
+            total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        rows: list[tuple[bool, bool, Tensor | None]] = [(p.grad is not None, False, None) for p in self._parameters]
+
+        def compare(i: int, gradient: Tensor) -> None:
+            own = self._without(self._parameters[i].grad, gradient)
+            rows[i] = (own is not None, True, None if own is None else dot(own, gradient))
+
+        self._visit_gradients(entropy, compare, retain_graph=False)
+        self._compare(rows)
 
 
-def _accumulate(sums: list[Tensor | None], gradients: tuple[Tensor | None, ...]) -> None:
-    for i, gradient in enumerate(gradients):
-        held = sums[i]
-        sums[i] = gradient if held is None else held if gradient is None else held.add_(gradient)
+@contextmanager
+def _donated_buffers_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RuntimeError(
+            "parameter alignment differentiates a compiled model twice, which donated buffers do not allow; set "
+            "torch._functorch.config.donated_buffer = False before compiling, or AlignmentConfig.parameter_every=0"
+        ) from error

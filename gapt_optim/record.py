@@ -78,6 +78,8 @@ class StepRecord:
             # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
             parts.append(torch.tensor([*(float(count > 0) for count in counts), validation]).to(self.sums))
         if statistics is not None:
+            if group is not None:  # the gradient of all ranks has 1 / n of each one's own
+                statistics = statistics / dist.get_world_size(group)
             parts.append(statistics.reshape(-1).to(self.sums.dtype))
         device_values = HostCopy(mean_over_ranks(torch.cat(parts), group)) if parts else None
         host_sums = self.host_sums if group is None else None

@@ -64,7 +64,8 @@ class _Capture:
         self.pick_mask = pick_mask
         self.mask: Tensor | None = None
         self.inside_model = False
-        self.masks_since_step = 0
+        self.masked_calls = 0  # calls of the model with a mask, since a backward last recomputed one
+        self.recomputed = False
         self.ever_ran: set[str] = set()
         self.without_grad: set[str] = set()  # ran in training mode with gradients off
         self.evaluated: set[str] = set()  # ran in evaluation mode
@@ -145,11 +146,12 @@ class RepresentationHook:
             raise RuntimeError("hook.measuring() is already open; use the measurement of the outer with block")
         mode = self._capture.mode
         config = entropy if entropy is not None else mode.entropy if mode is not None else EntropyConfig()
+        mask = self._capture.mask
         self._capture.measurement = Measurement(config)
         try:
             yield self._capture.measurement
         finally:
-            self._capture.measurement = None
+            self._capture.measurement, self._capture.mask = None, mask
 
     # Between hook and optimizer
 
@@ -166,7 +168,7 @@ class RepresentationHook:
         Raises RuntimeError when a module never ran, or none did, saying why where that is known.
         """
         capture = self._capture
-        taken = {name: calls for name, calls in capture.calls.items() if calls}
+        taken = {name: _unspent(calls) or calls for name, calls in capture.calls.items() if calls}
         # A module that ran before may rest for a step (layer drop), but not because gradients were off.
         resting = capture.ever_ran - capture.without_grad if taken else set()
         missing = [name for name in self.names if name not in taken and name not in resting]
@@ -181,7 +183,7 @@ class RepresentationHook:
         for name in self.names:
             if self._capture.calls[name]:
                 self._capture.calls[name] = []
-        self._capture.mask, self._capture.masks_since_step = None, 0
+        self._capture.mask, self._capture.masked_calls, self._capture.inside_model = None, 0, False
         self._capture.without_grad.clear()
         self._capture.evaluated.clear()
 
@@ -246,7 +248,7 @@ class _ModuleTap:
         if not (module.training and torch.is_grad_enabled()):
             (capture.without_grad if module.training else capture.evaluated).add(self.name)
             return None
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        recomputing = _in_backward()
         if recomputing and self.name not in capture.ever_ran and not capture.calls[self.name]:
             raise RuntimeError(f'tapped module "{self.name}" {_WITHOUT_GRAD}')
         h = self.hidden(output)
@@ -263,9 +265,10 @@ class _ModuleTap:
             h, self.probe, mask, mode.entropy.alpha, window, compress, mode.measure, mode.combine, mode.max_ratio
         )
         if not recomputing:
-            flows = compress or mode.measure
-            left = Grams(gram, live_rows(h, window, mask), window_shape(h, window), h.dtype, carrier if flows else None)
-            capture.calls[self.name].append(left)
+            calls = capture.calls[self.name]
+            if calls and not torch.compiler.is_compiling():
+                calls[:] = _unspent(calls)
+            calls.append(Grams(gram, live_rows(h, window, mask), window_shape(h, window), h.dtype, carrier))
         return _replace(output, h, tapped, self.name)
 
     def hidden(self, output: Any) -> Tensor:
@@ -299,11 +302,13 @@ class _ModuleTap:
         capture = self.capture
         if capture.mask is None or h.ndim != 3 or not (capture.inside_model or recomputing):
             return None
-        if recomputing and capture.masks_since_step > 1:
+        if recomputing and not capture.inside_model and capture.masked_calls > 1:
             raise RuntimeError(
                 f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
                 "and which mask belongs to it is unknown; call backward after each forward pass"
             )
+        if recomputing:
+            capture.recomputed = True
         mask = capture.mask
         if mask.shape != h.shape[:2]:
             if capture.pick_mask is None:
@@ -327,8 +332,8 @@ class _ModelCall:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         capture = self.capture
         capture.inside_model = True
-        if capture.mode is None and capture.measurement is None:
-            return
+        if capture.measurement is None and (capture.mode is None or not torch.is_grad_enabled()):
+            return  # nothing is captured, and a backward to come may need the mask of the call before
         keywords = dict(zip(self.parameters, args, strict=False)) | kwargs
         pick = capture.pick_mask
         mask = keywords.get("attention_mask") if pick is None else pick(keywords)
@@ -337,8 +342,10 @@ class _ModelCall:
                 raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
             mask = None
         capture.mask = mask
-        if mask is not None and capture.measurement is None:
-            capture.masks_since_step += 1
+        counts = mask is not None and capture.measurement is None
+        if counts and not torch.compiler.is_compiling() and not _in_backward():
+            capture.masked_calls = 1 if capture.recomputed else capture.masked_calls + 1
+            capture.recomputed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -468,6 +475,24 @@ def _replace_within(output: Any, old: Tensor, new: Tensor) -> Any:
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, **changed)
     return type(output)({**output, **changed})
+
+
+def _in_backward() -> bool:
+    """A module that runs within a backward is being recomputed by activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _unspent(calls: list[Grams]) -> list[Grams]:
+    """Without the calls that a backward already went through, of another wrapper or of a loss of the user's own."""
+    return [call for call in calls if not _spent(call)]
+
+
+def _spent(call: Grams) -> bool:
+    node: Any = call.carrier.grad_fn if call.carrier is not None else None
+    try:
+        return node is not None and node._raw_saved_tensors is None
+    except RuntimeError:  # the buffers of the graph are freed
+        return True
 
 
 def _make_probe(device: torch.device) -> Tensor:

@@ -4,14 +4,15 @@ Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of i
 zero t. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
 Backward, a tap then receives three gradients: g for h, the entropy's kernel for K, times the
 scale of the whole loss (of a GradScaler, of accumulation), and for t the weight that its entropy has in
-the objective and whether entropies are differentiated alone, without a loss to combine with. With
-d = kernel @ h it passes on g + weight * d, and leaves <g,d>, |g|² and |d|² as the gradient of the
-`probe`, a leaf of three numbers, so that they add up over micro-batches and need no Python in
-the backward.
+the objective, and 1, or 2 where entropies are differentiated alone, without a loss to combine with (0 in
+a backward of something else). With d = kernel @ h it passes on g + weight * d, and leaves <g,d>,
+|g|² and |d|² as the gradient of the `probe`, a leaf of three numbers, so that they add up over
+micro-batches and need no Python in the backward.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Grams(NamedTuple):
     dtype: torch.dtype
     """Of the hidden tensor."""
     carrier: Tensor | None
-    """The zero t; None where nothing flows back."""
+    """The zero t; None above frozen layers, where nothing flows back."""
 
 
 class Tap(torch.autograd.Function):
@@ -80,7 +81,7 @@ class Tap(torch.autograd.Function):
         if compress or measure:
             ctx.save_for_backward(h, mask)
         else:
-            ctx.mark_non_differentiable(gram, carrier)
+            ctx.mark_non_differentiable(gram)
         return h.view_as(h), gram, carrier
 
     @staticmethod
@@ -91,20 +92,21 @@ class Tap(torch.autograd.Function):
         h, mask = ctx.saved_tensors
         d = from_windows(apply_kernel(kernel, windows(h, ctx.window, mask)), h)
         wide, statistics = g.to(d.dtype), None
-        weight, alone = carried.to(d.dtype).unbind()
+        weight, linked = carried.to(d.dtype).unbind()
         if ctx.compress:
             # Without this, one overflowing layer would put nan into every weight below it.
             d = d.nan_to_num_(0.0, 0.0, 0.0)
         if ctx.measure or ctx.combine != "sum":
             gd, gg, dd = _dot(wide, d), _dot(wide, wide), _dot(d, d)
-            statistics = torch.stack((gd, gg, dd)) if ctx.measure else None
+            # The gradient of another loss, or of another wrapper's, is not what is measured.
+            statistics = torch.stack((gd, gg * linked, dd)) if ctx.measure else None
         if ctx.compress:
             if ctx.combine == "cap":
                 shrink = _shrink_to(ctx.max_ratio, gg, dd * weight.square())
-                weight = torch.where(alone > 0, weight, weight * shrink)
+                weight = torch.where(linked > 1, weight, weight * shrink)
             total = torch.addcmul(wide, d, weight)
             if ctx.combine == "project":
-                total.addcmul_(wide, _opposing_part(gd * weight, gg) * (alone - 1))
+                total.addcmul_(wide, _opposing_part(gd * weight, gg) * (linked - 2))
             g = total.to(g.dtype)
         return (g, statistics, *[None] * 7)
 
@@ -116,7 +118,7 @@ class _Link(torch.autograd.Function):
     def forward(ctx: Any, n: int, alone: bool, weights: Tensor, *tensors: Tensor) -> Tensor:
         # tensors: n kernels, then the n matrices and the n carriers that the gradients go to
         ctx.n = n
-        carried = F.pad(weights.unsqueeze(-1), (0, 1), value=float(alone))
+        carried = F.pad(weights.unsqueeze(-1), (0, 1), value=2.0 if alone else 1.0)
         ctx.save_for_backward(carried, *tensors[:n])
         return weights.new_zeros(())
 
@@ -194,37 +196,50 @@ def windows(h: Tensor, window: int | None, mask: Tensor | None) -> Tensor:
         (windows, rows, d), with short tails and masked rows filled with zeros.
     """
     rows = h.unsqueeze(0) if h.ndim == 2 else h if h.ndim == 3 else h.flatten(2).mT
-    size, features = window_shape(h, window)
-    tail = -rows.shape[1] % size if size else 0
+    batch, length, features = rows.shape
+    size, _ = window_shape(h, window)
+    count, tail = _count_and_tail(length, size)
     rows = masked(rows, mask)
-    return (F.pad(rows, (0, 0, 0, tail)) if tail else rows).reshape(-1, size, features)
+    return (F.pad(rows, (0, 0, 0, tail)) if tail else rows).reshape(batch * count, size, features)
+
+
+def _sequences(h: Tensor) -> tuple[int, int]:
+    """Number of sequences and their length."""
+    if h.ndim == 2:
+        return 1, h.shape[0]
+    return h.shape[0], h.shape[1] if h.ndim == 3 else math.prod(h.shape[2:])
+
+
+def _count_and_tail(length: int, size: int) -> tuple[int, int]:
+    """Windows of a sequence, and rows that the last one lacks; in a form that torch.compile simplifies."""
+    count = (length + size - 1) // size if size else 0
+    return count, count * size - length
 
 
 def window_shape(h: Tensor, window: int | None) -> tuple[int, int]:
     """(rows, features) of the windows of ``h``: a sequence shorter than a window is one window."""
-    length, features = (h[0, 0].numel(), h.shape[1]) if h.ndim > 3 else h.shape[-2:]
-    return length if window is None else min(window, length), features
+    _, length = _sequences(h)
+    return length if window is None else min(window, length), h.shape[1 if h.ndim > 3 else -1]
 
 
 def live_rows(h: Tensor, window: int | None, mask: Tensor | None) -> Tensor | None:
     """Rows that count in each window, (windows,); None where all do."""
-    batch, length = (1, h.shape[0]) if h.ndim == 2 else (h.shape[0], h.shape[1] if h.ndim == 3 else h[0, 0].numel())
+    batch, length = _sequences(h)
     size, _ = window_shape(h, window)
-    tail = -length % size if size else 0
+    count, tail = _count_and_tail(length, size)
     if not tail and mask is None:
         return None
     live = torch.ones(batch, length, dtype=torch.bool, device=h.device) if mask is None else mask
-    return F.pad(live, (0, tail)).reshape(-1, size).sum(-1)
+    return F.pad(live, (0, tail)).reshape(batch * count, size).sum(-1)
 
 
 def from_windows(z: Tensor, like: Tensor) -> Tensor:
     """The inverse of :func:`windows`: matrices back to the shape of ``like``, the tail dropped."""
-    if like.ndim == 2:
-        return z.reshape(-1, z.shape[-1])[: like.shape[0]]
-    if like.ndim == 3:
-        return z.reshape(like.shape[0], -1, z.shape[-1])[:, : like.shape[1]]
-    length = like[0, 0].numel()
-    return z.reshape(like.shape[0], -1, z.shape[-1])[:, :length].mT.reshape(like.shape)
+    size, features = z.shape[-2:]
+    batch, length = _sequences(like)
+    count, _ = _count_and_tail(length, size)
+    rows = z.reshape(batch, count * size, features)[:, :length]
+    return (rows.mT if like.ndim > 3 else rows).reshape(like.shape)
 
 
 def _mean_entropy(
@@ -242,7 +257,8 @@ def _mean_entropy(
         values = values * scale
         kernel = None if kernel is None else kernel * scale[..., None, None]
     if live is None:
-        return values.mean(-1), None if kernel is None else kernel.div_(values.shape[-1])
+        count = max(values.shape[-1], 1)  # an empty batch has no window
+        return values.sum(-1) / count, None if kernel is None else kernel.div_(count)
     share = (live > 0).to(values.dtype)
     share = share / share.sum(-1, keepdim=True).clamp(min=1)
     return (values * share).sum(-1), None if kernel is None else kernel.mul_(share[..., None, None])

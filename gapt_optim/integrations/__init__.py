@@ -1,0 +1,1 @@
+"""One small module per training framework; each imports its framework and nothing else does."""

@@ -1,0 +1,114 @@
+"""Lightning: one callback joins a GAPTOptimizer to automatic optimization and logs its phase and entropies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..metrics import StepMetrics
+from ..optimizer import GAPTOptimizer
+from .common import Replacement, scalars, unwrapped
+
+
+class GAPTCallback(Callback):
+    """Joins the :class:`GAPTOptimizer` that ``configure_optimizers`` returns to Lightning's training.
+
+        def configure_optimizers(self):
+            hook = RepresentationHook(self.model, "layers.*")
+            return GAPTOptimizer(torch.optim.AdamW(self.parameters(), lr=3e-4), hook)
+
+        Trainer(callbacks=[GAPTCallback()]).fit(module)
+
+    In automatic optimization the loss of ``training_step`` goes through ``optimizer.objective`` on its way to the
+    backward pass. In manual optimization, call ``objective`` yourself: ``self.manual_backward(opt.objective(loss))``.
+    In both, ``gapt/loss``, ``gapt/entropy``, ``gapt/compression`` and more are logged after each optimizer step; with
+    several GAPTOptimizers, under ``gapt0/``, ``gapt1/`` and so on. A gate with ``signal="validation"`` judges
+    ``metric``.
+
+    Args:
+        layers: also log the entropy of each layer.
+        metric: name under which the module logs its held-out loss.
+
+    Raises:
+        TypeError, ValueError: at the beginning of training, where the module does not go with the optimizer; the
+            message says what to do instead.
+    """
+
+    def __init__(self, *, layers: bool = True, metric: str = "val_loss") -> None:
+        self.layers, self.metric = layers, metric
+        self._replaced: list[Replacement] = []
+        self._logged: dict[int, StepMetrics | None] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In automatic optimization, replace the module's training step."""
+        self._restore()
+        optimizers = _wrapped(trainer)
+        if not optimizers:
+            raise TypeError(
+                "configure_optimizers returned no GAPTOptimizer; return GAPTOptimizer(optimizer, hook) or leave out "
+                "GAPTCallback"
+            )
+        self._logged = {i: optimizer.metrics for i, optimizer in enumerate(optimizers)}
+        if not pl_module.automatic_optimization:
+            return
+        optimizer = optimizers[0]
+        if optimizer.config.alignment.parameter_every:
+            raise ValueError(
+                "parameter alignment needs a backward pass of its own, which automatic optimization does not give; set "
+                "AlignmentConfig(parameter_every=0), or optimize manually and call optimizer.backward(loss)"
+            )
+        optimizer._abandon_step()
+        self._replaced = [Replacement(pl_module, "training_step", lambda step: _joined(optimizer, step))]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the optimizer steps that were taken."""
+        optimizers = _wrapped(trainer)
+        for i, optimizer in enumerate(optimizers):
+            if optimizer.metrics is not self._logged.get(i):
+                self._logged[i] = optimizer.metrics
+                prefix = "gapt" if len(optimizers) == 1 else f"gapt{i}"
+                pl_module.log_dict(scalars(optimizer.metrics, layers=self.layers, prefix=prefix))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the held-out loss to the gate."""
+        if trainer.sanity_checking or self.metric not in trainer.callback_metrics:
+            return
+        for optimizer in _wrapped(trainer):
+            if optimizer.config.gate.signal == "validation":
+                optimizer.record_validation(trainer.callback_metrics[self.metric])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the module's training step back."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the module's training step back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for replacement in self._replaced:
+            replacement.undo()
+        self._replaced = []
+
+
+def _wrapped(trainer: Trainer) -> list[GAPTOptimizer]:
+    found = (unwrapped(optimizer) for optimizer in trainer.optimizers)
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def _joined(optimizer: GAPTOptimizer, step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)
+    def joined(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        if output is None:  # Lightning skips this batch
+            return None
+        if isinstance(output, Mapping):
+            return {**output, "loss": optimizer.objective(output["loss"])}
+        return optimizer.objective(output)
+
+    return joined

@@ -1,0 +1,133 @@
+"""`transformers.Trainer`, unmodified: one callback brings its loss to the gate and the phase into its logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from ..optimizer import GAPTOptimizer
+from .common import Replacement, scalars, unwrapped
+
+
+class GAPTCallback(TrainerCallback):
+    """Joins a :class:`GAPTOptimizer` to a ``transformers.Trainer`` or a subclass of it.
+
+        optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), hook)
+        trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, scheduler))
+        trainer.add_callback(GAPTCallback(trainer))
+        trainer.train()
+
+    The gate judges the loss that the Trainer trains on, as a mean over the whole accumulated batch: cross-entropy
+    per token, whatever the number of tokens in a micro-batch. A gate with ``signal="validation"`` judges ``metric``
+    of the evaluations. Each training log gets ``gapt/loss``, ``gapt/entropy``, ``gapt/compression`` and more, of
+    the step that is logged. While training, ``trainer.accelerator.backward`` and ``trainer.log`` are replaced.
+
+    Args:
+        trainer: the Trainer that this callback is added to.
+        layers: also log the entropy of each layer.
+        metric: name of the held-out loss in the Trainer's evaluation metrics.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: at the beginning of training, where the Trainer's settings do not go
+            with the optimizer; the message says what to do instead.
+    """
+
+    def __init__(self, trainer: Trainer, *, layers: bool = True, metric: str = "eval_loss") -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"trainer must be a transformers.Trainer, found {type(trainer).__name__}: "
+                "trainer.add_callback(GAPTCallback(trainer))"
+            )
+        self.trainer, self.layers, self.metric = trainer, layers, metric
+        self._replaced: list[Replacement] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Replace what carries the loss and the logs."""
+        self._restore()  # a run that raised, or that starts again with a smaller batch, never ended
+        optimizer = self._find()
+        optimizer._abandon_step()
+        self._replaced = [
+            Replacement(self.trainer.accelerator, "backward", lambda backward: self._backward(optimizer, backward)),
+            Replacement(self.trainer, "log", lambda log: self._log(optimizer, log)),
+        ]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put everything back."""
+        self._restore()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An overflow skips the optimizer; what was recorded for that step must not reach the next."""
+        optimizer = unwrapped(self.trainer.optimizer)
+        if self._replaced and optimizer is not None and self.trainer.accelerator.optimizer_step_was_skipped:
+            optimizer._abandon_step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the held-out loss to the gate."""
+        optimizer = unwrapped(self.trainer.optimizer)
+        if not self._replaced or optimizer is None or optimizer.config.gate.signal != "validation":
+            return
+        metrics: dict[str, float] = kwargs.get("metrics") or {}
+        if self.metric in metrics:
+            optimizer.record_validation(metrics[self.metric])
+
+    def _restore(self) -> None:
+        for replacement in reversed(self._replaced):
+            replacement.undo()
+        self._replaced = []
+
+    def _find(self) -> GAPTOptimizer:
+        trainer = self.trainer
+        optimizer = unwrapped(trainer.optimizer)
+        if optimizer is None:
+            raise TypeError(
+                "this Trainer does not train with a GAPTOptimizer; pass optimizers=(GAPTOptimizer(...), scheduler), "
+                "or return one from create_optimizer in a subclass"
+            )
+        if trainer.args.n_gpu > 1:
+            raise RuntimeError(
+                f"the Trainer runs nn.DataParallel over {trainer.args.n_gpu} GPUs, whose replicas a RepresentationHook "
+                "does not see; start one process per GPU with torchrun, or show one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        if trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                "DeepSpeed steps inside its own engine and does not call a GAPTOptimizer; train with "
+                "DistributedDataParallel (torchrun without --deepspeed) or FSDP2"
+            )
+        if optimizer.config.gate.signal == "validation" and trainer.args.eval_strategy == "no":
+            raise ValueError(
+                'the gate has signal="validation" and the Trainer never evaluates; set eval_strategy="steps" and an '
+                'eval_dataset, or GateConfig(signal="train")'
+            )
+        if optimizer.config.alignment.parameter_every and trainer.accelerator.scaler is not None:
+            raise ValueError(
+                "parameter alignment does not go with the Trainer's loss scaling (fp16=True); use bf16=True or "
+                "AlignmentConfig(parameter_every=0)"
+            )
+        return optimizer
+
+    def _backward(self, optimizer: GAPTOptimizer, backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def joined(loss: Tensor, **kwargs: Any) -> None:
+            # The losses of the micro-batches sum to the mean over the whole batch: each arrives as its share.
+            n = self.trainer.current_gradient_accumulation_steps
+            mean = loss.detach() * n
+            entropy = optimizer.objective(mean) - mean
+            total = loss + entropy / n if entropy.requires_grad else loss
+            if optimizer._measurement is None:
+                backward(total, **kwargs)
+            else:
+                optimizer._differentiate(total, loss * n, 1 / n)
+
+        return joined
+
+    def _log(self, optimizer: GAPTOptimizer, log: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(log)
+        def joined(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            of_training = "loss" in logs  # not an evaluation's, nor the summary at the end
+            log({**logs, **(scalars(optimizer.metrics, layers=self.layers) if of_training else {})}, *args, **kwargs)
+
+        return joined

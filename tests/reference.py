@@ -1,0 +1,137 @@
+"""Slow twins of the library's arithmetic: plain loops, eigenvalues and autograd, in float64 where that matters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def reference_entropy(z: Tensor, alpha: float, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+    """Entropy of one matrix (n, d), differentiable any number of times away from shared eigenvalues."""
+    features = z.shape[-1]
+    if mask is not None:
+        z = z[mask.bool()]
+    if z.numel() == 0 or not z.any():
+        return z.sum()
+    p = torch.linalg.eigvalsh(z @ z.T)
+    p = p / p.sum()
+    p = p[p > 1e-12 * p.max()]
+    value = _entropy_of_eigenvalues(p, alpha)
+    if normalize:
+        limit = math.log(min(len(z), features))
+        value = value / limit if limit > 0 else value * 0
+    return value
+
+
+def _entropy_of_eigenvalues(p: Tensor, alpha: float) -> Tensor:
+    if math.isinf(alpha):
+        return -p.max().log()
+    if abs(alpha - 1) < 1e-5:  # two terms of the series in alpha - 1, where the formula below cancels
+        mean = (p * p.log()).sum()
+        variance = (p * (p.log() - mean).square()).sum()
+        return -mean - (alpha - 1) / 2 * variance
+    return torch.logsumexp(alpha * p.log(), 0) / (1 - alpha)
+
+
+def reference_windows(
+    h: Tensor, window: int | None, mask: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rows of each window that has a live one, and their mask."""
+    sequences = [h] if h.ndim == 2 else list(h) if h.ndim == 3 else [image.flatten(1).T for image in h]
+    for i, sequence in enumerate(sequences):
+        size = len(sequence) if window is None else window
+        for start in range(0, len(sequence), size):
+            live = None if mask is None else mask[i, start : start + size].bool()
+            if live is None or live.any():
+                yield sequence[start : start + size], live
+
+
+def reference_layer_entropy(
+    h: Tensor, alpha: float = 2.0, window: int | None = 8, mask: Tensor | None = None, normalize: bool = False
+) -> Tensor:
+    """Mean entropy over the windows of one hidden tensor."""
+    values = [reference_entropy(z, alpha, live, normalize) for z, live in reference_windows(h, window, mask)]
+    return torch.stack(values).mean()
+
+
+def reference_objective(
+    loss: Tensor,
+    activations: Sequence[Tensor],
+    weight: float = 1.0,
+    window: int | None = 8,
+    alpha: float = 2.0,
+    mask: Tensor | None = None,
+    normalize: bool = False,
+    reduce: Callable[[list[Tensor]], Tensor] | None = None,
+) -> Tensor:
+    """loss + weight * the mean entropy over layers, or what ``reduce`` makes of them."""
+    entropies = [reference_layer_entropy(h, alpha, window, mask, normalize) for h in activations]
+    total = sum(entropies, torch.zeros(())) / len(entropies) if reduce is None else reduce(entropies)
+    return loss + weight * total
+
+
+REFERENCE_SHARES: dict[str, Callable[[int, int, int], list[float]]] = {
+    "all": lambda n, step, period: [1 / n] * n,
+    "rotate": lambda n, step, period: [1.0 if i == step % n else 0.0 for i in range(n)],
+    "alternate": lambda n, step, period: _normalized([float(n == 1 or i % 2 == step % 2) for i in range(n)]),
+    "blocks": lambda n, step, period: _normalized(
+        [float(min(3, n) * i // n == (step // period) % min(3, n)) for i in range(n)]
+    ),
+    "progressive": lambda n, step, period: _normalized([float(n - i <= 1 + step // period) for i in range(n)]),
+    "valley": lambda n, step, period: _normalized([min(i + 1, n - i) for i in range(n)]),
+    "mountain": lambda n, step, period: _normalized([(n + 1) // 2 + 1 - min(i + 1, n - i) for i in range(n)]),
+    "slope": lambda n, step, period: _normalized([i + 1 for i in range(n)]),
+}
+"""Each schedule's shares of n layers at a step, written down once more."""
+
+
+def _normalized(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
+
+
+def _number(value: Tensor) -> float:
+    return float(value.detach())
+
+
+def _lowest(entropies: list[Tensor]) -> int:
+    return min(range(len(entropies)), key=lambda i: _number(entropies[i]))
+
+
+def _mean(entropies: list[Tensor]) -> Tensor:
+    return torch.stack(entropies).mean()
+
+
+def _rises(entropies: list[Tensor]) -> Tensor:
+    return sum((b - a for a, b in pairwise(entropies) if b > a), entropies[0] * 0)
+
+
+def _largest_drop(entropies: list[Tensor]) -> Tensor:
+    if len(entropies) == 1:
+        return entropies[0]
+    return max(pairwise(entropies), key=lambda pair: _number(pair[0] - pair[1]))[1]
+
+
+def _bottleneck(entropies: list[Tensor]) -> Tensor:
+    low = _lowest(entropies)
+    return _mean(entropies[max(low - 1, 0) : low + 2])
+
+
+def _valley(entropies: list[Tensor]) -> Tensor:
+    low = _lowest(entropies)
+    return entropies[low] + _rises(entropies[: low + 1]) + _rises(entropies[: low - 1 : -1] if low else entropies[::-1])
+
+
+REFERENCE_REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "mean": _mean,
+    "max": lambda entropies: max(entropies, key=_number),
+    "min": lambda entropies: min(entropies, key=_number),
+    "largest_drop": _largest_drop,
+    "rises": _rises,
+    "bottleneck": _bottleneck,
+    "valley": _valley,
+}
+"""Each reduction of a list of layer entropies, written down once more."""

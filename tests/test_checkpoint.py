@@ -1,0 +1,298 @@
+"""Stopping and going on: nothing of a run is lost, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from gapt_optim import (
+    AlignmentConfig,
+    EntropyConfig,
+    GAPTConfig,
+    GAPTOptimizer,
+    GateConfig,
+    LayerConfig,
+    ObjectiveConfig,
+    RepresentationHook,
+)
+
+from .loops import RESTLESS, Net, adamw, assert_same, loss_of, make_net, matrices_and_rest, run, sgd, weights, wrap
+
+CONFIGS = {
+    "default": GAPTConfig(),
+    "smoothed": GAPTConfig(gate=RESTLESS),
+    "published": GAPTConfig(gate=GateConfig.published(patience_memorization=3, patience_compression=2)),
+    "validation": GAPTConfig(gate=RESTLESS.model_copy(update={"signal": "validation"})),
+    "rotate": GAPTConfig(gate=RESTLESS, layers=LayerConfig(schedule="rotate")),
+    "blocks": GAPTConfig(gate=RESTLESS, layers=LayerConfig(schedule="blocks", period=3)),
+    "parameter alignment": GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(parameter_every=3)),
+}
+
+
+def go_on(model: nn.Module, optimizer: GAPTOptimizer, steps: range) -> list[Any]:
+    """Train, with a validation loss every second step; what the metrics say."""
+    seen = []
+    for i in steps:
+        seen += run(model, optimizer, range(i, i + 1))
+        if i % 2:
+            optimizer.record_validation(2.0 + i % 3)
+    return seen
+
+
+@pytest.mark.parametrize("base", [adamw, matrices_and_rest])
+@pytest.mark.parametrize("stop", [1, 6, 9])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_resumed_run_equals_the_uninterrupted_one(config: GAPTConfig, stop: int, base: Any, tmp_path: Path) -> None:
+    whole = make_net()
+    optimizer = wrap(whole, base, config)
+    expected = go_on(whole, optimizer, range(20))
+
+    first = make_net()
+    interrupted = wrap(first, base, config)
+    before = go_on(first, interrupted, range(stop))
+    torch.save({"model": first.state_dict(), "optimizer": interrupted.state_dict()}, tmp_path / "checkpoint.pt")
+
+    second = make_net(seed=1)
+    resumed = wrap(second, base, config)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert before + go_on(second, resumed, range(stop, 20)) == expected
+    assert_same(weights(second), weights(whole))
+    assert_same(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_the_configurations_above_switch_back_and_forth() -> None:
+    for name, config in CONFIGS.items():
+        if name != "default":
+            model = make_net()
+            assert go_on(model, wrap(model, config=config), range(20))[-1]["switches"] >= 2, name
+
+
+RESUME = """
+import sys, torch
+from tests.loops import make_net, wrap
+from tests.test_checkpoint import CONFIGS, go_on
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+model = make_net(seed=1)
+optimizer = wrap(model, config=CONFIGS["blocks"])
+saved = torch.load(folder + "/checkpoint.pt", weights_only=True)
+model.load_state_dict(saved["model"])
+optimizer.load_state_dict(saved["optimizer"])
+metrics = go_on(model, optimizer, range(9, 20))
+torch.save({"metrics": metrics, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder + "/end.pt")
+"""
+
+
+def test_resumed_run_in_a_new_process(tmp_path: Path) -> None:
+    model = make_net()
+    optimizer = wrap(model, config=CONFIGS["blocks"])
+    go_on(model, optimizer, range(9))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    expected = go_on(model, optimizer, range(9, 20))
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], check=True, env=environment)
+    end = torch.load(tmp_path / "end.pt", weights_only=True)
+    assert end["metrics"] == expected
+    assert_same(end["model"], dict(model.state_dict()))
+    assert_same(end["optimizer"], optimizer.state_dict())
+
+
+def test_state_dict_does_not_change_while_training_goes_on() -> None:
+    model = make_net()
+    optimizer = wrap(model, config=CONFIGS["validation"])
+    go_on(model, optimizer, range(5))
+    own = optimizer.state_dict()["param_groups"][0]["gapt"]
+    before = copy.deepcopy(own)
+    go_on(model, optimizer, range(5, 15))
+    assert own == before
+
+
+# To and from bare optimizers
+
+
+def test_state_of_a_bare_optimizer_loads_with_a_fresh_gate() -> None:
+    bare_model, model = make_net(), make_net()
+    bare, optimizer = adamw(bare_model), wrap(model, config=CONFIGS["smoothed"])
+    run(bare_model, bare, range(5))
+    go_on(model, optimizer, range(7))
+    model.load_state_dict(bare_model.state_dict())
+    with pytest.warns(UserWarning, match="bare optimizer: the gate starts fresh") as warned:
+        optimizer.load_state_dict(copy.deepcopy(bare.state_dict()))
+    assert warned[0].filename == __file__
+    assert_same(optimizer.base.state_dict(), bare.state_dict())
+    fresh_model = make_net()
+    fresh_model.load_state_dict(bare_model.state_dict())
+    fresh = wrap(fresh_model, config=CONFIGS["smoothed"])
+    fresh.base.load_state_dict(copy.deepcopy(bare.state_dict()))
+    assert_same(optimizer.state_dict(), fresh.state_dict())
+    assert go_on(model, optimizer, range(12)) == go_on(fresh_model, fresh, range(12))
+
+
+def test_ours_loads_into_a_bare_optimizer() -> None:
+    model, bare_model = make_net(), make_net()
+    optimizer, bare = wrap(model), adamw(bare_model)
+    run(model, optimizer, range(5))
+    bare_model.load_state_dict(model.state_dict())
+    bare.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(model, optimizer, range(5, 9))
+    run(bare_model, bare, range(5, 9))
+    assert_same(weights(model), weights(bare_model))
+
+
+# What does not fit
+
+
+def another(name: str) -> tuple[nn.Module, GAPTOptimizer]:
+    model = make_net(seed=2)
+    layers = "layers.1" if name == "layers" else "layers.*"
+    config = {
+        "layers": GAPTConfig(),
+        "gate.smoothing": GAPTConfig(gate=GateConfig(smoothing=0.5)),
+        "entropy.alpha": GAPTConfig(entropy=EntropyConfig(alpha=float("inf"))),
+        "objective.weight": GAPTConfig(objective=ObjectiveConfig(weight=0.1)),
+        "layers.schedule": GAPTConfig(layers=LayerConfig(schedule="slope")),
+        "alignment.parameter_every": GAPTConfig(alignment=AlignmentConfig(parameter_every=7)),
+    }[name]
+    return model, GAPTOptimizer(adamw(model), RepresentationHook(model, layers), config)
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ("layers", r"layers \['layers\.0'.*this hook has \['layers\.1'\]"),
+        ("gate.smoothing", r"gate\.smoothing=0\.9, found 0\.5"),
+        ("entropy.alpha", r"entropy\.alpha=2\.0, found inf"),
+        ("objective.weight", r"objective\.weight=1\.0, found 0\.1"),
+        ("layers.schedule", r"layers\.schedule='all', found 'slope'"),
+        ("alignment.parameter_every", r"alignment\.parameter_every=0, found 7"),
+    ],
+)
+def test_state_of_another_run_is_refused_and_nothing_changes(difference: str, message: str) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    run(model, optimizer, range(4))
+    saved = optimizer.state_dict()
+    other_model, other = another(difference)
+    run(other_model, other, range(2))
+    before, moments, metrics = copy.deepcopy(other.state_dict()), other.base.state, other.metrics
+    with pytest.raises(ValueError, match=message) as refused:
+        other.load_state_dict(saved)
+    assert 'remove "gapt"' in str(refused.value)
+    assert_same(other.state_dict(), before)
+    assert other.base.state is moments
+    assert other.metrics is metrics
+    # The remedy that the message names.
+    saved["param_groups"][0].pop("gapt")
+    with pytest.warns(UserWarning, match="fresh"):
+        other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing"])
+def test_damaged_state_changes_nothing(damage: str) -> None:
+    model = make_net()
+    optimizer = wrap(model, config=CONFIGS["smoothed"])
+    run(model, optimizer, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(4, 7))
+    before = copy.deepcopy(optimizer.state_dict())
+    if damage == "groups":
+        saved["param_groups"].append({"params": []})
+    elif damage == "sizes":
+        saved["param_groups"][0]["params"].pop()
+    elif damage == "gate":
+        saved["param_groups"][0]["gapt"]["gate"]["novelty"] = 1
+    else:
+        del saved["param_groups"][0]["gapt"]["steps"]
+    with pytest.raises(ValueError, match=r"group|novelty|steps"):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_loading_drops_what_was_not_yet_stepped() -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    run(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    optimizer.backward(loss_of(model, 2))
+    optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.step == 2
+    (metrics,) = run(model, optimizer, range(3, 4))
+    assert metrics is not None
+    assert metrics["step"] == 3
+
+
+# torch.distributed.checkpoint
+
+
+def two_groups(model: nn.Module) -> Optimizer:
+    head = list(model.head.parameters())
+    rest = [p for name, p in model.named_parameters() if "head" not in name]
+    return torch.optim.AdamW([{"params": rest}, {"params": head, "lr": 0.003}], lr=0.01)
+
+
+def started(base: Any, config: GAPTConfig = CONFIGS["smoothed"]) -> tuple[Net, GAPTOptimizer]:
+    model = make_net()
+    optimizer = wrap(model, base, config)
+    go_on(model, optimizer, range(7))
+    return model, optimizer
+
+
+FLATTENED = pytest.param(
+    True,
+    id="flattened",
+    marks=pytest.mark.xfail(
+        raises=UserWarning, strict=True, reason="torch restores only the keys that the live parameter groups have"
+    ),
+)
+
+
+@pytest.mark.parametrize("flatten", [pytest.param(False, id="nested"), FLATTENED])
+@pytest.mark.parametrize("base", [adamw, two_groups, sgd, matrices_and_rest])
+def test_distributed_state_dict_keeps_the_gate(base: Any, flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = started(base)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    other_model = make_net(seed=1)
+    other = wrap(other_model, base, CONFIGS["smoothed"])
+    other_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+    assert_same(other.state_dict(), optimizer.state_dict())
+    assert go_on(other_model, other, range(7, 15)) == go_on(model, optimizer, range(7, 15))
+    assert_same(weights(other_model), weights(model))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("base", [adamw, matrices_and_rest])
+def test_distributed_checkpoint_on_disk_keeps_the_gate(base: Any, tmp_path: Path) -> None:
+    model, optimizer = started(base)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    other_model = make_net(seed=1)
+    other = wrap(other_model, base, CONFIGS["smoothed"])
+    other_model.load_state_dict(model.state_dict())
+    loaded = {"optimizer": get_optimizer_state_dict(other_model, other)}
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(other_model, other, loaded["optimizer"])
+    assert_same(other.state_dict(), optimizer.state_dict())
+    assert go_on(other_model, other, range(7, 15)) == go_on(model, optimizer, range(7, 15))

@@ -1,0 +1,141 @@
+"""Configuration: what is refused, how, and that the rest survives a round trip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from gapt_optim import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
+
+SECTIONS = [AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig]
+PROFILE_REDUCTIONS = ["largest_drop", "rises", "bottleneck", "valley"]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_unknown_field_is_refused_by_name(section: type[BaseModel]) -> None:
+    with pytest.raises(ValidationError, match="patience_memorisation"):
+        section(patience_memorisation=3)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "values"),
+    [
+        (EntropyConfig, "alpha", [0.0, -1.0, math.nan, "two", None]),
+        (EntropyConfig, "window", [1, 0, -8, 2.5, "eight"]),
+        (EntropyConfig, "normalize", ["maybe", None]),
+        (GateConfig, "rule", ["smooth", None]),
+        (GateConfig, "patience_memorization", [0, -1, 1.5, None]),
+        (GateConfig, "patience_compression", [0, -1, 1.5, None]),
+        (GateConfig, "min_improvement", [-0.01, 1.0, math.nan]),
+        (GateConfig, "spike_tolerance", [0.0, -0.1, math.nan]),
+        (GateConfig, "smoothing", [-0.1, 1.0, math.nan]),
+        (GateConfig, "signal", ["test"]),
+        (GateConfig, "initial_phase", ["compressed"]),
+        (GateConfig, "frozen", ["maybe"]),
+        (ObjectiveConfig, "weight", [-1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "combine", ["add"]),
+        (ObjectiveConfig, "max_ratio", [0.0, -1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "floor", [-1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "max_nonfinite", [0, -1]),
+        (LayerConfig, "schedule", ["none"]),
+        (LayerConfig, "skip_first", [-1]),
+        (LayerConfig, "skip_last", [-1]),
+        (LayerConfig, "reduce", ["median"]),
+        (LayerConfig, "period", [0]),
+        (AlignmentConfig, "parameter_every", [-1, 0.5]),
+        (GAPTConfig, "gate", [None, 3, {"patience": 1}]),
+    ],
+)
+def test_impossible_value_is_refused_with_the_field_name(section: Any, field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValidationError, match=field):
+            section(**{field: value})
+
+
+def test_every_field_but_flags_has_a_refused_value() -> None:
+    """Keeps the table above complete."""
+    table = test_impossible_value_is_refused_with_the_field_name.pytestmark[0].args[1]
+    tried = {(section, field) for section, field, _ in table}
+    sections = [section for section in SECTIONS if section is not GAPTConfig]
+    fields = {(s, name) for s in sections for name, field in s.model_fields.items() if field.annotation is not bool}
+    assert not fields - tried
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_frozen_and_documented(section: type[BaseModel]) -> None:
+    config = section()
+    for name in section.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(config, name, getattr(config, name))
+        assert section is GAPTConfig or section.model_fields[name].description
+
+
+@pytest.mark.parametrize("reduce", PROFILE_REDUCTIONS)
+def test_reductions_over_the_whole_profile_need_all_layers(reduce: str) -> None:
+    LayerConfig(reduce=reduce)
+    with pytest.raises(ValidationError, match=f'{reduce}.*schedule="rotate"'):
+        LayerConfig(reduce=reduce, schedule="rotate")
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max", "min"])
+def test_other_reductions_go_with_every_schedule(reduce: str) -> None:
+    for schedule in ("all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"):
+        LayerConfig(reduce=reduce, schedule=schedule)
+
+
+def test_projection_of_parameter_gradients_needs_their_measurement() -> None:
+    with pytest.raises(ValidationError, match="parameter_every"):
+        AlignmentConfig(project_parameters=True)
+    AlignmentConfig(project_parameters=True, parameter_every=10)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"layers": LayerConfig(schedule="rotate")},
+        {"layers": LayerConfig(reduce="max")},
+        {"objective": ObjectiveConfig(combine="cap")},
+        {"objective": ObjectiveConfig(floor=0.1)},
+    ],
+)
+def test_projection_of_parameter_gradients_goes_with_the_plain_objective_only(parts: dict[str, Any]) -> None:
+    alignment = AlignmentConfig(project_parameters=True, parameter_every=10)
+    GAPTConfig(alignment=alignment)
+    with pytest.raises(ValidationError, match="project_parameters"):
+        GAPTConfig(alignment=alignment, **parts)
+
+
+def test_published_gate_has_the_settings_of_the_paper() -> None:
+    gate = GateConfig.published()
+    assert gate.rule == "published"
+    assert (gate.patience_memorization, gate.patience_compression) == (125, 75)
+    assert (gate.min_improvement, gate.spike_tolerance) == (0.01, 0.1)
+    assert GateConfig.published(patience_memorization=9) == gate.model_copy(update={"patience_memorization": 9})
+    with pytest.raises(ValidationError, match="spike_tolerance"):
+        GateConfig.published(spike_tolerance=-1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GAPTConfig(),
+        GAPTConfig(
+            entropy=EntropyConfig(alpha=math.inf, window=None, normalize=True),
+            gate=GateConfig.published(signal="validation", initial_phase="compression", frozen=True),
+            objective=ObjectiveConfig(weight=0.0, combine="cap", max_ratio=0.5, floor=0.1, max_nonfinite=1),
+            layers=LayerConfig(schedule="blocks", skip_first=1, skip_last=2, reduce="max", period=7),
+            alignment=AlignmentConfig(activation=False, parameter_every=5),
+        ),
+    ],
+)
+def test_round_trip(config: GAPTConfig) -> None:
+    assert GAPTConfig(**config.model_dump()) == config
+    assert GAPTConfig.model_validate_json(config.model_dump_json()) == config
+    assert hash(config) == hash(config.model_copy(deep=True))
+
+
+def test_parts_can_be_given_as_plain_dicts() -> None:
+    assert GAPTConfig(gate={"smoothing": 0.5}) == GAPTConfig(gate=GateConfig(smoothing=0.5))

@@ -1,0 +1,200 @@
+"""What a step reports, and the observers that write it down."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapt_optim import Alignment, Angle, GAPTConfig, JSONLines, ProgressBar, StepMetrics, TensorBoard
+
+from .loops import RESTLESS, make_net, run, train, wrap
+
+
+def metrics(step: int = 1, **changes: Any) -> StepMetrics:
+    values: dict[str, Any] = {
+        "step": step,
+        "phase": "compression",
+        "next_phase": "memorization",
+        "reason": "spike",
+        "loss": 2.34567,
+        "entropy": 0.98765,
+        "layer_entropy": {"layers.0": 1.5, "layers.1": 0.5},
+    }
+    return StepMetrics(**(values | changes))
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+# JSON lines
+
+
+def test_each_record_can_be_read_while_the_file_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "metrics.jsonl"
+    with JSONLines(path) as observer:
+        for step in range(1, 4):
+            observer(metrics(step))
+            assert [record["step"] for record in records(path)] == list(range(1, step + 1))
+
+
+def test_record_holds_every_value(tmp_path: Path) -> None:
+    angle = Angle(cosine=0.5, projection=0.25, loss_norm=1.0, entropy_norm=2.0)
+    alignment = Alignment(0.1, 0.2, 0.3, 0.4, {"layers.0": angle})
+    with JSONLines(tmp_path / "m.jsonl") as observer:
+        observer(metrics(alignment=alignment, validation_loss=3.0, switches=2))
+    (record,) = records(tmp_path / "m.jsonl")
+    assert record["layer_entropy"] == {"layers.0": 1.5, "layers.1": 0.5}
+    assert record["alignment"]["layers"]["layers.0"]["cosine"] == 0.5
+    assert (record["reason"], record["validation_loss"], record["switches"]) == ("spike", 3.0, 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_numbers_become_null_everywhere(tmp_path: Path, bad: float) -> None:
+    angle = Angle(cosine=None, projection=None, loss_norm=bad, entropy_norm=bad)
+    alignment = Alignment(None, bad, bad, bad, {"layers.0": angle})
+    with JSONLines(tmp_path / "m.jsonl") as observer:
+        observer(metrics(loss=bad, entropy=bad, layer_entropy={"layers.0": bad}, alignment=alignment))
+    (record,) = records(tmp_path / "m.jsonl")
+    assert record["loss"] is record["entropy"] is record["layer_entropy"]["layers.0"] is None
+    assert record["alignment"]["layers"]["layers.0"]["loss_norm"] is None
+
+
+def test_a_second_run_appends(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with JSONLines(tmp_path / "m.jsonl") as observer:
+            observer(metrics(step))
+    assert [record["step"] for record in records(tmp_path / "m.jsonl")] == [1, 2]
+
+
+def test_a_half_written_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    with JSONLines(path) as observer:
+        observer(metrics(3))
+    first, half, third = path.read_text().splitlines()
+    assert json.loads(first) == {"step": 1}
+    assert half == '{"step": 2, "lo'
+    assert json.loads(third)["step"] == 3
+
+
+def test_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"m\.jsonl"):
+        JSONLines(tmp_path / "m.jsonl")
+
+
+WRITER = """
+import sys
+from gapt_optim import JSONLines, StepMetrics
+observer, step = JSONLines(sys.argv[1]), 0
+layers = {f"layer.{i}": 1 / 3 for i in range(99)}
+while True:
+    step += 1
+    observer(StepMetrics(step, "memorization", "memorization", None, 1.0, 1.0, layers))
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_kill_loses_at_most_the_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) >= 200:
+            break
+    os.kill(writer.pid, signal.SIGKILL)
+    reported = [int(line) for line in writer.stdout if line.endswith("\n")]
+    writer.wait()
+    writer.stdout.close()
+    lines = path.read_text().split("\n")
+    steps = [json.loads(line)["step"] for line in lines[:-1]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= max([200, *reported])
+
+
+# Progress bar and TensorBoard
+
+
+def test_progress_bar_shows_phase_loss_and_entropy() -> None:
+    out = io.StringIO()
+    with ProgressBar(total=5, file=out, mininterval=0, ncols=120) as bar:
+        bar(metrics())
+        bar(metrics(2, phase="memorization", loss=None))
+    shown = out.getvalue()
+    assert "phase=compression, loss=2.346, entropy=0.988" in shown
+    assert "2/5" in shown
+    assert "phase=memorization, entropy=0.988" in shown
+
+
+def test_tensorboard_writes_readable_events(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    alignment = Alignment(0.25, 0.2, 0.3, 0.4)
+    with TensorBoard(tmp_path) as board:
+        board(metrics(1, alignment=alignment))
+        board(metrics(2, loss=math.nan, phase="memorization", validation_loss=4.0))
+    events = EventAccumulator(str(tmp_path)).Reload()
+
+    def read(tag: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in events.Scalars(tag)]
+
+    assert read("gapt/loss") == [(1, pytest.approx(2.34567))]
+    assert read("gapt/compression") == [(1, 1.0), (2, 0.0)]
+    assert read("gapt/entropy/layers.1") == [(1, 0.5), (2, 0.5)]
+    assert read("gapt/activation_cosine") == [(1, 0.25)]
+    assert read("gapt/validation_loss") == [(2, 4.0)]
+
+
+# In training
+
+
+def test_observers_are_called_once_a_step_with_its_metrics() -> None:
+    seen: list[StepMetrics] = []
+    model = make_net()
+    optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS), observers=[seen.append])
+    for i, _ in enumerate(train(model, optimizer, range(20)), start=1):
+        assert len(seen) == i
+        assert seen[-1] is optimizer.metrics
+    assert [m.step for m in seen] == list(range(1, 21))
+    for before, after in itertools.pairwise(seen):
+        assert after.phase == before.next_phase
+        assert (before.reason is not None) == (before.phase != before.next_phase)
+        assert after.compression_steps == before.compression_steps + (after.phase == "compression")
+    assert seen[-1].switches == sum(m.reason is not None for m in seen) > 2
+    assert all(set(m.layer_entropy) == {"layers.0", "layers.1", "layers.2"} for m in seen)
+    assert all(m.entropy == pytest.approx(sum(m.layer_entropy.values()) / 3) for m in seen)
+
+
+def test_nothing_is_observed_without_a_loss() -> None:
+    seen: list[StepMetrics] = []
+    optimizer = wrap(make_net(), observers=[seen.append])
+    optimizer.step()
+    assert seen == []
+    assert optimizer.metrics is None
+
+
+def test_an_observer_that_raises_is_dropped_and_training_goes_on() -> None:
+    calls: list[str] = []
+
+    def full_disk(metrics: StepMetrics) -> None:
+        calls.append("full disk")
+        raise OSError("no space left")
+
+    model = make_net()
+    optimizer = wrap(model, observers=[full_disk, lambda m: calls.append(f"step {m.step}")])
+    with pytest.warns(UserWarning, match=r"function.*OSError: no space left.*dropped") as warned:
+        run(model, optimizer, range(3))
+    assert len(warned) == 1
+    assert calls == ["full disk", "step 1", "step 2", "step 3"]

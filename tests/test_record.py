@@ -1,0 +1,78 @@
+"""The numbers of a step: means over micro-batches, calls and ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gapt_optim.record import Reading, StepRecord, mean_or_nan
+
+
+def entropies(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+
+
+def test_means_are_over_the_micro_batches_in_which_a_layer_ran() -> None:
+    record = StepRecord(["a", "b", "c"])
+    record.add(torch.tensor(1.0, requires_grad=True), entropies(a=1.0, b=4.0), None)
+    record.add(torch.tensor([3.0]), entropies(a=2.0), None)
+    read = record.start_reading(torch.arange(9.0).reshape(3, 3), 0.5, None)
+    record.clear()  # the reading does not depend on what comes next
+    assert read is not None
+    assert read() == Reading(2.0, {"a": 1.5, "b": 4.0}, 0.5, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+
+
+def test_nothing_recorded_is_no_reading() -> None:
+    record = StepRecord(["a"])
+    assert record.start_reading(None, math.nan, None) is None
+    record.add(torch.tensor(1.0), entropies(a=1.0), None)
+    record.clear()
+    assert record.start_reading(None, math.nan, None) is None
+
+
+def test_half_precision_loss_is_summed_in_single_precision() -> None:
+    record = StepRecord(["a"])
+    for _ in range(1000):
+        record.add(torch.tensor(1.001, dtype=torch.float16), entropies(a=1.0), None)
+    read = record.start_reading(None, math.nan, None)
+    assert read is not None
+    assert read().loss == pytest.approx(float(torch.tensor(1.001, dtype=torch.float16)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("values", "mean"), [([], math.nan), ([3.0], 3.0), ([1.0, 2.0], 1.5)])
+def test_mean_or_nan(values: list[float], mean: float) -> None:
+    assert mean_or_nan(values) == pytest.approx(mean, nan_ok=True)
+
+
+def on_two_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    record = StepRecord(["a", "b", "c"])
+    # Layer b rests on rank 0, layer c on both; rank 1 has two micro-batches.
+    if rank == 0:
+        record.add(torch.tensor(1.0), entropies(a=1.0), group)
+    else:
+        record.add(torch.tensor(2.0), entropies(a=2.0, b=5.0), group)
+        record.add(torch.tensor(4.0), entropies(a=4.0), group)
+    read = record.start_reading(torch.full((3, 3), float(rank)), 1.0 + rank, group)
+    assert read is not None
+    torch.save(read()._asdict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_even_where_a_layer_ran_on_one_of_them(tmp_path: Path) -> None:
+    mp.spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
+    expected: dict[str, Any] = {
+        "loss": 2.0,
+        "entropies": {"a": 2.0, "b": 5.0},
+        "validation": 1.5,
+        "statistics": [[0.25] * 3] * 3,  # of the gradient that all ranks share, the mean of theirs
+    }
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
