@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -17,18 +18,31 @@ from .bases import Bases
 from .config import GAPTConfig
 from .distributed import group_of
 from .gate import Phase, PhaseGate
-from .layers import counted, reduction_coefficients, schedule_shares
+from .layers import counted, schedule_shares
 from .metrics import Observer, StepMetrics
-from .parameter_alignment import ParameterMeasurement, Plan
+from .objective import build_objective
+from .parameter_alignment import ParameterMeasurement, Plan, named_parameters
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
-from .tap import Grams, TapMode, entropies_of, link
+from .tap import TapMode
+from .wrapper import STATE_KEY, OptimizerWrapper
 
-_STATE_KEY = "gapt"  # in the first parameter group of a state dict, where checkpoint tools carry it along
 _SILENT_STEPS = 10
 
 
-class GAPTOptimizer(Optimizer):
+@dataclass
+class _Progress:
+    """What is counted over a run and goes into its checkpoints."""
+
+    steps: int = 0
+    compression_steps: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_run: int = 0
+    unjudged_entropy: float = 0.0  # sum and count since the gate last judged a validation loss
+    unjudged_steps: int = 0
+
+
+class GAPTOptimizer(OptimizerWrapper):
     """Wraps an optimizer and alternates training between memorization and compression.
 
     In memorization a step follows the task loss alone, bit for bit as the wrapped optimizer would. In
@@ -84,20 +98,13 @@ class GAPTOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None,
         observers: Sequence[Observer],
     ) -> None:
-        # Gives us torch's step and state-dict hooks without Optimizer.__init__, which would make param_groups
-        # and state of our own. It sets a default, so it comes before the bases do.
-        self._bases: Bases | None = None
-        Optimizer.__setstate__(self, {})
-        self._bases = bases
+        self._wrap(bases)
         self.config = config
         self._hook = hook
         self._process_group = process_group
         self._observers = list(observers)
         keep = counted(len(hook.names), config.layers.skip_first, config.layers.skip_last)
         self._counted = [name for name, kept in zip(hook.names, keep, strict=True) if kept]
-        self._gate = PhaseGate(config.gate)
-        self._steps = self._compression_steps = self._nonfinite_steps = self._nonfinite_run = 0
-        self._unjudged_entropy: list[float] = []  # [sum, count] since the gate last judged a validation loss
         self._silent_steps = 0
         self._zeroed = False  # zero_grad was called since the last objective
         self._metrics: StepMetrics | None = None
@@ -105,8 +112,7 @@ class GAPTOptimizer(Optimizer):
         self._record = StepRecord(hook.names)
         self._measurement: ParameterMeasurement | None = None
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
-        self._forget_step()
-        self._prepare_step()
+        self._load_own_state(None)
 
     # What a training loop calls
 
@@ -119,12 +125,6 @@ class GAPTOptimizer(Optimizer):
     def metrics(self) -> StepMetrics | None:
         """What the last step reported, None before the first."""
         return self._metrics
-
-    @property
-    def base(self) -> Any:
-        """The wrapped optimizer, or a tuple of them."""
-        bases = self._wrapped
-        return bases.all[0] if bases.single else bases.all
 
     @property
     def hook(self) -> RepresentationHook:
@@ -154,30 +154,18 @@ class GAPTOptimizer(Optimizer):
                 "reduce it first, for example with loss.mean()"
             )
         self._forget_skipped_step()
-        calls = self._hook._take()
-        flat = [call for of_layer in calls.values() for call in of_layer]
-        flows = self._mode.compress or self._mode.measure
-        values, kernels = entropies_of(flat, self.config.entropy, with_kernels=flows)
-        entropies = _layer_means(calls, [value.to(loss.device) for value in values])
-        self._record.add(loss, entropies, self._group)
-        if not flows:
-            return loss
-        compressing = self.phase is Phase.COMPRESSION
-        zero = torch.zeros_like(next(iter(entropies.values())))
-        penalty, weights = self._penalty(loss.detach(), entropies) if compressing else (zero, {})
-        of_call = [(name, len(of_layer)) for name, of_layer in calls.items() for _ in of_layer]
-        kernels = [kernel if n == 1 else kernel / n for kernel, (_, n) in zip(kernels, of_call, strict=True)]
-        result = loss + link(flat, kernels, torch.stack([weights.get(name, zero) for name, _ in of_call])).to(
-            loss.dtype
+        total, entropies, self._mean_entropy = build_objective(
+            loss,
+            self._hook._take(),
+            self.config,
+            self._counted,
+            self._shares,
+            compressing=self.phase is Phase.COMPRESSION,
+            flows=self._mode.compress or self._mode.measure,
+            measured=self._measurement is not None,
         )
-        if self._measurement is not None and any(call.carrier is not None for call in flat):
-            # A micro-batch that falls back to the loss alone has no entropy gradient.
-            judged = [entropies[name] for name in self._counted if name in entropies]
-            finite = torch.stack([loss.detach().reshape(()).to(zero), *judged]).isfinite().all()
-            share = finite.to(zero) / len(self._counted)
-            shares = torch.stack([share if name in self._counted else zero for name, _ in of_call])
-            self._mean_entropy = link(flat, kernels, shares, alone=True)
-        return result + penalty.to(loss.dtype) if compressing else result
+        self._record.add(loss, entropies, self._group)
+        return total
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -233,10 +221,6 @@ class GAPTOptimizer(Optimizer):
         if self._measurement is not None:
             self._measurement.forget()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As on the wrapped optimizer; with several, add to one of ``base`` instead."""
-        self._wrapped.add_param_group(param_group)
-
     # One step, in order
 
     def _differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor) -> None:
@@ -249,26 +233,6 @@ class GAPTOptimizer(Optimizer):
         else:
             total.backward()  # type: ignore[no-untyped-call]
 
-    def _penalty(self, loss: Tensor, entropies: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What compression adds to the loss, and the weight of each layer in it; 0 where anything is not finite."""
-        objective, layers = self.config.objective, self.config.layers
-        present = [i for i, name in enumerate(self._counted) if name in entropies]
-        if not present:
-            return torch.zeros_like(loss), {}
-        values = torch.stack([entropies[self._counted[i]] for i in present])
-        shares = self._shares.to(device=values.device, dtype=values.dtype, non_blocking=True)
-        if len(present) < len(self._counted):
-            shares = torch.stack([shares[i] for i in present])
-        coefficients = objective.weight * reduction_coefficients(layers.reduce, values, shares)
-        if objective.floor > 0:
-            values = values - objective.floor
-            coefficients = torch.where(values > 0, coefficients, 0)
-        total = (coefficients * values).sum()
-        finite = total.isfinite() & loss.isfinite().reshape(())
-        coefficients = torch.where(finite, coefficients, 0)
-        weights = zip((self._counted[i] for i in present), coefficients.unbind(), strict=True)
-        return torch.where(finite, total, 0), dict(weights)
-
     def _start_reading(self) -> Callable[[], Reading] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self._record.sums is None:
@@ -277,24 +241,6 @@ class GAPTOptimizer(Optimizer):
         self._group = group_of(self._process_group)  # ranks may have met after this optimizer was made
         statistics = self._hook._take_statistics(self._record.sums.device) if self._mode.measure else None
         return self._record.start_reading(statistics, validation, self._group)
-
-    def _step_bases(self, closure: Callable[[], Any] | None) -> Any:
-        # GradScaler leaves these two on an optimizer whose fused kernel unscales and skips by itself.
-        passed: dict[str, Any] = {
-            name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
-        }
-        for base in self._wrapped.all:
-            base.__dict__.update(passed)
-        try:
-            return self._wrapped.step(closure)
-        finally:
-            for base in self._wrapped.all:
-                for name in passed:
-                    base.__dict__.pop(name, None)
-
-    def _skipped_by_scaler(self) -> bool:
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
-        return found_inf is not None and bool(found_inf)
 
     def _forget_skipped_step(self) -> None:
         """GradScaler does not call ``step`` on an overflow: what was recorded for it went with its gradients."""
@@ -323,11 +269,11 @@ class GAPTOptimizer(Optimizer):
 
         phase = self._gate.phase
         self._silent_steps = 0
-        self._steps += 1
-        self._compression_steps += phase is Phase.COMPRESSION
+        self._progress.steps += 1
+        self._progress.compression_steps += phase is Phase.COMPRESSION
         finite = math.isfinite(loss) and math.isfinite(entropy)
-        self._nonfinite_steps += not finite
-        self._nonfinite_run = 0 if finite else self._nonfinite_run + 1
+        self._progress.nonfinite_steps += not finite
+        self._progress.nonfinite_run = 0 if finite else self._progress.nonfinite_run + 1
         if finite:
             self._judge(loss, entropy, validation)
         elif not math.isnan(validation):
@@ -336,7 +282,7 @@ class GAPTOptimizer(Optimizer):
         parameter_alignment = self._measurement.finish() if self._measurement is not None else None
         self._prepare_step()
         self._metrics = StepMetrics(
-            step=self._steps,
+            step=self._progress.steps,
             phase=phase.value,
             next_phase=self._gate.phase.value,
             reason=reason,
@@ -347,31 +293,31 @@ class GAPTOptimizer(Optimizer):
             parameter_alignment=parameter_alignment() if parameter_alignment is not None else None,
             validation_loss=None if math.isnan(validation) else validation,
             switches=self._gate.switches,
-            compression_steps=self._compression_steps,
-            nonfinite_steps=self._nonfinite_steps,
+            compression_steps=self._progress.compression_steps,
+            nonfinite_steps=self._progress.nonfinite_steps,
         )
         self._notify(self._metrics)
-        if self._nonfinite_run >= self.config.objective.max_nonfinite:
+        if self._progress.nonfinite_run >= self.config.objective.max_nonfinite:
             raise FloatingPointError(
-                f"loss or entropy was not finite for {self._nonfinite_run} steps in a row (loss {loss}, entropy "
-                f"{entropy}); lower the learning rate, or raise ObjectiveConfig.max_nonfinite to go on longer"
+                f"loss or entropy was not finite for {self._progress.nonfinite_run} steps in a row (loss {loss}, "
+                f"entropy {entropy}); lower the learning rate, or raise ObjectiveConfig.max_nonfinite to go on longer"
             )
 
     def _judge(self, loss: float, entropy: float, validation: float) -> None:
         if self.config.gate.signal == "train":
             self._gate.update(loss, entropy)
             return
-        total, count = self._unjudged_entropy or (0.0, 0)
-        self._unjudged_entropy = [total + entropy, count + 1]
+        self._progress.unjudged_entropy += entropy
+        self._progress.unjudged_steps += 1
         if math.isfinite(validation):
-            self._gate.update(validation, (total + entropy) / (count + 1))
-            self._unjudged_entropy = []
+            self._gate.update(validation, self._progress.unjudged_entropy / self._progress.unjudged_steps)
+            self._progress.unjudged_entropy, self._progress.unjudged_steps = 0.0, 0
 
     def _prepare_step(self) -> None:
         """Tell the taps what the next step does."""
         config = self.config
         every = config.alignment.parameter_every
-        self._measurement = ParameterMeasurement(self._plan()) if every and self._steps % every == 0 else None
+        self._measurement = ParameterMeasurement(self._plan()) if every and self._progress.steps % every == 0 else None
         self._mean_entropy = None
         self._mode = TapMode(
             entropy=config.entropy,
@@ -381,23 +327,15 @@ class GAPTOptimizer(Optimizer):
             max_ratio=config.objective.max_ratio,
         )
         layers = config.layers
-        shares = schedule_shares(layers.schedule, len(self._counted), self._compression_steps, layers.period)
+        shares = schedule_shares(layers.schedule, len(self._counted), self._progress.compression_steps, layers.period)
         self._shares = torch.tensor(shares, dtype=torch.float64)
         self._group = group_of(self._process_group)
         self._hook._set_mode(self._mode, self._counted)
 
     def _plan(self) -> Plan:
         config = self.config
-        model = self._hook._model()
-        names = {} if model is None else {parameter: name for name, parameter in model.named_parameters()}
-        parameters = {
-            names.get(parameter, f"param_groups[{i}].params[{j}]"): parameter
-            for i, group in enumerate(self.param_groups)
-            for j, parameter in enumerate(group["params"])
-            if parameter.requires_grad
-        }
         return Plan(
-            parameters=parameters,
+            parameters=named_parameters(self._hook._model(), self.param_groups),
             layers=self._hook.names,
             weight=config.objective.weight if self._gate.phase is Phase.COMPRESSION else 0.0,
             separable=config.plain_objective or self._gate.phase is Phase.MEMORIZATION,
@@ -428,114 +366,17 @@ class GAPTOptimizer(Optimizer):
                     stacklevel=2,
                 )
 
-    # What torch expects of an optimizer
-
-    @property
-    def _wrapped(self) -> Bases:
-        bases: Bases | None = self.__dict__.get("_bases")
-        if bases is None:
-            raise AttributeError("this GAPTOptimizer is not built yet")
-        return bases
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's own groups."""
-        return self._wrapped.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._wrapped.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's own state."""
-        return self._wrapped.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._wrapped.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's own defaults."""
-        return {} if self._bases is None else self._bases.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self._wrapped.defaults = defaults
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # Read by GradScaler. Every base must be able to skip a step with infinite gradients by itself.
-        return all(getattr(base, "_step_supports_amp_scaling", False) for base in self._wrapped.all)
-
-    def __getattr__(self, name: str) -> Any:
-        # Only the two that schedule-free optimizers have. More would make GradScaler take us for a fused base.
-        if name in ("train", "eval"):
-            methods = [getattr(base, name) for base in self._wrapped.all if hasattr(base, name)]
-            if methods:
-                return lambda *args, **kwargs: [method(*args, **kwargs) for method in methods] and None
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict, with the gate and counters in its first parameter group.
-
-        Holds plain values and tensors only, so it loads with ``torch.load(weights_only=True)``.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self._wrapped.state_dict()
-        if not state_dict.get("param_groups"):
-            raise ValueError(f"{type(self.base).__name__}.state_dict() has no param_groups, where the gate is kept")
-        first, *rest = state_dict["param_groups"]
-        state_dict["param_groups"] = [{**first, _STATE_KEY: self._own_state()}, *rest]
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, or from that of a bare optimizer, with a fresh gate and a warning.
-
-        Raises:
-            ValueError: the state is of other layers or another configuration. Nothing is changed then.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        own = groups[0].pop(_STATE_KEY, None) if groups else None
-        if own is not None:
-            self._check_own_state(own)
-        self._wrapped.load_state_dict({**state_dict, "param_groups": groups})
-        if own is None:
-            warnings.warn("the state dict is of a bare optimizer: the gate starts fresh", UserWarning, stacklevel=2)
-            self._gate = PhaseGate(self.config.gate)
-            self._steps = self._compression_steps = self._nonfinite_steps = self._nonfinite_run = 0
-            self._unjudged_entropy = []
-        else:
-            self._load_own_state(own)
-        self._forget_step()
-        self._prepare_step()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
     def _own_state(self) -> dict[str, Any]:
         return {
             "gate": self._gate.state_dict(),
-            "steps": self._steps,
-            "compression_steps": self._compression_steps,
-            "nonfinite_steps": self._nonfinite_steps,
-            "nonfinite_run": self._nonfinite_run,
-            "unjudged_entropy": list(self._unjudged_entropy),
+            **asdict(self._progress),
             "unjudged_validation": list(self._validation),
             "layers": list(self._hook.names),
             "config": self.config.model_dump(),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        fresh = f'to start the gate fresh, remove "{_STATE_KEY}" from state_dict["param_groups"][0]'
+        fresh = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
         if _unwrapped(own["layers"]) != _unwrapped(self._hook.names):
             raise ValueError(f"state_dict is of the layers {own['layers']}, this hook has {self._hook.names}; {fresh}")
         here = self.config.model_dump()
@@ -545,17 +386,19 @@ class GAPTOptimizer(Optimizer):
                     found = here.get(section, {}).get(name)
                     raise ValueError(f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {fresh}")
 
-        fields = set(own) ^ set(self._own_state())
-        if fields:
-            raise ValueError(f"state_dict has missing or unknown fields {sorted(fields)}; {fresh}")
+        unknown = set(own) ^ set(self._own_state())
+        if unknown:
+            raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {fresh}")
         PhaseGate(self.config.gate).load_state_dict(own["gate"])
 
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._gate.load_state_dict(own["gate"])
-        self._steps, self._compression_steps = own["steps"], own["compression_steps"]
-        self._nonfinite_steps, self._nonfinite_run = own["nonfinite_steps"], own["nonfinite_run"]
-        self._unjudged_entropy = list(own["unjudged_entropy"])
-        self._validation = list(own["unjudged_validation"])
+    def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        self._gate, self._progress, self._validation = PhaseGate(self.config.gate), _Progress(), []
+        if own is not None:
+            self._gate.load_state_dict(own["gate"])
+            self._progress = _Progress(**{part.name: own[part.name] for part in fields(_Progress)})
+            self._validation = list(own["unjudged_validation"])
+        self._forget_step()
+        self._prepare_step()
 
     def __getstate__(self) -> dict[str, Any]:
         # Observers hold files and process groups live in one process: neither goes along.
@@ -564,7 +407,6 @@ class GAPTOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._build(Bases(state["base"]), state["hook"], state["config"], None, ())
         self._load_own_state(state["own"])
-        self._prepare_step()
 
     def __copy__(self) -> GAPTOptimizer:
         raise TypeError("two optimizers cannot share a hook; use copy.deepcopy((model, optimizer))")
@@ -577,13 +419,3 @@ class GAPTOptimizer(Optimizer):
 def _unwrapped(names: list[str]) -> list[str]:
     """Names without what DistributedDataParallel and torch.compile put before them."""
     return [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
-
-
-def _layer_means(calls: dict[str, list[Grams]], values: list[Tensor]) -> dict[str, Tensor]:
-    """Mean over the calls of each layer, from one value per call in the same order."""
-    remaining = iter(values)
-    means = {}
-    for name, of_layer in calls.items():
-        own = [next(remaining) for _ in of_layer]
-        means[name] = own[0] if len(own) == 1 else torch.stack(own).mean()
-    return means

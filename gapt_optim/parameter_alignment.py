@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .alignment import Alignment, dot, parameter_alignment, stacked
 from .distributed import HostCopy, mean_over_ranks, refuse_sharded
@@ -202,3 +203,14 @@ def _donated_buffers_explained() -> Iterator[None]:
             "parameter alignment differentiates a compiled model twice, which donated buffers do not allow; set "
             "torch._functorch.config.donated_buffer = False before compiling, or AlignmentConfig.parameter_every=0"
         ) from error
+
+
+def named_parameters(model: nn.Module | None, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The trainable parameters of ``groups`` under their names in ``model``, or their place where it has none."""
+    names = {} if model is None else {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names.get(parameter, f"param_groups[{i}].params[{j}]"): parameter
+        for i, group in enumerate(groups)
+        for j, parameter in enumerate(group["params"])
+        if parameter.requires_grad
+    }
