@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .distributed import refuse_sharded
 
-_PIECE = 2**20
+_PIECE = 2**18
 
 Parameters: TypeAlias = Iterable[Tensor | tuple[str, Tensor]]
 """Tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them."""
@@ -83,11 +83,16 @@ def parameter_alignment(
 
     Args:
         names: of the parameters.
-        reached: per parameter, whether the loss and whether the entropy reaches it.
+        reached: per parameter, whether the loss and whether the entropy reaches it. A gradient of zeros does not
+            count where there are two: a compiled backward gives one to whatever it passes.
         statistics: three numbers per parameter, ignored where not both reach it.
         layers: names of modules; a layer's parameters are those whose names begin with its own.
     """
-    shared = {name: row for name, both, row in zip(names, reached, statistics, strict=True) if both == (True, True)}
+    by = [
+        (a and (not b or gg != 0), b and (not a or dd != 0))
+        for (a, b), (_, gg, dd) in zip(reached, statistics, strict=True)
+    ]
+    shared = {name: row for name, both, row in zip(names, by, statistics, strict=True) if both == (True, True)}
     prefixes = {layer: layer + "." if layer else "" for layer in layers}
     in_layer = {layer: [row for name, row in shared.items() if name.startswith(p)] for layer, p in prefixes.items()}
     return _alignment(
@@ -95,8 +100,8 @@ def parameter_alignment(
         layers={layer: Angle.of(*_totals(rows)) for layer, rows in in_layer.items() if rows},
         parameters={name: Angle.of(*row) for name, row in shared.items()},
         shared=len(shared),
-        only_loss=sum(both == (True, False) for both in reached),
-        only_entropy=sum(both == (False, True) for both in reached),
+        only_loss=by.count((True, False)),
+        only_entropy=by.count((False, True)),
     )
 
 

@@ -108,8 +108,13 @@ class Bases:
             return dict(self.all[0].state_dict())
         merged: dict[str, Any] = {"state": {}, "param_groups": []}
         first = 0
-        for base in self.all:
+        for i, base in enumerate(self.all):
             part = base.state_dict()
+            if "param_groups" not in part:
+                raise ValueError(
+                    f"optimizer[{i}] ({type(base).__name__}) has a state dict without param_groups, which cannot be "
+                    "merged with another; wrap it alone"
+                )
             numbers = _numbered(part["param_groups"], first)
             merged["state"].update({numbers.get(key, key): value for key, value in part["state"].items()})
             merged["param_groups"].extend(_renamed(part["param_groups"], numbers))

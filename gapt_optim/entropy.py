@@ -99,7 +99,7 @@ def gram_matrix(z: Tensor, alpha: float) -> Tensor:
     # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
     z = z.to(torch.promote_types(z.dtype, torch.float32) if _by_power(alpha) else torch.float64)
     with _full_precision(z):
-        return z @ z.mT if z.shape[-2] <= z.shape[-1] else z.mT @ z
+        return _matmul(z, z.mT) if z.shape[-2] <= z.shape[-1] else _matmul(z.mT, z)
 
 
 def apply_kernel(kernel: Tensor, z: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def apply_kernel(kernel: Tensor, z: Tensor) -> Tensor:
     dtype = torch.promote_types(z.dtype, torch.float32)
     z = z.to(kernel.dtype)  # a kernel of order 1 / |z|² may lie outside of float32 where the gradient does not
     with _full_precision(z):
-        return (kernel @ z if z.shape[-2] <= z.shape[-1] else z @ kernel).to(dtype)
+        return (_matmul(kernel, z) if z.shape[-2] <= z.shape[-1] else _matmul(z, kernel)).to(dtype)
 
 
 def entropy_of_gram(
@@ -210,6 +210,11 @@ def _rank_tolerance(dtype: torch.dtype, n: int, d: int) -> float:
     """Smallest eigenvalue, relative to the largest, that is told from rounding; `torch.linalg.matrix_rank`'s rule."""
     largest, eps = max(n, d), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     return max((largest * eps) ** 2, largest * torch.finfo(torch.float64).eps)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    # For a batch of windows, matmul's own arrangements take as long as the product.
+    return torch.bmm(a, b) if a.ndim == 3 and b.ndim == 3 else a @ b
 
 
 def _full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:

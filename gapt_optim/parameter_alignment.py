@@ -65,8 +65,10 @@ class ParameterMeasurement:
 
     def forget(self) -> None:
         """Begin anew: the gradients in ``.grad`` are gone."""
-        self._entropy: list[Tensor | None] = [None] * len(self._parameters)
-        self._loss: list[Tensor | None] = [None] * len(self._parameters)
+        n = len(self._parameters)
+        self._entropy: list[Tensor | None] = [None] * n
+        self._loss: list[Tensor | None] = [None] * n
+        self._behind_loss = [False] * n
         self._reached: list[tuple[bool, bool]] = []
         self._statistics: HostCopy | None = None
 
@@ -78,14 +80,14 @@ class ParameterMeasurement:
     def backward(self, total: Tensor, loss: Tensor, entropy: Tensor) -> None:
         """Differentiate ``total`` into ``.grad``, and measure ``loss`` against ``entropy``, all scaled alike."""
         if self.plan.streaming:
-            self._stream(total, entropy)
+            self._stream(total, loss, entropy)
             return
         self._add_gradient(entropy, self._entropy)
         if not self.plan.separable:
             self._add_gradient(loss, self._loss)
+        self._note_parameters_of(loss)
         total.backward()  # type: ignore[no-untyped-call]
-        self._average(self._entropy)
-        self._average(self._loss)
+        self._average_over_ranks()
         statistics = self._compare([self._row(i) for i in range(len(self._parameters))])
         if self.plan.project:
             self._project(statistics)
@@ -114,8 +116,10 @@ class ParameterMeasurement:
     def _visit_gradients(self, value: Tensor, visit: Callable[[int, Tensor], None], *, retain_graph: bool) -> None:
         """Call ``visit`` with each parameter's gradient of ``value``, as it comes; autograd keeps none of them."""
 
-        def hook(i: int) -> Callable[[Tensor], Tensor | None]:
-            def seen(gradient: Tensor) -> Tensor | None:
+        def hook(i: int) -> Callable[[Tensor | None], Tensor | None]:
+            def seen(gradient: Tensor | None) -> Tensor | None:
+                if gradient is None:  # autograd came by without one
+                    return None
                 visit(i, gradient.detach())
                 # What autograd collects in its place takes no memory.
                 return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
@@ -130,18 +134,51 @@ class ParameterMeasurement:
             for handle in handles:
                 handle.remove()
 
-    def _average(self, sums: list[Tensor | None]) -> None:
-        """Over ranks, in place. A mean that is averaged again stays what it is, so later micro-batches add to it."""
+    def _behind(self, loss: Tensor) -> set[Tensor] | None:
+        """Leaves that the loss reaches, where ``.grad`` does not tell: in compression it is the entropy's too."""
+        if self.plan.weight == 0 or not self.plan.separable:
+            return None
+        leaves: set[Tensor] = set()
+        seen: set[Any] = set()
+        nodes: list[Any] = [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.add(node.variable)
+            nodes.extend(following for following, _ in node.next_functions)
+        return leaves
+
+    def _note_parameters_of(self, loss: Tensor) -> None:
+        """Which parameters the loss depends on. In compression ``.grad`` does not tell: it is the entropy's too."""
+        leaves: set[Any] = set()
+        seen: set[Any] = set()
+        nodes: list[Any] = [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                leaves.add(getattr(node, "variable", None))
+                nodes.extend(following for following, _ in node.next_functions)
+        self._behind_loss = [noted or p in leaves for noted, p in zip(self._behind_loss, self._parameters, strict=True)]
+
+    def _average_over_ranks(self) -> None:
+        """In place. A mean that is averaged again stays what it is, so later micro-batches add to it."""
         group = self.plan.group
-        if group is None or (sums is self._loss and self.plan.separable):
+        if group is None:
             return
         # A parameter may be out of reach on some of the ranks.
-        here = torch.tensor([float(gradient is not None) for gradient in sums], device=self._parameters[0].device)
-        for i, share in enumerate(mean_over_ranks(here, group).tolist()):
-            if share > 0:
-                gradient = sums[i]
+        both = (self._entropy, self._loss)
+        flags = [[g is not None for g in gradients] for gradients in both] + [self._behind_loss]
+        here = torch.tensor(flags, dtype=torch.float32, device=self._parameters[0].device)
+        *anywhere, self._behind_loss = (mean_over_ranks(here, group) > 0).tolist()
+        for gradients, reached in zip(both, anywhere, strict=True):
+            for i in [i for i, flag in enumerate(reached) if flag]:
+                gradient = gradients[i]
                 dense = torch.zeros_like(self._parameters[i]) if gradient is None else gradient.to_dense()
-                sums[i] = mean_over_ranks(dense, group)
+                gradients[i] = mean_over_ranks(dense, group)
 
     def _own(self, i: int) -> Tensor | None:
         """The loss's part of what the backward left in ``.grad``."""
@@ -154,7 +191,7 @@ class ParameterMeasurement:
         return torch.sub(gradient.to_dense().to(dtype), entropy.to_dense(), alpha=self.plan.weight)
 
     def _row(self, i: int) -> tuple[bool, bool, Tensor | None]:
-        own, entropy = self._own(i), self._entropy[i]
+        own, entropy = self._own(i) if self._behind_loss[i] else None, self._entropy[i]
         row = None if own is None or entropy is None else dot(own, entropy)
         return own is not None, entropy is not None, row
 
@@ -169,24 +206,26 @@ class ParameterMeasurement:
         gd, gg, _ = statistics.sum(0).unbind()
         removed = -torch.where(gg > 0, self.plan.weight * gd / gg, 0).clamp(max=0)
         for i, parameter in enumerate(self._parameters):
-            own, entropy = self._own(i), self._entropy[i]
+            own, entropy = self._own(i) if self._behind_loss[i] else None, self._entropy[i]
             if parameter.grad is None or own is None or entropy is None or self.plan.weight == 0:
                 continue
             # Kept in step with .grad, so that the next micro-batch tells the two parts apart.
             self._entropy[i] = entropy + (own * (removed / self.plan.weight).to(own)).to(entropy.dtype)
             parameter.grad.add_(own.mul_(removed.to(own)))
 
-    def _stream(self, total: Tensor, entropy: Tensor) -> None:
+    def _stream(self, total: Tensor, loss: Tensor, entropy: Tensor) -> None:
         if self._statistics is not None:  # later micro-batches: .grad already holds a sum
             total.backward()  # type: ignore[no-untyped-call]
             return
+        self._note_parameters_of(loss)
         with _donated_buffers_explained():
             total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        rows: list[tuple[bool, bool, Tensor | None]] = [(p.grad is not None, False, None) for p in self._parameters]
+        rows = [self._row(i) for i in range(len(self._parameters))]
 
         def compare(i: int, gradient: Tensor) -> None:
-            own = self._without(self._parameters[i].grad, gradient)
-            rows[i] = (own is not None, True, None if own is None else dot(own, gradient))
+            self._entropy[i] = gradient
+            rows[i] = self._row(i)
+            self._entropy[i] = None
 
         self._visit_gradients(entropy, compare, retain_graph=False)
         self._compare(rows)

@@ -108,9 +108,9 @@ class RepresentationHook:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._taps = {name: _ModuleTap(name, self._capture, output, device) for name in self.names}
         handles = [module.register_forward_hook(self._taps[name]) for name, module in modules.items()]
-        root = _ModelCall(self._capture, list(inspect.signature(model.forward).parameters))
+        root = _ModelCall(self._capture, _parameters(model))
         handles.append(model.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
-        handles.append(model.register_forward_hook(_ModelReturn(self._capture)))
+        handles.append(model.register_forward_hook(_ModelReturn(self._capture), always_call=True))
         # Also runs when the hook is garbage: a model outlives the hooks placed on it.
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -342,8 +342,7 @@ class _ModelCall:
                 raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
             mask = None
         capture.mask = mask
-        counts = mask is not None and capture.measurement is None
-        if counts and not torch.compiler.is_compiling() and not _in_backward():
+        if mask is not None and capture.measurement is None and not torch.compiler.is_compiling():
             capture.masked_calls = 1 if capture.recomputed else capture.masked_calls + 1
             capture.recomputed = False
 
@@ -369,6 +368,15 @@ class _Inert:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Names of the arguments of the model's call, which DDP and torch.compile hide behind *args."""
+    parameters = inspect.signature(model.forward).parameters
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    if isinstance(inner, nn.Module) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+        return _parameters(inner)
+    return list(parameters)
 
 
 def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
@@ -397,7 +405,7 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
 def _matches(name: str, pattern: str) -> bool:
     parts, patterns = name.split("."), pattern.split(".")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    return name == pattern or (len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns)))
 
 
 def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:

@@ -78,6 +78,8 @@ class Tap(torch.autograd.Function):
             combine,
             max_ratio,
         )
+        if not torch.compiler.is_compiling():  # a gradient that does not exist is no zero: see backward
+            ctx.set_materialize_grads(False)
         if compress or measure:
             ctx.save_for_backward(h, mask)
         else:
@@ -86,10 +88,18 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor, kernel: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
-        if not (ctx.compress or ctx.measure):
+    def backward(
+        ctx: Any, g: Tensor | None, kernel: Tensor | None, carried: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if kernel is None or carried is None:  # a backward of something else, or nothing to send
             return (g, *[None] * 8)
         h, mask = ctx.saved_tensors
+        if g is None:  # only the entropy reaches h
+            # A weight of zero leaves the parameters below without a gradient, as they are without us; to see it takes
+            # a wait for the device, on such side branches alone.
+            if not (ctx.compress and carried[0]):
+                return (None,) * 9
+            g = torch.zeros_like(h)
         d = from_windows(apply_kernel(kernel, windows(h, ctx.window, mask)), h)
         wide, statistics = g.to(d.dtype), None
         weight, linked = carried.to(d.dtype).unbind()
@@ -97,7 +107,8 @@ class Tap(torch.autograd.Function):
             # Without this, one overflowing layer would put nan into every weight below it.
             d = d.nan_to_num_(0.0, 0.0, 0.0)
         if ctx.measure or ctx.combine != "sum":
-            gd, gg, dd = _dot(wide, d), _dot(wide, wide), _dot(d, d)
+            flat_g, flat_d = wide.reshape(-1), d.reshape(-1)
+            gd, gg, dd = torch.dot(flat_g, flat_d), torch.dot(flat_g, flat_g), torch.dot(flat_d, flat_d)
             # The gradient of another loss, or of another wrapper's, is not what is measured.
             statistics = torch.stack((gd, gg * linked, dd)) if ctx.measure else None
         if ctx.compress:
@@ -262,10 +273,6 @@ def _mean_entropy(
     share = (live > 0).to(values.dtype)
     share = share / share.sum(-1, keepdim=True).clamp(min=1)
     return (values * share).sum(-1), None if kernel is None else kernel.mul_(share[..., None, None])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _opposing_part(gd: Tensor, gg: Tensor) -> Tensor:

@@ -103,10 +103,12 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._wrapped.state_dict()
-        if not state_dict.get("param_groups"):
-            raise ValueError(f"{type(self.base).__name__}.state_dict() has no param_groups, where the gate is kept")
-        first, *rest = state_dict["param_groups"]
-        state_dict["param_groups"] = [{**first, STATE_KEY: self._own_state()}, *rest]
+        own = {STATE_KEY: self._own_state()}
+        if "param_groups" in state_dict:
+            first, *rest = state_dict["param_groups"]
+            state_dict["param_groups"] = [{**first, **own}, *rest]
+        else:  # a form of its own, as torchao's CPUOffloadOptimizer has
+            state_dict |= own
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -121,12 +123,13 @@ class OptimizerWrapper(Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        own = groups[0].pop(STATE_KEY, None) if groups else None
+            state_dict = state_dict if replaced is None else dict(replaced)
+        if "param_groups" in state_dict:
+            state_dict["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
+        own = (state_dict.get("param_groups") or [state_dict])[0].pop(STATE_KEY, None)
         if own is not None:
             self._check_own_state(own)
-        self._wrapped.load_state_dict({**state_dict, "param_groups": groups})
+        self._wrapped.load_state_dict(state_dict)
         if own is None:
             warnings.warn("the state dict is of a bare optimizer: the gate starts fresh", UserWarning, stacklevel=2)
         self._load_own_state(own)

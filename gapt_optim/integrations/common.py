@@ -12,12 +12,10 @@ from ..optimizer import GAPTOptimizer
 
 def unwrapped(optimizer: Any) -> GAPTOptimizer | None:
     """The GAPTOptimizer in ``optimizer``, through the wrappers of Accelerate and Lightning; None if there is none."""
-    while optimizer is not None and type(optimizer) is not GAPTOptimizer:
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None and isinstance(optimizer, GAPTOptimizer):  # a subclass
-            return optimizer
+    # Lightning's wrapper is an instance of the class it wraps, so the search goes to the innermost.
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
-    return optimizer
+    return optimizer if isinstance(optimizer, GAPTOptimizer) else None
 
 
 def scalars(metrics: StepMetrics | None, *, layers: bool, prefix: str = "gapt") -> dict[str, float]:

@@ -76,11 +76,16 @@ class GAPTCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the held-out loss to the gate."""
-        if trainer.sanity_checking or self.metric not in trainer.callback_metrics:
+        judging = [o for o in _wrapped(trainer) if o.config.gate.signal == "validation"]
+        if trainer.sanity_checking or not judging:
             return
-        for optimizer in _wrapped(trainer):
-            if optimizer.config.gate.signal == "validation":
-                optimizer.record_validation(trainer.callback_metrics[self.metric])
+        if self.metric not in trainer.callback_metrics:
+            raise ValueError(
+                f'the gate judges metric="{self.metric}", which the module does not log; log it in validation_step, or '
+                f"name one of {sorted(trainer.callback_metrics)}: GAPTCallback(metric=...)"
+            )
+        for optimizer in judging:
+            optimizer.record_validation(trainer.callback_metrics[self.metric])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the module's training step back."""

@@ -73,6 +73,11 @@ class GAPTCallback(TrainerCallback):
         metrics: dict[str, float] = kwargs.get("metrics") or {}
         if self.metric in metrics:
             optimizer.record_validation(metrics[self.metric])
+        elif not isinstance(self.trainer.eval_dataset, dict):  # of several datasets, one has it
+            raise ValueError(
+                f'the gate judges metric="{self.metric}", which is not among {sorted(metrics)}; name one of these: '
+                "GAPTCallback(trainer, metric=...)"
+            )
 
     def _restore(self) -> None:
         for replacement in reversed(self._replaced):
@@ -101,6 +106,13 @@ class GAPTCallback(TrainerCallback):
             raise ValueError(
                 'the gate has signal="validation" and the Trainer never evaluates; set eval_strategy="steps" and an '
                 'eval_dataset, or GateConfig(signal="train")'
+            )
+        datasets = sorted(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
+        names = [f"eval_{name}_" for name in datasets]
+        if optimizer.config.gate.signal == "validation" and names and not self.metric.startswith(tuple(names)):
+            raise ValueError(
+                f'the gate judges metric="{self.metric}", and the Trainer evaluates on {datasets}; name one: '
+                f'GAPTCallback(trainer, metric="{names[0]}loss")'
             )
         if optimizer.config.alignment.parameter_every and trainer.accelerator.scaler is not None:
             raise ValueError(
