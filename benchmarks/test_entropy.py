@@ -13,7 +13,8 @@ from gapt_optim import matrix_entropy
 
 def through_autograd(z: Tensor) -> Tensor:
     gram = z @ z.mT
-    return 2 * gram.diagonal(dim1=-2, dim2=-1).sum(-1).log() - gram.square().sum((-2, -1)).log()
+    purity: Tensor = gram.square().sum((-2, -1)) / gram.diagonal(dim1=-2, dim2=-1).sum(-1).square()
+    return -purity.log()
 
 
 def through_eigenvalues(z: Tensor) -> Tensor:

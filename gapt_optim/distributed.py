@@ -29,7 +29,8 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
     """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
     for name, parameter in parameters.items():
-        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param"):
+        fully_sharded = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+        if type(parameter).__name__ == "DTensor" or fully_sharded:
             raise RuntimeError(
                 f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
                 f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"

@@ -76,7 +76,8 @@ class StepRecord:
         if group is not None:
             parts = [self.sums / torch.tensor([max(count, 1) for count in counts]).to(self.sums)]
             # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
-            parts.append(torch.tensor([*(float(count > 0) for count in counts), validation]).to(self.sums))
+            both = [*(float(count > 0) for count in counts), validation]
+            parts.append(torch.tensor(both, dtype=torch.float64).to(self.sums))
         if statistics is not None:
             if group is not None:  # the gradient of all ranks has 1 / n of each one's own
                 statistics = statistics / dist.get_world_size(group)

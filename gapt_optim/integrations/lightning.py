@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..metrics import StepMetrics
 from ..optimizer import GAPTOptimizer
 from .common import Replacement, scalars, unwrapped
 
@@ -24,7 +23,7 @@ class GAPTCallback(Callback):
 
     In automatic optimization the loss of ``training_step`` goes through ``optimizer.objective`` on its way to the
     backward pass. In manual optimization, call ``objective`` yourself: ``self.manual_backward(opt.objective(loss))``.
-    In both, ``gapt/loss``, ``gapt/entropy``, ``gapt/compression`` and more are logged after each optimizer step; with
+    In both, ``gapt/loss``, ``gapt/entropy``, ``gapt/compression`` and more of the last optimizer step are logged; with
     several GAPTOptimizers, under ``gapt0/``, ``gapt1/`` and so on. A gate with ``signal="validation"`` judges
     ``metric``.
 
@@ -40,7 +39,6 @@ class GAPTCallback(Callback):
     def __init__(self, *, layers: bool = True, metric: str = "val_loss") -> None:
         self.layers, self.metric = layers, metric
         self._replaced: list[Replacement] = []
-        self._logged: dict[int, StepMetrics | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In automatic optimization, replace the module's training step."""
@@ -51,7 +49,6 @@ class GAPTCallback(Callback):
                 "configure_optimizers returned no GAPTOptimizer; return GAPTOptimizer(optimizer, hook) or leave out "
                 "GAPTCallback"
             )
-        self._logged = {i: optimizer.metrics for i, optimizer in enumerate(optimizers)}
         if not pl_module.automatic_optimization:
             return
         optimizer = optimizers[0]
@@ -60,19 +57,16 @@ class GAPTCallback(Callback):
                 "parameter alignment needs a backward pass of its own, which automatic optimization does not give; set "
                 "AlignmentConfig(parameter_every=0), or optimize manually and call optimizer.backward(loss)"
             )
-        optimizer._abandon_step()
         self._replaced = [Replacement(pl_module, "training_step", lambda step: _joined(optimizer, step))]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the optimizer steps that were taken."""
+        """Log the last optimizer step."""
         optimizers = _wrapped(trainer)
         for i, optimizer in enumerate(optimizers):
-            if optimizer.metrics is not self._logged.get(i):
-                self._logged[i] = optimizer.metrics
-                prefix = "gapt" if len(optimizers) == 1 else f"gapt{i}"
-                pl_module.log_dict(scalars(optimizer.metrics, layers=self.layers, prefix=prefix))
+            prefix = "gapt" if len(optimizers) == 1 else f"gapt{i}"
+            pl_module.log_dict(scalars(optimizer.metrics, layers=self.layers, prefix=prefix))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the held-out loss to the gate."""

@@ -1,0 +1,247 @@
+"""The hooks that sit on a model's modules, and what those of one RepresentationHook share.
+
+They refer to no module, so that they never keep a model alive, and a copy of the model gets inert ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import EntropyConfig
+from .outputs import hidden_tensor, replace_tensor
+from .tap import PROBE_SIZE, Grams, Tap, TapMode, entropies_of, grams_of, live_rows, window_shape
+
+MEASURE_ONLY = "taps run only in training mode with gradients on; use hook.measuring() in evaluation"
+WITHOUT_GRAD = (
+    "ran with gradients off. Reentrant activation checkpointing does that, and its gradients would be wrong here: use "
+    'checkpoint(..., use_reentrant=False), in transformers gradient_checkpointing_kwargs={"use_reentrant": False}. '
+    f"Otherwise, {MEASURE_ONLY}"
+)
+
+
+class Measurement:
+    """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module."""
+
+    def __init__(self, config: EntropyConfig) -> None:
+        self.config = config
+        self._sums: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+
+    def add(self, name: str, entropy: Tensor) -> None:
+        self._sums[name] = self._sums[name] + entropy if name in self._sums else entropy
+        self._calls[name] = self._calls.get(name, 0) + 1
+
+    @property
+    def entropies(self) -> dict[str, float]:
+        """Entropy per layer, in nats (or in [0, 1] with ``normalize``); waits for the device."""
+        return {name: float(total) / self._calls[name] for name, total in self._sums.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean over layers. Raises RuntimeError when nothing ran inside the ``with`` block."""
+        entropies = self.entropies
+        if not entropies:
+            raise RuntimeError("no tapped module ran inside hook.measuring(); run the model in the with block")
+        return sum(entropies.values()) / len(entropies)
+
+
+class Capture:
+    """What the taps of one hook share. It refers to no module, so that it never keeps a model alive."""
+
+    def __init__(self, names: list[str], pick_mask: Callable[[dict[str, Any]], Tensor | None] | None) -> None:
+        self.calls: dict[str, list[Grams]] = {name: [] for name in names}
+        self.mode: TapMode | None = None  # None: no optimizer listens
+        self.compressing: set[str] = set()  # layers that take part in compression
+        self.measurement: Measurement | None = None
+        self.pick_mask = pick_mask
+        self.mask: Tensor | None = None
+        self.inside_model = False
+        self.masked_calls = 0  # calls of the model with a mask, since a backward last recomputed one
+        self.recomputed = False
+        self.ever_ran: set[str] = set()
+        self.without_grad: set[str] = set()  # ran in training mode with gradients off
+        self.evaluated: set[str] = set()  # ran in evaluation mode
+
+
+class ModuleTap:
+    """Forward hook of one tapped module."""
+
+    def __init__(
+        self, name: str, capture: Capture, output: Callable[[Any], Tensor] | None, device: torch.device
+    ) -> None:
+        self.name, self.capture, self.output = name, capture, output
+        self.probe = _make_probe(device)
+        # Autograd puts a Function's name into the message about an in-place operation on its output.
+        self.function: Any = type(f"Tap of module '{name}' ", (Tap,), {})
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        capture = self.capture
+        if capture.measurement is not None:
+            with torch.no_grad():
+                h = self.hidden(output)
+                config = capture.measurement.config
+                values, _ = entropies_of([grams_of(h, self.mask_for(h, False), config)], config, with_kernels=False)
+                capture.measurement.add(self.name, values[0])
+            return None
+        mode = capture.mode
+        if mode is None:
+            return None
+        if not (module.training and torch.is_grad_enabled()):
+            (capture.without_grad if module.training else capture.evaluated).add(self.name)
+            return None
+        recomputing = _in_backward()
+        if recomputing and self.name not in capture.ever_ran and not capture.calls[self.name]:
+            raise RuntimeError(f'tapped module "{self.name}" {WITHOUT_GRAD}')
+        h = self.hidden(output)
+        mask = self.mask_for(h, recomputing)
+        if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
+            if not recomputing:
+                capture.calls[self.name].append(grams_of(h, mask, mode.entropy))
+            return None
+        if self.probe.device != h.device:
+            self.probe = _make_probe(h.device)
+        window = mode.entropy.window
+        compress = mode.compress and self.name in capture.compressing
+        tapped, gram, carrier = self.function.apply(
+            h, self.probe, mask, mode.entropy.alpha, window, compress, mode.measure, mode.combine, mode.max_ratio
+        )
+        if not recomputing:
+            calls = capture.calls[self.name]
+            if calls and not torch.compiler.is_compiling():
+                calls[:] = unspent(calls)
+            calls.append(Grams(gram, live_rows(h, window, mask), window_shape(h, window), h.dtype, carrier))
+        return replace_tensor(output, h, tapped, self.name)
+
+    def hidden(self, output: Any) -> Tensor:
+        """The hidden tensor in a module's output, checked."""
+        h = hidden_tensor(output) if self.output is None else self.output(output)
+        if not isinstance(h, Tensor):
+            what = "its default choice" if self.output is None else "output="
+            raise TypeError(
+                f'module "{self.name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
+                "tensor; pass output=lambda out: ... to RepresentationHook to pick the hidden tensor"
+            )
+        if type(h).__name__ == "DTensor":
+            raise TypeError(
+                f'module "{self.name}" returned a DTensor; its entropy would be that of one shard. Tap a module whose '
+                "output is a plain tensor, for example one that gathers or replicates it"
+            )
+        if not h.is_floating_point():
+            raise TypeError(
+                f'module "{self.name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
+                "module in layers, or another tensor of its output with output="
+            )
+        if h.ndim < 2:
+            raise ValueError(
+                f'module "{self.name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
+                "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
+            )
+        return h
+
+    def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
+        """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
+        capture = self.capture
+        if capture.mask is None or h.ndim != 3 or not (capture.inside_model or recomputing):
+            return None
+        if recomputing and not capture.inside_model and capture.masked_calls > 1:
+            raise RuntimeError(
+                f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
+                "and which mask belongs to it is unknown; call backward after each forward pass"
+            )
+        if recomputing:
+            capture.recomputed = True
+        mask = capture.mask
+        if mask.shape != h.shape[:2]:
+            if capture.pick_mask is None:
+                return None
+            raise ValueError(
+                f'mask= gave shape {tuple(mask.shape)}, but the output of module "{self.name}" has (batch, seq) = '
+                f"{tuple(h.shape[:2])}; return a mask of that shape, or None"
+            )
+        return mask.to(device=h.device, dtype=torch.bool)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Inert, ()  # the copy of a model does not feed this hook
+
+
+class ModelCall:
+    """Forward pre-hook of the model: remembers the token mask of the call."""
+
+    def __init__(self, capture: Capture, parameters: list[str]) -> None:
+        self.capture, self.parameters = capture, parameters
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        capture = self.capture
+        capture.inside_model = True
+        if capture.measurement is None and (capture.mode is None or not torch.is_grad_enabled()):
+            return  # nothing is captured, and a backward to come may need the mask of the call before
+        keywords = dict(zip(self.parameters, args, strict=False)) | kwargs
+        pick = capture.pick_mask
+        mask = keywords.get("attention_mask") if pick is None else pick(keywords)
+        if mask is not None and not isinstance(mask, Tensor):
+            if pick is not None:
+                raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
+            mask = None
+        capture.mask = mask
+        if mask is not None and capture.measurement is None and not torch.compiler.is_compiling():
+            capture.masked_calls = 1 if capture.recomputed else capture.masked_calls + 1
+            capture.recomputed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Inert, ()
+
+
+class ModelReturn:
+    """Forward hook of the model: a module called by itself afterwards has no mask."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.capture.inside_model = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Inert, ()
+
+
+class _Inert:
+    """What a copied or unpickled model has in place of a tap."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _in_backward() -> bool:
+    """A module that runs within a backward is being recomputed by activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def unspent(calls: list[Grams]) -> list[Grams]:
+    """Without the calls that a backward already went through, of another wrapper or of a loss of the user's own."""
+    return [call for call in calls if not _spent(call)]
+
+
+def _spent(call: Grams) -> bool:
+    node: Any = call.carrier.grad_fn if call.carrier is not None else None
+    try:
+        return node is not None and node._raw_saved_tensors is None
+    except RuntimeError:  # the buffers of the graph are freed
+        return True
+
+
+def _make_probe(device: torch.device) -> Tensor:
+    return torch.zeros(PROBE_SIZE, device=device, requires_grad=True)
+
+
+def argument_names(model: nn.Module) -> list[str]:
+    """Names of the arguments of the model's call, which DDP and torch.compile hide behind *args."""
+    parameters = inspect.signature(model.forward).parameters
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    if isinstance(inner, nn.Module) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+        return argument_names(inner)
+    return list(parameters)

@@ -1,0 +1,70 @@
+"""Which modules of a model are meant: globs, names, modules, or the automatic choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+Layers: TypeAlias = "str | nn.Module | Iterable[str | nn.Module] | None"
+
+
+def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """The modules that ``layers`` names, by name, in the model's own order."""
+    named = dict(model.named_modules())
+    if layers is None:
+        return _longest_list(model)
+    wanted = [layers] if isinstance(layers, str | nn.Module) else list(layers)
+    if not wanted:
+        raise ValueError("layers is empty; name at least one module, or pass None for the automatic choice")
+    chosen: set[str] = set()
+    for item in wanted:
+        if isinstance(item, nn.Module):
+            matches = [name for name, module in named.items() if module is item]
+            problem = f"layers holds a {type(item).__name__} that is no module of the model"
+        elif isinstance(item, str):
+            matches = [name for name in named if _matches(name, item)]
+            problem = f'layers="{item}" matches no module of the model'
+        else:
+            raise TypeError(f"layers must hold names, globs or modules, found {type(item).__name__}")
+        if not matches:
+            raise ValueError(f"{problem}; {_suggest(item, named)}")
+        chosen.update(matches)
+    return {name: module for name, module in named.items() if name in chosen}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return name == pattern or (len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns)))
+
+
+def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:
+    if isinstance(item, str):
+        for prefix in ("module.", "_orig_mod."):
+            if any(_matches(name, prefix + item) for name in named):
+                return f'the model is wrapped, use "{prefix}{item}"'
+    names = [name for name in named if name]
+    shown = ", ".join(f'"{name}"' for name in names[:12])
+    return f"its modules are {shown}{', ...' if len(names) > 12 else ''}"
+
+
+def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(child) for child in module}) == 1
+    }
+    length = max(map(len, lists.values()), default=0)
+    longest = [name for name, module in lists.items() if len(module) == length]
+    if len(longest) == 1:
+        prefix = f"{longest[0]}." if longest[0] else ""
+        return {f"{prefix}{i}": child for i, child in enumerate(lists[longest[0]])}
+    if not longest:
+        names = ", ".join(f'"{name}"' for name, _ in model.named_children())
+        raise ValueError(
+            f"layers=None needs an nn.ModuleList of one class, and the model has none; name layers: {names}"
+        )
+    candidates = ", ".join(f'"{name}.*"' for name in longest)
+    raise ValueError(f"layers=None is ambiguous, several lists have {length} modules; pass one of {candidates}")

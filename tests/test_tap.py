@@ -1,0 +1,671 @@
+"""Gradients through the taps: equal to autograd of loss + weight * entropy, however the model is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from gapt_optim import GAPTOptimizer, matrix_entropy
+from tests.models import CASES, MLP, Block, Case, TiedLM, gpt2, masked_tokens
+from tests.reference import REFERENCE_REDUCTIONS, REFERENCE_SHARES, reference_layer_entropy, reference_objective
+from tests.training import distance, gradients, recorded, wrapped
+
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["32", "64"]
+)
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
+WEIGHT = 3.0
+
+
+def tapped_modules(model: nn.Module, optimizer: GAPTOptimizer) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in optimizer.hook.names]
+
+
+def reference_gradients(case: Case, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    """Gradients by autograd through the slow twin; several calls of a module are averaged."""
+    model, inputs = case.model(dtype), case.inputs(dtype)
+    with recorded(list(model.get_submodule(case.layers.removesuffix(".*")))) as calls:
+        loss = case.loss(model, inputs)
+    if options.pop("plain", False):
+        loss.backward()
+        return gradients(model)
+    mask = inputs.get("attention_mask")
+    weight, reduce = options.pop("weight", WEIGHT), options.pop("reduce", REFERENCE_REDUCTIONS["mean"])
+    entropies = [
+        torch.stack([reference_layer_entropy(h, mask=mask, **options) for h in of_layer]).mean() for of_layer in calls
+    ]
+    (loss + weight * reduce(entropies)).backward()
+    return gradients(model)
+
+
+def tapped_gradients(case: Case, dtype: torch.dtype, weight: float = WEIGHT, **parts: Any) -> dict[str, Tensor]:
+    model, inputs = case.model(dtype), case.inputs(dtype)
+    parts.setdefault("objective", {"weight": weight})
+    optimizer = wrapped(model, case.layers, **parts)
+    optimizer.backward(case.loss(model, inputs))
+    return gradients(model)
+
+
+# Gradients
+
+
+@PRECISIONS
+@pytest.mark.parametrize("window", [8, 5, 2, 1000, None])
+@cases
+def test_gradient_equals_the_reference(case: Case, window: int | None, dtype: torch.dtype, tolerance: float) -> None:
+    expected = reference_gradients(case, dtype, window=window)
+    found = tapped_gradients(case, dtype, entropy={"window": window})
+    assert distance(found, expected) < tolerance
+    plain = reference_gradients(case, dtype, plain=True)
+    assert distance(plain, expected) > 0.01  # the entropy matters here
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["nats", "normalized"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5, 2.0, 3.0, 9.0, math.inf])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt2 masked"])
+def test_gradient_of_every_order(name: str, alpha: float, normalize: bool) -> None:
+    entropy = {"window": 5, "alpha": alpha, "normalize": normalize}
+    expected = reference_gradients(CASES[name], torch.float64, **entropy)
+    assert distance(tapped_gradients(CASES[name], torch.float64, entropy=entropy), expected) < 1e-9
+
+
+@pytest.mark.parametrize("reduce", REFERENCE_REDUCTIONS)
+def test_gradient_of_every_reduction(reduce: str) -> None:
+    case = CASES["deep"]
+    expected = reference_gradients(case, torch.float64, reduce=REFERENCE_REDUCTIONS[reduce])
+    assert distance(tapped_gradients(case, torch.float64, counting={"reduce": reduce}), expected) < 1e-10
+
+
+@pytest.mark.parametrize("schedule", REFERENCE_SHARES)
+def test_gradient_of_every_schedule(schedule: str) -> None:
+    case = CASES["deep"]
+    model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT}, counting={"schedule": schedule, "period": 2})
+    for step in range(5):
+        shares = REFERENCE_SHARES[schedule](5, step, 2)
+        expected = reference_gradients(
+            case, torch.float64, reduce=lambda s, shares=shares: sum(a * b for a, b in zip(s, shares, strict=True))
+        )
+        optimizer.zero_grad()
+        optimizer.backward(case.loss(model, inputs))
+        assert distance(gradients(model), expected) < 1e-10
+        optimizer.step()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_skipped_layers_are_read_and_not_pressed(reduce: str) -> None:
+    case = CASES["deep"]
+    model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+    counting = {"skip_first": 1, "skip_last": 2, "reduce": reduce}
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT}, counting=counting)
+    optimizer.backward(case.loss(model, inputs))
+    twin = REFERENCE_REDUCTIONS[reduce]
+    expected = reference_gradients(case, torch.float64, reduce=lambda s: twin(s[1:3]))
+    assert distance(gradients(model), expected) < 1e-10
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert list(optimizer.metrics.layer_entropy) == optimizer.hook.names
+
+
+def test_gradient_above_a_floor() -> None:
+    """A layer whose entropy is at the floor already is pushed no further."""
+    case = CASES["deep"]
+    model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+    with recorded(list(model.blocks)) as calls:
+        case.loss(model, inputs)
+    floor = sorted(float(reference_layer_entropy(h.detach())) for (h,) in calls)[1] + 1e-4
+    expected = reference_gradients(
+        case, torch.float64, reduce=lambda s: REFERENCE_REDUCTIONS["mean"]([value.clamp(min=floor) for value in s])
+    )
+    found = tapped_gradients(case, torch.float64, objective={"weight": WEIGHT, "floor": floor})
+    assert distance(found, expected) < 1e-10
+
+
+@cases
+def test_memorization_leaves_the_gradient_bit_for_bit(case: Case) -> None:
+    plain = reference_gradients(case, torch.float32, plain=True)
+    for activation in (False, True):
+        found = tapped_gradients(case, torch.float32, phase="memorization", activation=activation)
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_objective_has_the_value_of_the_sum() -> None:
+    case = CASES["gpt2 masked"]
+    model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    with recorded(tapped_modules(model, optimizer)) as calls:
+        loss = case.loss(model, inputs)
+    expected = reference_objective(loss, [h for (h,) in calls], WEIGHT, mask=inputs["attention_mask"])
+    torch.testing.assert_close(optimizer.objective(loss), expected, rtol=1e-12, atol=0)
+
+
+def test_scale_and_accumulation_reach_the_entropy() -> None:
+    case = CASES["sequence mlp"]
+    model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    for _ in range(3):
+        optimizer.backward(case.loss(model, inputs), scale=1024 / 3)
+    expected = reference_gradients(case, torch.float64)
+    assert distance(gradients(model), {name: gradient * 1024 for name, gradient in expected.items()}) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype: torch.dtype) -> None:
+    case = CASES["sequence mlp"]
+    exact = reference_gradients(case, torch.float32)
+    found = tapped_gradients(case, dtype)
+    assert distance({name: gradient.float() for name, gradient in found.items()}, exact) < 0.03
+
+
+def test_autocast_takes_the_entropy_of_what_the_model_gave() -> None:
+    """Under autocast a block returns bfloat16; the entropy of exactly that is computed in float32."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), torch.randn(4, 8, 6)
+    optimizer = wrapped(model, "0")
+    with recorded([model[0]]) as calls, torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().mean()
+        optimizer.backward(loss)
+    optimizer.step()
+    ((h,),) = calls
+    assert h.dtype == torch.bfloat16
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.entropy == pytest.approx(float(matrix_entropy(h.detach().float()).mean()), rel=1e-6)
+
+
+def test_frozen_lower_layers_are_read_and_the_rest_is_pressed() -> None:
+    case = CASES["sequence mlp"]
+
+    def freeze(model: nn.Module) -> nn.Module:
+        model.blocks[:2].requires_grad_(False)
+        return model
+
+    frozen = Case(lambda: freeze(case.build()), case.layers, case.batch, case.classes)
+    assert distance(tapped_gradients(frozen, torch.float64), reference_gradients(frozen, torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize("combine", ["sum", "project", "cap"])
+def test_an_overflowing_layer_leaves_the_gradient_of_the_loss(combine: str) -> None:
+    """Its entropy is not finite, and must not put nan into the weights below it."""
+
+    class Overflowing(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.blocks[1](self.blocks[0](x) * 1e30) * 1e-30
+            return self.head(self.blocks[2](hidden))
+
+    model, x = Overflowing(), torch.randn(9, 6)
+    model(x).square().mean().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    optimizer = wrapped(model, "blocks.*", objective={"combine": combine})
+    optimizer.backward(model(x).square().mean())
+    found = gradients(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert not math.isfinite(optimizer.metrics.layer_entropy["blocks.1"])
+    assert optimizer.metrics.nonfinite_steps == 1
+
+
+# Memory
+
+
+def saved_by(run: Callable[[], Any]) -> list[Tensor]:
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return saved
+
+
+@cases
+def test_memorization_without_alignment_saves_nothing(case: Case) -> None:
+    model, inputs = case.model(), case.inputs()
+    bare = len(saved_by(lambda: case.loss(model, inputs)))
+    optimizer = wrapped(model, case.layers, phase="memorization", activation=False)
+    assert len(saved_by(lambda: optimizer.objective(case.loss(model, inputs)))) == bare
+
+
+@pytest.mark.parametrize("parts", [{"phase": "compression"}, {"phase": "memorization", "activation": True}], ids=str)
+def test_taps_save_the_hidden_tensor_itself_and_small_matrices(parts: dict[str, Any]) -> None:
+    model, x = MLP(width=16), torch.randn(4, 40, 16)
+    bare = saved_by(lambda: model(x))
+    optimizer = wrapped(model, "blocks.*", **parts)
+    with recorded(tapped_modules(model, optimizer)) as calls:
+        tapped = saved_by(lambda: optimizer.objective(model(x).square().mean()))
+    storages = {h.untyped_storage().data_ptr() for of_layer in calls for h in of_layer}
+    matrices = [tensor for tensor in tapped if tensor.shape[-2:] == (8, 8) or tensor.numel() <= 3 * 2]
+    others = [tensor for tensor in tapped if not any(tensor is matrix for matrix in matrices)]
+    held = {tensor.untyped_storage().data_ptr() for tensor in others}
+    assert storages <= held
+    allowed = storages | {tensor.untyped_storage().data_ptr() for tensor in bare}
+    # What is new beside them is small: one 8 x 8 matrix for each of 20 windows, for each of 3 layers.
+    assert sum(tensor.numel() for tensor in matrices) <= 3 * 20 * 64 + 64
+    assert len(held - allowed) <= len({tensor.untyped_storage().data_ptr() for tensor in bare})
+
+
+# In-place operations
+
+
+class Inplace(nn.Module):
+    def __init__(self, operation: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second = Block(6), Block(6)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.operation(h)
+        return self.second(h)
+
+
+@pytest.mark.parametrize("activation", [False, True])
+@PHASES
+@pytest.mark.parametrize("operation", [torch.relu_, lambda h: h.add_(1)], ids=["relu_", "add_"])
+def test_an_inplace_operation_on_a_tapped_output_names_the_module(
+    operation: Callable[[Tensor], Any], phase: str, activation: bool
+) -> None:
+    model = Inplace(operation)
+    optimizer = wrapped(model, ["first", "second"], phase=phase, activation=activation)
+    with pytest.raises(RuntimeError, match=r"'first'.*modified in-?place"):
+        optimizer.backward(model(torch.randn(4, 6)).square().mean())
+
+
+@PHASES
+def test_an_inplace_operation_on_a_part_of_a_tapped_output_raises(phase: str) -> None:
+    model = Inplace(lambda h: h[:, 0].zero_())
+    optimizer = wrapped(model, ["first", "second"], phase=phase)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        optimizer.backward(model(torch.randn(4, 6)).square().mean())
+
+
+# Activation checkpointing
+
+
+def checkpointed_gpt2() -> nn.Module:
+    model = gpt2()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def recomputing_mlp() -> nn.Module:
+    return MLP(use_reentrant=False)
+
+
+def recomputing_lm() -> nn.Module:
+    return TiedLM(use_reentrant=False)
+
+
+@pytest.mark.parametrize("early_stop", [False, True], ids=["whole", "early stop"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("activation", [False, True])
+@PHASES
+@pytest.mark.parametrize(
+    ("plain", "recomputing"),
+    [
+        ("sequence mlp", recomputing_mlp),
+        ("tied", recomputing_lm),
+        ("tied masked", recomputing_lm),
+        ("gpt2 masked", checkpointed_gpt2),
+    ],
+    ids=["mlp", "tied", "tied masked", "gpt2 masked"],
+)
+def test_recomputation_changes_nothing(
+    plain: str, recomputing: Callable[[], nn.Module], phase: str, activation: bool, micro_batches: int, early_stop: bool
+) -> None:
+    case = CASES[plain]
+    twin = Case(recomputing, case.layers, case.batch, case.classes)
+    found = []
+    for each in (case, twin):
+        model, inputs = each.model(torch.float64), each.inputs(torch.float64)
+        optimizer = wrapped(model, each.layers, phase=phase, activation=activation)
+        for _ in range(2):  # steps
+            optimizer.zero_grad()
+            for _ in range(micro_batches):
+                with set_checkpoint_early_stop(early_stop):
+                    optimizer.backward(each.loss(model, inputs), scale=1 / micro_batches)
+                assert not any(optimizer.hook._capture.calls.values())
+            optimizer.step()
+        found.append((gradients(model), optimizer.metrics))
+    (expected, before), (gradient, after) = found
+    assert distance(gradient, expected) < 1e-12
+    assert after.entropy == pytest.approx(before.entropy, rel=1e-12)
+    assert (after.alignment is None) == (not activation)
+    if activation:
+        assert after.alignment.cosine == pytest.approx(before.alignment.cosine, rel=1e-6)
+
+
+def test_recomputing_the_whole_model_keeps_its_mask() -> None:
+    case = CASES["gpt2 masked"]
+    model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+
+    def recomputed(**inputs: Tensor) -> Any:
+        return checkpoint(lambda: model(**inputs).logits, use_reentrant=False)
+
+    expected = reference_gradients(case, torch.float64)
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(case.loss(recomputed, inputs))
+        assert distance(gradients(model), expected) < 1e-10
+    optimizer.zero_grad()
+    total = [optimizer.objective(case.loss(recomputed, inputs)) for _ in range(2)]
+    (sum(total) / 2).backward()
+    assert distance(gradients(model), expected) < 1e-10
+
+
+def test_recomputing_two_masked_batches_at_once_is_refused() -> None:
+    """Which mask a recomputed block had is not known; a wrong one would be silent."""
+    model, batch, case = recomputing_lm(), masked_tokens(), CASES["tied masked"]
+    optimizer = wrapped(model, case.layers)
+    other = {**batch, "attention_mask": batch["attention_mask"].flip(0)}
+    total = optimizer.objective(case.loss(model, batch)) + optimizer.objective(case.loss(model, other))
+    with pytest.raises(RuntimeError, match="call backward after each forward"):
+        total.backward()
+
+
+@PHASES
+def test_reentrant_checkpointing_is_refused_with_advice(phase: str) -> None:
+    model = MLP(use_reentrant=True)
+    optimizer = wrapped(model, "blocks.*", phase=phase)
+    for _ in range(2):
+        loss = model(torch.randn(4, 6, requires_grad=True)).square().mean()
+        with pytest.raises(RuntimeError, match=r'"blocks.0".*use_reentrant=False'):
+            optimizer.backward(loss)
+
+
+def test_reentrant_checkpointing_turned_on_later_is_refused_too() -> None:
+    model = recomputing_mlp()
+    optimizer = wrapped(model, "blocks.*")
+    x = torch.randn(4, 6, requires_grad=True)
+    optimizer.backward(model(x).square().mean())
+    optimizer.step()
+    model.checkpointing["use_reentrant"] = True
+    with pytest.raises(RuntimeError, match=r'"blocks.0".*use_reentrant=False'):
+        optimizer.backward(model(x).square().mean())
+
+
+# Alignment statistics
+
+
+def reference_statistics(
+    model: nn.Module, modules: list[nn.Module], batches: list[Any], loss_of: Callable[[Any], Tensor], scale: float
+) -> list[tuple[float, float, float]]:
+    """<g,d>, |g|² and |d|² per layer from two passes: autograd of the loss, and of the entropy, at each output."""
+    sums = [[0.0, 0.0, 0.0] for _ in modules]
+    for batch in batches:
+        with recorded(modules) as calls:
+            loss = loss_of(batch)
+        for i, of_layer in enumerate(calls):
+            arriving = torch.autograd.grad(loss * scale, of_layer, retain_graph=True)
+            for h, g in zip(of_layer, arriving, strict=True):
+                leaf = h.detach().double().requires_grad_()
+                entropy = reference_layer_entropy(leaf) / len(of_layer)
+                d = torch.autograd.grad(entropy * scale, leaf)[0]
+                g = g.double()
+                for j, value in enumerate(((g * d).sum(), g.square().sum(), d.square().sum())):
+                    sums[i][j] += float(value)
+    return [(gd, gg, dd) for gd, gg, dd in sums]
+
+
+def statistics_of(optimizer: GAPTOptimizer) -> list[tuple[float, float, float]]:
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.alignment is not None
+    angles = [optimizer.metrics.alignment.layers[name] for name in optimizer.hook.names]
+    return [(a.cosine * a.loss_norm * a.entropy_norm, a.loss_norm**2, a.entropy_norm**2) for a in angles]
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batches", "scale"),
+    [
+        ("sequence mlp", 1, 1.0),
+        ("sequence mlp", 3, 1 / 3),
+        ("mlp", 1, 2.0**16),
+        ("cnn", 2, 2.0**-10),
+        ("gpt2", 1, 1.0),
+        ("tied", 2, 0.5),
+    ],
+)
+def test_statistics_equal_two_passes(name: str, micro_batches: int, scale: float) -> None:
+    case = CASES[name]
+    model = case.model()
+    batches = [case.inputs()]
+    while len(batches) < micro_batches:
+        batches.append({key: value.flip(0) for key, value in batches[-1].items()})
+    optimizer = wrapped(model, case.layers, phase="memorization")
+    for batch in batches:
+        optimizer.backward(case.loss(model, batch), scale=scale)
+    optimizer.step()
+    found = statistics_of(optimizer)
+    modules = tapped_modules(model, optimizer)
+    optimizer.hook.remove()
+    expected = reference_statistics(model, modules, batches, lambda batch: case.loss(model, batch), scale)
+    for (gd, gg, dd), (expected_gd, expected_gg, expected_dd) in zip(found, expected, strict=True):
+        assert gg == pytest.approx(expected_gg, rel=1e-5)
+        assert dd == pytest.approx(expected_dd, rel=1e-5)
+        assert gd == pytest.approx(expected_gd, abs=1e-5 * math.sqrt(expected_gg * expected_dd))
+
+
+def test_statistics_start_anew_at_each_step() -> None:
+    case = CASES["sequence mlp"]
+    model, inputs = case.model(), case.inputs()
+    optimizer = wrapped(model, case.layers, phase="memorization")
+    seen = []
+    for _ in range(3):
+        optimizer.backward(case.loss(model, inputs))
+        optimizer.step()
+        seen.append(statistics_of(optimizer))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_backward_of_another_loss_adds_nothing_to_the_statistics() -> None:
+    case = CASES["sequence mlp"]
+    model, inputs = case.model(), case.inputs()
+    optimizer = wrapped(model, case.layers, phase="memorization")
+    seen = []
+    for other in (False, True):
+        loss = case.loss(model, inputs)
+        if other:
+            (loss * 7).backward(retain_graph=True)
+        optimizer.backward(loss)
+        optimizer.step()
+        seen.append(statistics_of(optimizer))
+    assert seen[0] == seen[1]
+
+
+# Ways to combine
+
+
+def combined(seed: int, **objective: Any) -> tuple[Tensor, Tensor]:
+    """What a tap passes on to the module below it (without an objective: what arrives), and its hidden tensor."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 4)).double()
+    x, target = torch.randn(3, 10, 6, dtype=torch.float64), torch.randn(3, 10, 4, dtype=torch.float64)
+    passed: list[Tensor] = []
+    if objective:
+        optimizer = wrapped(model, "1", objective=objective)
+    with recorded([model[0]]) as (calls,):
+        loss = F.mse_loss(model(x), target)
+    calls[0].register_hook(passed.append)
+    optimizer.backward(loss) if objective else loss.backward()
+    return passed[0], calls[0].detach()
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.3, 30.0])
+def test_ways_to_combine(weight: float) -> None:
+    conflicts = excesses = 0
+    for seed in range(12):
+        g, h = combined(seed)
+        leaf = h.requires_grad_()
+        (d,) = torch.autograd.grad(weight * reference_layer_entropy(leaf), leaf)
+        inner = float((g * d).sum())
+
+        sum_, _ = combined(seed, weight=weight)
+        torch.testing.assert_close(sum_, g + d, rtol=1e-10, atol=1e-14)
+
+        project, _ = combined(seed, weight=weight, combine="project")
+        part = project - g  # what the entropy added to an untouched g
+        assert float((part * g).sum()) >= -1e-12 * float(g.norm() * d.norm())
+        if inner >= 0:
+            assert torch.equal(project, sum_)
+        else:
+            conflicts += 1
+            torch.testing.assert_close(part, d - g * inner / g.square().sum(), rtol=1e-8, atol=1e-13)
+
+        for max_ratio in (0.001, 0.1, 1.0):
+            cap, _ = combined(seed, weight=weight, combine="cap", max_ratio=max_ratio)
+            part = cap - g
+            assert float(part.norm()) <= max_ratio * float(g.norm()) * (1 + 1e-9)
+            if d.norm() <= max_ratio * g.norm():
+                torch.testing.assert_close(cap, sum_, rtol=1e-12, atol=0)
+            else:
+                excesses += 1
+                torch.testing.assert_close(part, d * (max_ratio * g.norm() / d.norm()), rtol=1e-6, atol=1e-12)
+    assert 0 < conflicts < 12
+    assert excesses > 0
+
+
+@pytest.mark.parametrize("combine", ["project", "cap"])
+def test_combining_does_not_depend_on_the_scale_of_the_loss(combine: str) -> None:
+    case = CASES["sequence mlp"]
+    found = []
+    for scale in (1.0, 2.0**12):
+        model, inputs = case.model(torch.float64), case.inputs(torch.float64)
+        optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT, "combine": combine, "max_ratio": 0.2})
+        optimizer.backward(case.loss(model, inputs), scale=scale)
+        found.append({name: gradient / scale for name, gradient in gradients(model).items()})
+    assert distance(found[1], found[0]) < 1e-12
+
+
+# torch.compile
+
+_IN_TORCH = [  # what torch's compiler does to any autograd.Function, and to any hook of the compiled module itself
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+]
+
+
+def compiling(test: Any) -> Any:
+    for ignored in _IN_TORCH:
+        test = pytest.mark.filterwarnings(ignored)(test)
+    return test
+
+
+@pytest.fixture
+def counters() -> Iterator[Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def compilations(counters: Any) -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@compiling
+@pytest.mark.parametrize("name", ["sequence mlp", "cnn", "gpt2 masked"])
+@PHASES
+def test_compiled_gradients_are_equal(name: str, phase: str, counters: Any) -> None:
+    case = CASES[name]
+    expected = tapped_gradients(case, torch.float32, phase=phase)
+    model, inputs = case.model(), case.inputs()
+    optimizer = wrapped(model, case.layers, phase=phase, objective={"weight": WEIGHT})
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer.backward(case.loss(compiled, inputs))
+    assert distance(gradients(model), expected) < 1e-5
+    assert not counters["graph_break"]
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.alignment is not None
+
+
+@compiling
+def test_one_compilation_per_phase_and_none_per_step(counters: Any) -> None:
+    case = CASES["sequence mlp"]
+    model, inputs = case.model(), case.inputs()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = switching(model, case.layers)
+    graphs = {}
+    for _ in range(16):
+        phase = optimizer.phase
+        optimizer.backward(case.loss(compiled, inputs))
+        optimizer.step()
+        optimizer.zero_grad()
+        graphs.setdefault(phase, compilations(counters))
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.switches >= 3
+    assert compilations(counters) == max(graphs.values()) <= 2
+    assert not counters["graph_break"]
+
+
+def switching(model: nn.Module, layers: str) -> GAPTOptimizer:
+    """Changes its phase every few steps."""
+    from gapt_optim import GAPTConfig, GateConfig, RepresentationHook
+
+    gate = GateConfig(patience_memorization=2, patience_compression=2)
+    return GAPTOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), RepresentationHook(model, layers), GAPTConfig(gate=gate)
+    )
+
+
+@compiling
+def test_compiled_with_changing_lengths(counters: Any) -> None:
+    case = Case(lambda: MLP(depth=1), "blocks.*", dict, 4)
+    model, twin = case.model(), case.model()
+    optimizer, plain = (wrapped(each, case.layers) for each in (model, twin))
+    compiled = torch.compile(model, backend="aot_eager")
+    counts = []
+    for length in (16, 13, 21, 9, 30, 24, 11, 26):
+        inputs = {"x": torch.randn(2, length, 6)}
+        optimizer.backward(case.loss(compiled, inputs))
+        plain.backward(case.loss(twin, inputs))
+        assert distance(gradients(model), gradients(twin)) < 1e-5
+        for each in (optimizer, plain):
+            each.step()
+            each.zero_grad()
+        counts.append(compilations(counters))
+    assert counts == [1, 2, 2, 2, 2, 3, 3, 3]  # the first length, and all others with a short last window or without
+    assert not counters["graph_break"]
+
+
+@compiling
+def test_compiled_wrappers_that_take_turns(counters: Any) -> None:
+    """What one captured in the other's forward is spent, and no part of its own step."""
+    case = CASES["sequence mlp"]
+    model, inputs = case.model(), case.inputs()
+    optimizers = [wrapped(model, case.layers, objective={"weight": weight}) for weight in (WEIGHT, 2 * WEIGHT)]
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        for i, optimizer in enumerate(optimizers):
+            twin = case.model()
+            alone = wrapped(twin, case.layers, objective={"weight": (i + 1) * WEIGHT})
+            for each, called in ((optimizer, compiled), (alone, twin)):
+                each.zero_grad()
+                each.backward(case.loss(called, inputs))
+                each.step()
+            assert distance(gradients(model), gradients(twin)) < 1e-5
+            for found, expected in zip(statistics_of(optimizer), statistics_of(alone), strict=True):
+                assert found == pytest.approx(expected, rel=1e-4)
+
+
+@compiling
+def test_compiled_with_recomputation(counters: Any) -> None:
+    case = CASES["sequence mlp"]
+    expected = tapped_gradients(case, torch.float32)
+    twin = Case(recomputing_mlp, case.layers, case.batch, case.classes)
+    model, inputs = twin.model(), twin.inputs()
+    optimizer = wrapped(model, twin.layers, objective={"weight": WEIGHT})
+    optimizer.backward(twin.loss(torch.compile(model, backend="aot_eager"), inputs))
+    assert distance(gradients(model), expected) < 1e-5
+    assert not counters["graph_break"]
