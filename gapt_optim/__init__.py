@@ -5,7 +5,8 @@ from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
 from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
 from .entropy import matrix_entropy
 from .gate import Phase, PhaseGate
-from .metrics import JSONLines, ProgressBar, StepMetrics, TensorBoard
+from .hooks import Measurement
+from .metrics import JSONLines, Observer, ProgressBar, StepMetrics, TensorBoard
 from .optimizer import GAPTOptimizer
 from .representation import RepresentationHook
 
@@ -19,7 +20,9 @@ __all__ = [
     "GateConfig",
     "JSONLines",
     "LayerConfig",
+    "Measurement",
     "ObjectiveConfig",
+    "Observer",
     "Phase",
     "PhaseGate",
     "ProgressBar",

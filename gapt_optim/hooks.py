@@ -6,7 +6,7 @@ They refer to no module, so that they never keep a model alive, and a copy of th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -59,13 +59,19 @@ class Capture:
         self.compressing: set[str] = set()  # layers that take part in compression
         self.measurement: Measurement | None = None
         self.pick_mask = pick_mask
-        self.mask: Tensor | None = None
-        self.inside_model = False
+        self.masks: list[Tensor | None] = []  # of the calls under way, the innermost last
+        self.mask: Tensor | None = None  # the last one, for recomputation
         self.masked_calls = 0  # calls of the model with a mask, since a backward last recomputed one
         self.recomputed = False
         self.ever_ran: set[str] = set()
         self.without_grad: set[str] = set()  # ran in training mode with gradients off
         self.evaluated: set[str] = set()  # ran in evaluation mode
+
+    def release(self) -> None:
+        """No optimizer listens any more: what was captured for it goes."""
+        self.mode = None
+        for calls in self.calls.values():
+            calls.clear()
 
 
 class ModuleTap:
@@ -80,6 +86,8 @@ class ModuleTap:
         self.function: Any = type(f"Tap of module '{name}' ", (Tap,), {})
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("the replicas of nn.DataParallel cannot be watched; use DistributedDataParallel")
         capture = self.capture
         if capture.measurement is not None:
             with torch.no_grad():
@@ -146,16 +154,16 @@ class ModuleTap:
     def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
         """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
         capture = self.capture
-        if capture.mask is None or h.ndim != 3 or not (capture.inside_model or recomputing):
+        mask = capture.masks[-1] if capture.masks else capture.mask if recomputing else None
+        if mask is None or h.ndim != 3:
             return None
-        if recomputing and not capture.inside_model and capture.masked_calls > 1:
+        if recomputing and not capture.masks and capture.masked_calls > 1:
             raise RuntimeError(
                 f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
                 "and which mask belongs to it is unknown; call backward after each forward pass"
             )
         if recomputing:
             capture.recomputed = True
-        mask = capture.mask
         if mask.shape != h.shape[:2]:
             if capture.pick_mask is None:
                 return None
@@ -170,40 +178,53 @@ class ModuleTap:
 
 
 class ModelCall:
-    """Forward pre-hook of the model: remembers the token mask of the call."""
+    """Forward pre-hook of the model, or of a module around the taps that takes an attention_mask: keeps the mask."""
 
-    def __init__(self, capture: Capture, parameters: list[str]) -> None:
-        self.capture, self.parameters = capture, parameters
+    def __init__(self, capture: Capture, parameters: list[str], *, is_model: bool) -> None:
+        self.capture, self.parameters, self.is_model = capture, parameters, is_model
+        self.kept: list[bool] = []  # of the calls under way: it brought a mask, or is the model's own
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         capture = self.capture
-        capture.inside_model = True
-        if capture.measurement is None and (capture.mode is None or not torch.is_grad_enabled()):
-            return  # nothing is captured, and a backward to come may need the mask of the call before
+        self.kept.append(False)
+        listening = capture.mode is not None and torch.is_grad_enabled()
+        # Where nothing is captured, a backward to come may need the mask of the call before.
+        mask = self.token_mask(args, kwargs) if listening or capture.measurement is not None else None
+        if mask is None and not self.is_model:
+            return  # that of the call around it holds
+        masked_already = any(outer is not None for outer in capture.masks)
+        capture.masks.append(mask)
+        self.kept[-1] = True
+        if listening and capture.measurement is None:
+            capture.mask = mask
+            if mask is not None and not masked_already and not torch.compiler.is_compiling():
+                capture.masked_calls = 1 if capture.recomputed else capture.masked_calls + 1
+                capture.recomputed = False
+
+    def token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         keywords = dict(zip(self.parameters, args, strict=False)) | kwargs
-        pick = capture.pick_mask
-        mask = keywords.get("attention_mask") if pick is None else pick(keywords)
-        if mask is not None and not isinstance(mask, Tensor):
-            if pick is not None:
-                raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
-            mask = None
-        capture.mask = mask
-        if mask is not None and capture.measurement is None and not torch.compiler.is_compiling():
-            capture.masked_calls = 1 if capture.recomputed else capture.masked_calls + 1
-            capture.recomputed = False
+        if self.capture.pick_mask is None:
+            mask = keywords.get("attention_mask")
+            return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = self.capture.pick_mask(keywords)
+        if not isinstance(mask, Tensor | None):
+            raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
+        return mask
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
 
 
 class ModelReturn:
-    """Forward hook of the model: a module called by itself afterwards has no mask."""
+    """Forward hook to a :class:`ModelCall`: a module called by itself afterwards has no mask."""
 
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
+    def __init__(self, call: ModelCall) -> None:
+        self.call = call
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.capture.inside_model = False
+        masks = self.call.capture.masks
+        if self.call.kept and self.call.kept.pop() and masks:
+            masks.pop()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -245,3 +266,10 @@ def argument_names(model: nn.Module) -> list[str]:
     if isinstance(inner, nn.Module) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
         return argument_names(inner)
     return list(parameters)
+
+
+def masked_modules(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The model, and the modules around or at the named ones whose call takes an attention_mask."""
+    around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
+    modules = [module for name, module in model.named_modules() if name in around and module is not model]
+    return [model, *(module for module in modules if "attention_mask" in argument_names(module))]

@@ -94,7 +94,7 @@ class ProgressBar:
         try:
             from tqdm.auto import tqdm
         except ImportError as error:
-            raise ImportError('ProgressBar needs tqdm: pip install "gapt_optim[examples]"') from error
+            raise ImportError("ProgressBar needs tqdm: pip install tqdm") from error
         self._bar = tqdm(total=total, **({"unit": "step", "dynamic_ncols": True} | options))
 
     def __call__(self, metrics: StepMetrics) -> None:
@@ -122,7 +122,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError('TensorBoard needs tensorboard: pip install "gapt_optim[examples]"') from error
+            raise ImportError("TensorBoard needs tensorboard: pip install tensorboard") from error
         self._writer = SummaryWriter(os.fspath(folder))
 
     def __call__(self, metrics: StepMetrics) -> None:

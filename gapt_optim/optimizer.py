@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -106,6 +108,7 @@ class GAPTOptimizer(OptimizerWrapper):
         keep = counted(len(hook.names), config.layers.skip_first, config.layers.skip_last)
         self._counted = [name for name, kept in zip(hook.names, keep, strict=True) if kept]
         self._silent_steps = 0
+        self._warned_unmeasured = False
         self._zeroed = False  # zero_grad was called since the last objective
         self._metrics: StepMetrics | None = None
         self._validation: list[float] = []
@@ -113,6 +116,8 @@ class GAPTOptimizer(OptimizerWrapper):
         self._measurement: ParameterMeasurement | None = None
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
         self._load_own_state(None)
+        # A hook outlives its optimizer; what it captures then would be kept forever.
+        weakref.finalize(self, hook._release)
 
     # What a training loop calls
 
@@ -210,7 +215,7 @@ class GAPTOptimizer(OptimizerWrapper):
     def record_validation(self, loss: float | Tensor) -> None:
         """Give a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
 
-        Several before one step are averaged. On several ranks, call it on all of them alike.
+        Several before one step are averaged, and so are those of several ranks; not every rank needs to have one.
         """
         self._validation.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
@@ -247,17 +252,17 @@ class GAPTOptimizer(OptimizerWrapper):
         gone = self._zeroed and self._record.sums is not None
         self._zeroed = False
         if gone and all(p.grad is None for group in self.param_groups for p in group["params"]):
-            self._hook._take_statistics(torch.device("cpu"))
+            self._hook._drop_statistics()
             self._record.clear()
             self._prepare_step()
 
     def _forget_step(self) -> None:
         self._hook._drop()
+        self._hook._drop_statistics()
         self._record.clear()
 
     def _abandon_step(self) -> None:
         """The step was not taken: its record goes, and its statistics, which may have overflowed."""
-        self._hook._take_statistics(torch.device("cpu"))
         self._forget_step()
         self._prepare_step()
 
@@ -280,6 +285,13 @@ class GAPTOptimizer(OptimizerWrapper):
             self._validation = [validation]  # judged with the next entropy that is finite
         reason = self._gate.reason if self._gate.phase is not phase else None
         parameter_alignment = self._measurement.finish() if self._measurement is not None else None
+        if self._measurement is not None and parameter_alignment is None and not self._warned_unmeasured:
+            self._warned_unmeasured = True
+            warnings.warn(
+                "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
+                UserWarning,
+                stacklevel=3,
+            )
         self._prepare_step()
         self._metrics = StepMetrics(
             step=self._progress.steps,
@@ -377,7 +389,10 @@ class GAPTOptimizer(OptimizerWrapper):
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
         fresh = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
-        if _unwrapped(own["layers"]) != _unwrapped(self._hook.names):
+        unknown = set(own) ^ set(self._own_state())
+        if unknown:
+            raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {fresh}")
+        if _bare_names(own["layers"]) != _bare_names(self._hook.names):
             raise ValueError(f"state_dict is of the layers {own['layers']}, this hook has {self._hook.names}; {fresh}")
         here = self.config.model_dump()
         for section, values in own["config"].items():
@@ -386,9 +401,6 @@ class GAPTOptimizer(OptimizerWrapper):
                     found = here.get(section, {}).get(name)
                     raise ValueError(f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {fresh}")
 
-        unknown = set(own) ^ set(self._own_state())
-        if unknown:
-            raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {fresh}")
         PhaseGate(self.config.gate).load_state_dict(own["gate"])
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
@@ -416,6 +428,9 @@ class GAPTOptimizer(OptimizerWrapper):
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
 
 
-def _unwrapped(names: list[str]) -> list[str]:
+def _bare_names(names: list[str]) -> list[str]:
     """Names without what DistributedDataParallel and torch.compile put before them."""
-    return [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
+    wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")
+    return [
+        functools.reduce(lambda name, part: name.replace(part, ""), wrappers, n).removeprefix("module.") for n in names
+    ]

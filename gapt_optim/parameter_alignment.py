@@ -134,23 +134,6 @@ class ParameterMeasurement:
             for handle in handles:
                 handle.remove()
 
-    def _behind(self, loss: Tensor) -> set[Tensor] | None:
-        """Leaves that the loss reaches, where ``.grad`` does not tell: in compression it is the entropy's too."""
-        if self.plan.weight == 0 or not self.plan.separable:
-            return None
-        leaves: set[Tensor] = set()
-        seen: set[Any] = set()
-        nodes: list[Any] = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves.add(node.variable)
-            nodes.extend(following for following, _ in node.next_functions)
-        return leaves
-
     def _note_parameters_of(self, loss: Tensor) -> None:
         """Which parameters the loss depends on. In compression ``.grad`` does not tell: it is the entropy's too."""
         leaves: set[Any] = set()

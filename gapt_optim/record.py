@@ -74,10 +74,15 @@ class StepRecord:
         counts, names = self.counts, self.names
         parts = [self.sums] if group is not None or self.host_sums is None else []
         if group is not None:
-            parts = [self.sums / torch.tensor([max(count, 1) for count in counts]).to(self.sums)]
+            parts = [self.sums / torch.tensor([max(count, 1) for count in counts]).to(self.sums, non_blocking=True)]
             # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
-            both = [*(float(count > 0) for count in counts), validation]
-            parts.append(torch.tensor(both, dtype=torch.float64).to(self.sums))
+            has_validation = math.isfinite(validation)
+            both = [
+                *(float(count > 0) for count in counts),
+                validation if has_validation else 0.0,
+                float(has_validation),
+            ]
+            parts.append(torch.tensor(both, dtype=torch.float64).to(self.sums, non_blocking=True))
         if statistics is not None:
             if group is not None:  # the gradient of all ranks has 1 / n of each one's own
                 statistics = statistics / dist.get_world_size(group)
@@ -92,7 +97,8 @@ class StepRecord:
             size, divisors, held_out = len(counts), [float(count) for count in counts], validation
             rest = values[size:]
             if group is not None:
-                divisors, held_out, rest = rest[:size], rest[size], rest[size + 1 :]
+                total, ranks, rest, divisors = *rest[size : size + 2], rest[size + 2 :], rest[:size]
+                held_out = total / ranks if ranks > 0 else math.nan
             rows = [rest[i : i + PROBE_SIZE] for i in range(0, len(rest), PROBE_SIZE)]
             entropies = {name: values[i] / divisors[i] for i, name in enumerate(names, 1) if divisors[i] > 0}
             return Reading(values[0] / divisors[0], entropies, held_out, rows)

@@ -42,10 +42,10 @@ def draw_training(
     Lines with dots are held-out values, thin lines those of the training steps. The shaded stretches are the
     compression phases of the run ``main`` (default: the last).
     """
-    plt = _matplotlib()
+    mpl = _matplotlib()
     main = _main_run(runs, main)
-    with plt.rc_context(_style()):
-        figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 6.0), sharex=True, gridspec_kw={"hspace": 0.12})
+    with mpl.rc_context(_style()):
+        figure, (top, bottom) = _subplots(mpl, 2, 1, (9.6, 6.0), sharex=True, gridspec_kw={"hspace": 0.12})
         labels: dict[Any, list[tuple[float, str, str]]] = {top: [], bottom: []}
         for axes, key in ((top, "loss"), (bottom, "entropy")):
             base = _last_value(runs["plain"], key) if "plain" in runs and main != "plain" else None
@@ -71,7 +71,7 @@ def draw_training(
             _label_ends(axes, names)
         figure.align_ylabels([top, bottom])
         _title(top, title, _phase_summary(main, runs[main].steps))
-        return _save(plt, figure, path)
+        return _save(figure, path)
 
 
 def draw_entropy_map(
@@ -80,7 +80,7 @@ def draw_entropy_map(
     """Entropy per layer over steps as a heat map per run, on one scale; the phases are the strip above each."""
     import numpy as np
 
-    plt = _matplotlib()
+    mpl = _matplotlib()
     from matplotlib.ticker import MaxNLocator
 
     shown = {name: rows for name, run in runs.items() if (rows := _layer_rows(run))}
@@ -88,12 +88,12 @@ def draw_entropy_map(
         raise ValueError("no run holds layer entropies, so there is nothing to draw; pass runs trained with a hook")
     every_value = [value for rows in shown.values() for _, layers in rows for value in layers.values()]
     low, high = 0.0, float(np.nanpercentile(np.array(every_value, dtype=float), 99.5))
-    with plt.rc_context(_style()):
+    with mpl.rc_context(_style()):
         columns = len(shown)
         layers = len(next(iter(shown.values()))[0][1])
         width, height = max(7.0, 4.2 * columns), min(7.0, 2.2 + 0.42 * layers)
-        figure, grid = plt.subplots(
-            2, columns, figsize=(width, height), squeeze=False, sharex="col", height_ratios=(1, 4 * layers),
+        figure, grid = _subplots(
+            mpl, 2, columns, (width, height), squeeze=False, sharex="col", height_ratios=(1, 4 * layers),
             gridspec_kw={"hspace": 0.04, "wspace": 0.09},
         )  # fmt: skip
         mesh = None
@@ -126,7 +126,7 @@ def draw_entropy_map(
         figure.suptitle(title, x=0.01, ha="left", y=1.0, va="bottom", fontweight="bold", fontsize=13, color=INK)
         note = "strip above: blue = compression, grey = memorization"
         figure.text(0.01, 0.985, note, ha="left", va="top", color=FAINT, fontsize=9)
-        return _save(plt, figure, path)
+        return _save(figure, path)
 
 
 def draw_alignment(
@@ -137,10 +137,10 @@ def draw_alignment(
     title: str = "Angle between loss gradient and entropy gradient",
 ) -> Path:
     """Cosine of the two gradients over steps: activation alignment as lines, parameter alignment as dots."""
-    plt = _matplotlib()
+    mpl = _matplotlib()
     main = _main_run(runs, main)
-    with plt.rc_context(_style()):
-        figure, axes = plt.subplots(figsize=(9.6, 3.8))
+    with mpl.rc_context(_style()):
+        figure, axes = _subplots(mpl, 1, 1, (9.6, 3.8))
         labels = []
         any_activation = any_parameter = False
         for number, (name, run) in enumerate(runs.items()):
@@ -167,19 +167,21 @@ def draw_alignment(
         _name_switches(axes, runs[main].steps)
         note = "line: at the layers' outputs, dots: of the parameters, " if any_parameter else ""
         _title(axes, title, note + _phase_summary(main, runs[main].steps))
-        return _save(plt, figure, path)
+        return _save(figure, path)
 
 
 def _matplotlib() -> Any:
-    """pyplot on a backend that needs no display."""
+    """matplotlib without pyplot: needs no display, and leaves the caller's backend alone."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError as error:
-        raise ImportError('gapt_optim.report draws with matplotlib: pip install "gapt_optim[examples]"') from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        raise ImportError("gapt_optim.report draws with matplotlib: pip install matplotlib") from error
+    return matplotlib
 
-    return plt
+
+def _subplots(mpl: Any, rows: int, columns: int, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    figure = mpl.figure.Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def _style() -> dict[str, Any]:
@@ -201,11 +203,10 @@ def _style() -> dict[str, Any]:
     }
 
 
-def _save(plt: Any, figure: Any, path: str | os.PathLike[str]) -> Path:
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160, bbox_inches="tight", pad_inches=0.18)
-    plt.close(figure)
     return target
 
 

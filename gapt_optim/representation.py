@@ -21,6 +21,7 @@ from .hooks import (
     ModelReturn,
     ModuleTap,
     argument_names,
+    masked_modules,
     unspent,
 )
 from .selection import Layers, select_layers
@@ -64,9 +65,10 @@ class RepresentationHook:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._taps = {name: ModuleTap(name, self._capture, output, device) for name in self.names}
         handles = [module.register_forward_hook(self._taps[name]) for name, module in modules.items()]
-        root = ModelCall(self._capture, argument_names(model))
-        handles.append(model.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
-        handles.append(model.register_forward_hook(ModelReturn(self._capture), always_call=True))
+        for module in masked_modules(model, modules) if mask is None else [model]:
+            call = ModelCall(self._capture, argument_names(module), is_model=module is model)
+            handles.append(module.register_forward_pre_hook(call, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(ModelReturn(call), always_call=True))
         # Also runs when the hook is garbage: a model outlives the hooks placed on it.
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -102,12 +104,11 @@ class RepresentationHook:
             raise RuntimeError("hook.measuring() is already open; use the measurement of the outer with block")
         mode = self._capture.mode
         config = entropy if entropy is not None else mode.entropy if mode is not None else EntropyConfig()
-        mask = self._capture.mask
         self._capture.measurement = Measurement(config)
         try:
             yield self._capture.measurement
         finally:
-            self._capture.measurement, self._capture.mask = None, mask
+            self._capture.measurement = None
 
     # Between hook and optimizer
 
@@ -139,9 +140,19 @@ class RepresentationHook:
         for name in self.names:
             if self._capture.calls[name]:
                 self._capture.calls[name] = []
-        self._capture.mask, self._capture.masked_calls, self._capture.inside_model = None, 0, False
+        self._capture.mask, self._capture.masked_calls = None, 0
+        self._capture.masks.clear()
         self._capture.without_grad.clear()
         self._capture.evaluated.clear()
+
+    @property
+    def _release(self) -> Callable[[], None]:
+        """Ends the service to an optimizer. Holds no reference to the hook."""
+        return self._capture.release
+
+    def _drop_statistics(self) -> None:
+        for tap in self._taps.values():
+            tap.probe.grad = None
 
     def _take_statistics(self, device: torch.device) -> Tensor:
         """(layers, 3) sums of <g,d>, |g|², |d|² since the last call, zeros where no backward reached a tap."""
@@ -149,7 +160,7 @@ class RepresentationHook:
         rows = [probe.detach() if probe.grad is None else probe.grad for probe in probes]
         for probe in probes:
             probe.grad = None
-        return torch.stack([row.to(device, non_blocking=True) for row in rows])
+        return torch.stack([row.to(device, non_blocking=device.type != "cpu") for row in rows])
 
     def _why_missing(self, missing: list[str]) -> str:
         if self.removed:

@@ -181,7 +181,7 @@ def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor, *, alone: b
     """
     flowing = [i for i, call in enumerate(calls) if call.carrier is not None]
     if len(flowing) < len(calls):
-        weights = weights[flowing]
+        weights = torch.stack([weights[i] for i in flowing])  # a list as an index would wait for the device
     carriers = [carrier for carrier in (call.carrier for call in calls) if carrier is not None]
     matrices = [calls[i].matrices for i in flowing]
     zero: Tensor = _Link.apply(len(flowing), alone, weights, *(kernels[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]

@@ -92,7 +92,12 @@ class OptimizerWrapper(Optimizer):
         if name in ("train", "eval"):
             methods = [getattr(base, name) for base in self._wrapped.all if hasattr(base, name)]
             if methods:
-                return lambda *args, **kwargs: [method(*args, **kwargs) for method in methods] and None
+
+                def forward_to_bases(*args: Any, **kwargs: Any) -> None:
+                    for method in methods:
+                        method(*args, **kwargs)
+
+                return forward_to_bases
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def state_dict(self) -> dict[str, Any]:

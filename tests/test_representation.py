@@ -213,6 +213,47 @@ def test_attention_mask_is_found_by_keyword_and_by_position() -> None:
     assert found[0] != found[2]
 
 
+class Task(nn.Module):
+    """Holds a model, as a LightningModule does; its own call has no attention_mask, and may not even happen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.training_step(batch)
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        return CASES["gpt2 masked"].loss(self.model, batch)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("call", [lambda task, batch: task(batch), lambda task, batch: task.training_step(batch)])
+@pytest.mark.parametrize("name", ["gpt2 masked", "tied masked"])
+def test_attention_mask_is_found_inside_of_another_module(
+    name: str, call: Callable[[Task, Any], Tensor], checkpointing: bool
+) -> None:
+    case = CASES[name]
+    model, task, batch = case.model(), Task(case.model()), case.inputs()
+    if checkpointing and name == "tied masked":
+        task.model.checkpointing = {"use_reentrant": False}
+    plain, optimizer = wrapped(model, case.layers), wrapped(task, f"model.{case.layers}")
+    for _ in range(2):
+        for each in (plain, optimizer):
+            each.zero_grad()
+        for _ in range(2):  # micro-batches
+            plain.backward(case.loss(model, batch))
+            optimizer.backward(call(task, batch))
+        for each in (plain, optimizer):
+            each.step()
+        assert list(entropies(optimizer).values()) == pytest.approx(list(entropies(plain).values()))
+        found = {name.removeprefix("model."): gradient for name, gradient in gradients(task).items()}
+        assert distance(found, gradients(model)) < 1e-6
+    with optimizer.hook.measuring() as measured, torch.no_grad():
+        call(task, batch)
+    assert measured.entropies == pytest.approx(entropies(optimizer))
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
