@@ -6,6 +6,7 @@ They refer to no module, so that they never keep a model alive, and a copy of th
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from .config import EntropyConfig
 from .outputs import hidden_tensor, replace_tensor
 from .tap import PROBE_SIZE, Grams, Tap, TapMode, entropies_of, grams_of, live_rows, window_shape
+
+MOST_WAITING = 64
+"""Calls of a model that are kept for a loss to come."""
 
 MEASURE_ONLY = "taps run only in training mode with gradients on; use hook.measuring() in evaluation"
 WITHOUT_GRAD = (
@@ -64,8 +68,27 @@ class Capture:
         self.masked_calls = 0  # calls of the model with a mask, since a backward last recomputed one
         self.recomputed = False
         self.ever_ran: set[str] = set()
+        self.waiting = 0  # calls of the model whose loss has not come
+        self.warned_waiting = False
         self.without_grad: set[str] = set()  # ran in training mode with gradients off
         self.evaluated: set[str] = set()  # ran in evaluation mode
+
+    def wait_for_loss(self) -> None:
+        """Count a call of the model, and forget earlier ones where no loss comes of them: they hold graphs."""
+        self.waiting += 1
+        if self.waiting <= MOST_WAITING:
+            return
+        self.waiting = 1
+        for calls in self.calls.values():
+            calls.clear()
+        if not self.warned_waiting:
+            self.warned_waiting = True
+            warnings.warn(
+                f"{MOST_WAITING} calls of the model in training mode with gradients on, and no optimizer.backward(); "
+                "what they captured is forgotten. Evaluate under torch.no_grad() or hook.measuring()",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def release(self) -> None:
         """No optimizer listens any more: what was captured for it goes."""
@@ -197,6 +220,8 @@ class ModelCall:
         self.kept[-1] = True
         if listening and capture.measurement is None:
             capture.mask = mask
+            if self.is_model and not torch.compiler.is_compiling():
+                capture.wait_for_loss()
             if mask is not None and not masked_already and not torch.compiler.is_compiling():
                 capture.masked_calls = 1 if capture.recomputed else capture.masked_calls + 1
                 capture.recomputed = False
@@ -240,6 +265,23 @@ class _Inert:
 def _in_backward() -> bool:
     """A module that runs within a backward is being recomputed by activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def nodes_behind(loss: Tensor) -> set[Any]:
+    """Every node of the graph that ``loss`` was computed by."""
+    found: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def belongs_to(call: Grams, nodes: set[Any]) -> bool:
+    """The call is one of ``nodes``; above frozen layers it has no graph, and counts."""
+    return call.carrier is None or call.carrier.grad_fn in nodes
 
 
 def unspent(calls: list[Grams]) -> list[Grams]:

@@ -30,6 +30,7 @@ from .tap import TapMode
 from .wrapper import STATE_KEY, OptimizerWrapper
 
 _SILENT_STEPS = 10
+_UNJUDGED_STEPS = 2000
 
 
 @dataclass
@@ -86,6 +87,11 @@ class GAPTOptimizer(OptimizerWrapper):
         bases = Bases(optimizer)
         if any(isinstance(base, GAPTOptimizer) for base in bases.all):
             raise TypeError("optimizer is a GAPTOptimizer already; wrap its .base, with one hook for all layers")
+        unusable = (
+            [observer for observer in observers if not callable(observer)] if isinstance(observers, Sequence) else 1
+        )
+        if unusable:
+            raise TypeError(f"observers must be a sequence of callables, found {observers!r}")
         if hook.removed:
             raise ValueError("hook was removed; make a new RepresentationHook")
         if hook._attached:
@@ -161,7 +167,7 @@ class GAPTOptimizer(OptimizerWrapper):
         self._forget_skipped_step()
         total, entropies, self._mean_entropy = build_objective(
             loss,
-            self._hook._take(),
+            self._hook._take(loss),
             self.config,
             self._counted,
             self._shares,
@@ -321,6 +327,13 @@ class GAPTOptimizer(OptimizerWrapper):
             return
         self._progress.unjudged_entropy += entropy
         self._progress.unjudged_steps += 1
+        if self._progress.unjudged_steps == _UNJUDGED_STEPS:
+            warnings.warn(
+                f'{_UNJUDGED_STEPS} steps with signal="validation" and no finite validation loss: the gate stays. '
+                "Call optimizer.record_validation(loss)",
+                UserWarning,
+                stacklevel=4,
+            )
         if math.isfinite(validation):
             self._gate.update(validation, self._progress.unjudged_entropy / self._progress.unjudged_steps)
             self._progress.unjudged_entropy, self._progress.unjudged_steps = 0.0, 0
@@ -384,6 +397,7 @@ class GAPTOptimizer(OptimizerWrapper):
             **asdict(self._progress),
             "unjudged_validation": list(self._validation),
             "layers": list(self._hook.names),
+            "ran": sorted(self._hook._capture.ever_ran),
             "config": self.config.model_dump(),
         }
 
@@ -405,6 +419,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._gate, self._progress, self._validation = PhaseGate(self.config.gate), _Progress(), []
+        self._hook._capture.ever_ran = set() if own is None else set(own["ran"])
         if own is not None:
             self._gate.load_state_dict(own["gate"])
             self._progress = _Progress(**{part.name: own[part.name] for part in fields(_Progress)})

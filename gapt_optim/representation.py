@@ -21,7 +21,9 @@ from .hooks import (
     ModelReturn,
     ModuleTap,
     argument_names,
+    belongs_to,
     masked_modules,
+    nodes_behind,
     unspent,
 )
 from .selection import Layers, select_layers
@@ -119,20 +121,26 @@ class RepresentationHook:
     def _set_mode(self, mode: TapMode, compressing: Iterable[str]) -> None:
         self._capture.mode, self._capture.compressing = mode, set(compressing)
 
-    def _take(self) -> dict[str, list[Grams]]:
-        """What each module that ran since the last call left, one item per call of it.
+    def _take(self, loss: Tensor) -> dict[str, list[Grams]]:
+        """What each module that ran for ``loss`` left, one item per call of it; what other forward passes left goes.
 
         Raises RuntimeError when a module never ran, or none did, saying why where that is known.
         """
         capture = self._capture
         taken = {name: unspent(calls) or calls for name, calls in capture.calls.items() if calls}
+        if any(len(calls) > 1 for calls in taken.values()):
+            # A pass whose loss was thrown away, or a module that ran several times in one: the graph tells.
+            behind = nodes_behind(loss)
+            of_loss = {name: [call for call in calls if belongs_to(call, behind)] for name, calls in taken.items()}
+            taken = {name: calls for name, calls in of_loss.items() if calls} or taken
         # A module that ran before may rest for a step (layer drop), but not because gradients were off.
         resting = capture.ever_ran - capture.without_grad if taken else set()
         missing = [name for name in self.names if name not in taken and name not in resting]
         capture.ever_ran.update(taken)
         if missing:
             raise RuntimeError(self._why_missing(missing))
-        capture.calls.update({name: [] for name in taken})
+        capture.calls = {name: [] for name in self.names}
+        capture.waiting = 0
         return taken
 
     def _drop(self) -> None:
@@ -140,7 +148,7 @@ class RepresentationHook:
         for name in self.names:
             if self._capture.calls[name]:
                 self._capture.calls[name] = []
-        self._capture.mask, self._capture.masked_calls = None, 0
+        self._capture.mask, self._capture.masked_calls, self._capture.waiting = None, 0, 0
         self._capture.masks.clear()
         self._capture.without_grad.clear()
         self._capture.evaluated.clear()
@@ -169,6 +177,11 @@ class RepresentationHook:
             return "the model of this RepresentationHook no longer exists; make a hook on the model that is trained"
         name = missing[0]
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        if name in self._capture.ever_ran - self._capture.without_grad - self._capture.evaluated:
+            return (
+                f'tapped module "{name}"{more} did not run since the last objective(loss); where a forward pass has '
+                "several losses, add them and call objective or backward once"
+            )
         if name in self._capture.without_grad:
             return f'tapped module "{name}"{more} {WITHOUT_GRAD}'
         if name in self._capture.evaluated:

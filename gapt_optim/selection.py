@@ -16,6 +16,10 @@ def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     named = dict(model.named_modules())
     if layers is None:
         return _longest_list(model)
+    if not isinstance(layers, str | nn.Module | Iterable):
+        raise TypeError(
+            f"layers must be a glob, a name, a module, a list of these or None, found {type(layers).__name__}"
+        )
     wanted = [layers] if isinstance(layers, str | nn.Module) else list(layers)
     if not wanted:
         raise ValueError("layers is empty; name at least one module, or pass None for the automatic choice")

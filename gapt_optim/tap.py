@@ -180,6 +180,8 @@ def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor, *, alone: b
         alone: this is differentiated by itself; taps add the entropy gradients up and combine them with nothing.
     """
     flowing = [i for i, call in enumerate(calls) if call.carrier is not None]
+    if not flowing:  # every tapped layer lies above frozen parameters alone
+        return weights.new_zeros(())
     if len(flowing) < len(calls):
         weights = torch.stack([weights[i] for i in flowing])  # a list as an index would wait for the device
     carriers = [carrier for carrier in (call.carrier for call in calls) if carrier is not None]

@@ -1,0 +1,104 @@
+"""Two processes that form a group over gloo and run functions together."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+_IGNORED = (  # what torch itself says of its own ways
+    (".*should not be instantiated", DeprecationWarning),
+    ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
+    ("`torch.distributed.reduce_op` is deprecated", FutureWarning),
+)
+
+
+class Ranks:
+    """Runs a function of a module, with arguments that can be pickled, on all ranks.
+
+    The processes live from call to call, as starting them takes seconds; a call that fails ends them, since a rank
+    may be left waiting for the other.
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """Results by rank. Raises RuntimeError with the traceback of the first rank that failed."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        deadline, results, failures = time.monotonic() + timeout, {}, []
+        while len(results) < WORLD and not failures and time.monotonic() < deadline:
+            for rank, pipe in enumerate(self._pipes):
+                if rank in results or not pipe.poll(0.02):
+                    continue
+                try:
+                    done, result = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    done, result = False, "the process ended"
+                results[rank] = result
+                if not done:
+                    failures.append(f"rank {rank}:\n{result}")
+        if failures or len(results) < WORLD:
+            self.close()
+            waiting = [rank for rank in range(WORLD) if rank not in results]
+            raise RuntimeError("\n".join(failures) or f"ranks {waiting} did not finish within {timeout} s")
+        return [results[rank] for rank in range(WORLD)]
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        handle, store = tempfile.mkstemp()
+        os.close(handle)
+        for rank in range(WORLD):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, store: str, pipe: Connection) -> None:
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": "0"})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            break
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                for message, category in _IGNORED:
+                    warnings.filterwarnings("ignore", message, category)
+                torch.manual_seed(0)
+                answer = (True, function(*args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))
+    dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""Forward passes that no loss comes of, hooks that outlive their optimizer, and layers above frozen ones alone."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim.hooks import MOST_WAITING
+
+COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
+
+
+def build(*, frozen: bool = False) -> tuple[nn.Module, GAPTOptimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model[0].requires_grad_(not frozen)
+    base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return model, GAPTOptimizer(base, RepresentationHook(model, ["1"] if frozen else ["1", "3"]), COMPRESSION)
+
+
+def loss_of(model: nn.Module, seed: int = 1, factor: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(64, 10, generator=generator), torch.randint(0, 3, (64,), generator=generator)
+    return F.cross_entropy(model(x * factor), y)
+
+
+@pytest.mark.parametrize("factor", [50.0, float("nan"), float("inf")])
+def test_a_pass_whose_loss_is_thrown_away_does_not_reach_the_step(factor: float) -> None:
+    model, optimizer = build()
+    other, reference = build()
+    loss_of(model, seed=2, factor=factor)
+    for each, wrapped in ((model, optimizer), (other, reference)):
+        wrapped.backward(loss_of(each))
+        wrapped.step()
+    assert optimizer.metrics is not None
+    assert reference.metrics is not None
+    assert optimizer.metrics.layer_entropy == reference.metrics.layer_entropy
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_passes_without_a_loss_are_not_kept_forever() -> None:
+    model, optimizer = build()
+    for _ in range(MOST_WAITING):
+        loss_of(model)
+    with pytest.warns(UserWarning, match=r"no optimizer\.backward"):
+        loss_of(model)
+    for _ in range(MOST_WAITING):
+        loss_of(model)
+    kept = optimizer.hook._capture.calls.values()
+    assert max(map(len, kept)) <= MOST_WAITING
+
+
+def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:
+    model, optimizer = build()
+    hook = optimizer.hook
+    del optimizer
+    gc.collect()
+    loss_of(model)
+    assert not any(hook._capture.calls.values())
+    again = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook)
+    again.backward(loss_of(model))
+    again.step()
+    assert again.metrics is not None
+
+
+def test_layers_above_frozen_parameters_alone_are_measured_and_not_pushed() -> None:
+    model, optimizer = build(frozen=True)
+    plain, _ = build(frozen=True)
+    optimizer.backward(loss_of(model))
+    loss_of(plain).backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert all(p.grad is q.grad is None or torch.equal(p.grad, q.grad) for p, q in pairs)
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.entropy is not None
+    assert optimizer.metrics.entropy > 0
+
+
+def test_a_second_loss_of_one_pass_is_explained() -> None:
+    model, optimizer = build()
+    loss = loss_of(model)
+    optimizer.backward(loss)
+    with pytest.raises(RuntimeError, match="add them and call objective or backward once"):
+        optimizer.backward(loss)
+
+
+def test_statistics_of_an_abandoned_backward_are_not_counted() -> None:
+    model, optimizer = build()
+    other, reference = build()
+    optimizer.backward(loss_of(model, seed=3), scale=1000.0)
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for each, wrapped in ((model, optimizer), (other, reference)):
+        wrapped.backward(loss_of(each))
+        wrapped.step()
+    assert optimizer.metrics is not None
+    assert reference.metrics is not None
+    assert optimizer.metrics.alignment == reference.metrics.alignment
