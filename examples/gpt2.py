@@ -29,14 +29,36 @@ class Preset:
     steps: int
     warmup: int
     lr: float
+    patience_compression: int | None = None
+    """Of the gate, in steps, where the library's is long for a run of a few hundred steps."""
 
 
 PRESETS = {
     "nano": Preset(  # 0.4M parameters: half a minute on two cores
-        3, 64, 2, 4096, context=128, batch_size=8, accumulation=1, steps=300, warmup=20, lr=4e-3
+        3,
+        64,
+        2,
+        4096,
+        context=128,
+        batch_size=8,
+        accumulation=1,
+        steps=300,
+        warmup=20,
+        lr=4e-3,
+        patience_compression=12,
     ),
     "micro": Preset(  # 2.6M: two minutes
-        4, 192, 3, 4096, context=128, batch_size=16, accumulation=1, steps=400, warmup=30, lr=2e-3
+        4,
+        192,
+        3,
+        4096,
+        context=128,
+        batch_size=16,
+        accumulation=1,
+        steps=400,
+        warmup=30,
+        lr=2e-3,
+        patience_compression=12,
     ),
     "mini": Preset(  # 14M: for a GPU, or patience
         6, 384, 6, 8192, context=256, batch_size=32, accumulation=1, steps=4000, warmup=200, lr=1e-3

@@ -6,7 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from errors import UserError, explain
-from gpt2 import PRESETS
+from gpt2 import PRESETS, Preset
 from pydantic import ValidationError
 from training import METHODS, TrainConfig
 
@@ -70,7 +70,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     add(model, "--eval-sequences", "eval_sequences", "sequences in a validation (default: 128)", type=int)
     add(model, "--checkpoint-every", "checkpoint_every", "steps between checkpoints (default: 100)", type=int)
 
-    gapt = parser.add_argument_group("GAPT (defaults are the library's, but for the weight)")
+    gapt = parser.add_argument_group(
+        "GAPT (defaults are the library's, but for the weight, and a shorter patience in small presets)"
+    )
     default = GAPTConfig()
     add(gapt, "--weight", "gapt.objective.weight", f"of the entropy ({WEIGHT})", type=float)
     add(gapt, "--combine", "gapt.objective.combine", "how gradients are joined: sum, project, cap")
@@ -104,7 +106,7 @@ def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
     values: dict[str, Any] = {
         name: getattr(preset, name) for name in ("context", "steps", "batch_size", "accumulation", "warmup", "lr")
     }
-    values["gapt"] = {"gate": gate_defaults(given), "objective": {"weight": WEIGHT}}
+    values["gapt"] = {"gate": gate_defaults(preset, given), "objective": {"weight": WEIGHT}}
     for field, value in given.items():
         *sections, name = field.split(".")
         if sections or name in TrainConfig.model_fields:
@@ -118,13 +120,13 @@ def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
         raise explain(error, flags) from error
 
 
-def gate_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Gate settings that differ from the library's: the paper's for its rule, validations in place of steps."""
+def gate_defaults(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+    """Gate settings that differ from the library's: the paper's for its rule, validations for steps, short runs' own."""
     if given.get("gapt.gate.rule") == "published":
         return GateConfig.published().model_dump()
     if given.get("gapt.gate.signal") == "validation":
         return {"patience_memorization": 2, "patience_compression": 2}
-    return {}
+    return {} if preset.patience_compression is None else {"patience_compression": preset.patience_compression}
 
 
 def settings_to_resume(given: dict[str, Any], stored: dict[str, Any], flags: dict[str, str]) -> dict[str, Any]:
