@@ -1,4 +1,4 @@
-"""Closed form against autograd through the same matrix algebra: pytest benchmarks --benchmark-enable"""
+"""Closed form against autograd through the same matrix algebra: pytest benchmarks -n 0 --benchmark-enable"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step per workload: pytest benchmarks --benchmark-enable"""
+"""One training step per workload: pytest benchmarks -n 0 --benchmark-enable"""
 
 from __future__ import annotations
 

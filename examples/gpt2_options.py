@@ -121,7 +121,7 @@ def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
 
 
 def gate_defaults(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
-    """Gate settings that differ from the library's: the paper's for its rule, validations for steps, short runs' own."""
+    """Gate settings that differ from the library's: for the paper's rule, for validations, for short runs."""
     if given.get("gapt.gate.rule") == "published":
         return GateConfig.published().model_dump()
     if given.get("gapt.gate.signal") == "validation":

@@ -79,9 +79,10 @@ class Capture:
         if self.waiting <= MOST_WAITING:
             return
         self.waiting = 1
+        lost = any(unspent(calls) for calls in self.calls.values())  # not where another wrapper trains the model
         for calls in self.calls.values():
             calls.clear()
-        if not self.warned_waiting:
+        if lost and not self.warned_waiting:
             self.warned_waiting = True
             warnings.warn(
                 f"{MOST_WAITING} calls of the model in training mode with gradients on, and no optimizer.backward(); "

@@ -581,9 +581,10 @@ def test_objective_before_the_forward_pass_is_refused() -> None:
 def test_hook_serves_one_optimizer() -> None:
     model = make_net()
     hook = RepresentationHook(model, "layers.*")
-    GAPTOptimizer(adamw(model), hook)
+    first = GAPTOptimizer(adamw(model), hook)
     with pytest.raises(ValueError, match="already serves"):
         GAPTOptimizer(adamw(model), hook)
+    assert first.hook is hook
 
 
 def test_removed_hook_is_refused() -> None:
