@@ -132,7 +132,8 @@ class RepresentationHook:
             # A pass whose loss was thrown away, or a module that ran several times in one: the graph tells.
             behind = nodes_behind(loss)
             of_loss = {name: [call for call in calls if belongs_to(call, behind)] for name, calls in taken.items()}
-            taken = {name: calls for name, calls in of_loss.items() if calls} or taken
+            # A side branch that the loss does not use: its latest call.
+            taken = {name: of_loss[name] or calls[-1:] for name, calls in taken.items()}
         # A module that ran before may rest for a step (layer drop), but not because gradients were off.
         resting = capture.ever_ran - capture.without_grad if taken else set()
         missing = [name for name in self.names if name not in taken and name not in resting]

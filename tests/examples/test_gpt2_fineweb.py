@@ -365,7 +365,7 @@ def test_resume_with_other_settings_is_refused(
     capsys.readouterr()
     for flags, message in {
         "--preset micro": "--preset: the run to resume has nano, found micro; drop the flag",
-        "--weight 0.5": "--weight: the run to resume has 1.0, found 0.5",
+        "--weight 0.5": "--weight: the run to resume has 0.1, found 0.5",
         "--seed 1": "--seed: the run to resume has 0, found 1",
         "--compare": "--compare: the run to resume has False, found True",
         "--data sotu": "found sotu",
