@@ -30,7 +30,7 @@ from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
 from training import METHODS, StoppedError, TrainConfig, check_layers, pick_device, train
 
-from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run
+from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:
@@ -100,6 +100,8 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     wrapped = {method: history for method, history in histories.items() if method != "plain"}
     if wrapped:
         draw_alignment(wrapped, out / "alignment.png", main=chosen)
+        flips = len(sign_changes(histories[chosen].steps)) if chosen in wrapped else 0
+        print(f"The cosine of loss and entropy gradient changed its sign {flips} times in {config.steps} steps.")
     write_json(out / RESULTS, results)  # last: a folder with results is a finished run
     return results
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,21 @@ def draw_alignment(
     main: str | None = None,
     title: str = "Angle between loss gradient and entropy gradient",
 ) -> Path:
-    """Cosine of the two gradients over steps: activation alignment as lines, parameter alignment as dots."""
+    """Cosine of the two gradients over steps: activation alignment as lines, parameter alignment as dots.
+
+    Ticks at the foot mark the steps at which the main run's activation cosine changes its sign. Below, its cosine at
+    each layer as a heat map.
+    """
     mpl = _matplotlib()
     main = _main_run(runs, main)
     with mpl.rc_context(_style()):
-        figure, axes = _subplots(mpl, 1, 1, (9.6, 3.8))
+        layers = {record["step"]: (record.get("alignment") or {}).get("layers") or {} for record in runs[main].steps}
+        names = list(max(layers.values(), key=len, default={}))
+        figure, grid = _subplots(
+            mpl, 2 if names else 1, 1, (9.6, 6.2 if names else 3.8), squeeze=False, sharex=True,
+            gridspec_kw={"hspace": 0.12, "height_ratios": (3, 2) if names else (1,)},
+        )  # fmt: skip
+        axes = grid[0][0]
         labels = []
         any_activation = any_parameter = False
         for number, (name, run) in enumerate(runs.items()):
@@ -161,13 +172,42 @@ def draw_alignment(
         axes.axhline(0.0, color=FAINT, lw=0.8)
         axes.grid(axis="y")
         axes.margins(x=0.0)
-        axes.set_xlabel("step")
         axes.set_ylabel("cosine")
+        flips = sign_changes(runs[main].steps)
+        axes.plot(
+            flips, [0.0] * len(flips), "|", ms=7, mew=0.7, color=_color(main, 0), transform=axes.get_xaxis_transform()
+        )
         _label_ends(axes, labels)
         _name_switches(axes, runs[main].steps)
-        note = "line: at the layers' outputs, dots: of the parameters, " if any_parameter else ""
-        _title(axes, title, note + _phase_summary(main, runs[main].steps))
+        note = "lines: at the layers' outputs, dots: of the parameters, " if any_parameter else ""
+        _title(axes, title, f"{note}ticks: {len(flips)} sign changes, {_phase_summary(main, runs[main].steps)}")
+        grid[-1][0].set_xlabel("step")
+        if names:
+            _draw_layer_cosines(figure, grid[1][0], layers, names)
         return _save(figure, path)
+
+
+def sign_changes(steps: Sequence[Record]) -> list[int]:
+    """The steps at which the activation cosine has another sign than on the step before."""
+    cosines = _cosines(steps, "alignment")
+    return [int(step) for (_, before), (step, after) in pairwise(cosines) if before * after < 0]
+
+
+def _draw_layer_cosines(figure: Any, axes: Any, layers: Mapping[int, Record], names: Sequence[str]) -> None:
+    import numpy as np
+
+    values = np.array(
+        [[(layers[step].get(name) or {}).get("cosine") for step in layers] for name in names], dtype=float
+    )
+    limit = float(np.nanpercentile(np.abs(values), 98)) or 1.0
+    mesh = axes.pcolormesh(
+        np.array(list(layers), dtype=float), np.arange(len(names)), values,
+        cmap="RdBu", vmin=-limit, vmax=limit, shading="nearest", rasterized=True,
+    )  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    inset = axes.inset_axes((1.02, 0.0, 0.02, 1.0))
+    figure.colorbar(mesh, cax=inset, label="cosine")
 
 
 def _matplotlib() -> Any:

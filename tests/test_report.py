@@ -20,6 +20,7 @@ from gapt_optim.report import (
     draw_training,
     read_metrics,
     read_run,
+    sign_changes,
 )
 
 
@@ -156,3 +157,9 @@ def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw_training({"gapt": history()}, tmp_path / "a.png")
+
+
+def test_sign_changes_are_where_the_cosine_crosses_zero() -> None:
+    cosines = [0.1, -0.2, None, -0.1, 0.3, 0.2, -0.1]
+    steps: list[dict[str, Any]] = [{"step": i, "alignment": {"cosine": c}} for i, c in enumerate(cosines, 1)]
+    assert sign_changes(steps) == [2, 5, 7]
