@@ -1,12 +1,39 @@
-"""The one exception for what a user can mend: a bad file, a bad flag, a folder in the way."""
+"""What a user can mend (a bad file, a bad flag, a folder in the way) in one line, and the scripts' exit codes."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 from pydantic import ValidationError
 
 
 class UserError(Exception):
     """Says in one line what was found and what to change. Scripts print it and exit with code 2."""
+
+
+class StoppedError(Exception):
+    """The user stopped training. What was done is stored; the message says how to go on."""
+
+
+def exit_code(run: Callable[[], Any]) -> int:
+    """Runs a script: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"', file=sys.stderr)
+        return 2
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
 def explain(error: ValidationError, flags: dict[str, str]) -> UserError:

@@ -1,6 +1,7 @@
 """Pretrains GPT-2 on web text with GAPT, and shows what that changes against plain AdamW.
 
     python examples/gpt2_fineweb.py --compare                      # a small GPT-2: minutes on two CPU cores
+    python examples/gpt2_fineweb.py --compare --seeds 5            # means and intervals over seeds, every method
     python examples/gpt2_fineweb.py --data corpus.jsonl --weight 0.3 --window 16
     python examples/gpt2_fineweb.py --preset small --out runs/124m            # GPT-2 124M, on a GPU
     python examples/gpt2_fineweb.py --preset small --out runs/124m --resume   # goes on where that one stopped
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,18 @@ from typing import Any
 # another process wants one of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import sweep
 import torch
 from comparison import changes, table
-from corpus import Corpus, check_length, load, prepare
-from errors import UserError
+from corpus import Corpus, check_length, first_tokens, load, prepare
+from errors import exit_code
 from gpt2 import PRESETS
-from gpt2_options import make_config, make_parser, settings_to_resume
+from gpt2_options import check_flags, make_config, make_parser, settings_to_resume
+from gpt2_sweep import run_sweep
+from methods import METHODS
 from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
-from training import METHODS, StoppedError, TrainConfig, check_layers, pick_device, train
+from training import TrainConfig, check_layers, pick_device, train
 
 from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
@@ -39,13 +44,12 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     given = vars(parser.parse_args(argv))
     out = Path(given.pop("out", "runs/gpt2_fineweb"))
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
-    threads = given.pop("threads", None)
 
     # Everything that can be refused is refused before anything is computed or replaced.
-    if given.get("compare") and "method" in given:
-        raise UserError("--method: --compare trains all methods; give one of the two flags")
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads: needs at least 1, found {threads}")
+    check_flags(given, resume, overwrite)
+    threads = given.pop("threads", None)
+    if "seeds" in given:
+        return run_seeds(given, make_config(given, flags), out, quiet)
     stored = claim(out, resume=resume, overwrite=overwrite)
     given = settings_to_resume(given, stored, flags) if resume else given
     config = make_config(given, flags)
@@ -54,21 +58,22 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     corpus = open_corpus(given.get("data", "auto"), config, out / "data", resume)
+    for length in given.get("train_tokens", []):
+        corpus = first_tokens(corpus, length)
     check_length(corpus, config.context)
     check_layers(config, corpus)
     if not resume:
         clear(out, METHODS)
     write_json(out / SETTINGS, given)
 
-    print(
-        f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
-        f"{corpus.vocabulary:,}, unigram entropy {corpus.unigram_entropy:.3f} nats.",
-        flush=True,
-    )
+    print(describe(corpus), flush=True)
     runs: dict[str, dict[str, Any]] = {}
     folders: dict[str, Path] = {}
-    chosen = given.get("method", "gapt")
-    for method in METHODS if given.get("compare") else (chosen,):
+    methods = [given.get("method", "gapt")]
+    if given.get("compare"):
+        methods = in_order(given.get("methods", ("plain", "penalty", "gapt")))
+    chosen = methods[-1]
+    for method in methods:
         folders[method] = out if method == chosen else out / method
         runs[method] = train(
             config,
@@ -106,6 +111,42 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
+def run_seeds(given: dict[str, Any], config: TrainConfig, out: Path, quiet: bool) -> dict[str, Any]:
+    """The comparison over seeds, from its flags to its results."""
+    pick_device(config.device)
+    sweep.claim(out)
+    whole = open_corpus(given.get("data", "auto"), config, out / "data", resume=False)
+    lengths = given.get("train_tokens", [])
+    for corpus in [first_tokens(whole, length) for length in lengths] or [whole]:
+        check_length(corpus, config.context)
+    check_layers(config, whole)
+    print(describe(whole), flush=True)
+    first = given.get("first_seed", 100)
+    return run_sweep(
+        config,
+        whole,
+        out / "data",
+        methods=in_order(given.get("methods", METHODS)),
+        seeds=range(first, first + given["seeds"]),
+        lengths=lengths,
+        out=out,
+        workers=given.get("workers", 2),
+        quiet=quiet,
+    )
+
+
+def in_order(methods: Sequence[str]) -> list[str]:
+    """Plain first: all is compared with it."""
+    return [method for method in METHODS if method in methods]
+
+
+def describe(corpus: Corpus) -> str:
+    return (
+        f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
+        f"{corpus.vocabulary:,}, unigram entropy {corpus.unigram_entropy:.3f} nats."
+    )
+
+
 def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> Corpus:
     """Tokens for the run; the ones it already has where it is resumed."""
     if resume and (folder / "corpus.json").exists():
@@ -117,21 +158,5 @@ def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> C
     return prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
 
 
-def main() -> int:
-    """Exit code: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C."""
-    try:
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"', file=sys.stderr)
-        return 2
-    except StoppedError as stopped:
-        print(f"{stopped}. Go on with the same command and --resume.", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(run))

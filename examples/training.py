@@ -9,27 +9,27 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from checkpoints import forget_after, load_checkpoint, save_checkpoint, stop_after_step
 from corpus import Batches, Corpus, validation_batches
-from errors import UserError
+from errors import StoppedError, UserError
 from gpt2 import PRESETS, build, parameter_groups, token_loss
+from methods import of_method
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
 from gapt_optim.metrics import JSONLines, ProgressBar, StepMetrics
-
-METHODS = ("plain", "penalty", "gapt")
 
 
 class TrainConfig(BaseModel):
     """Everything that decides how a run goes, besides corpus, seed and method."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     preset: Literal["nano", "micro", "mini", "small", "medium", "large"] = "micro"
     context: int = Field(ge=2)
@@ -54,10 +54,6 @@ class TrainConfig(BaseModel):
     gapt: GAPTConfig = GAPTConfig()
 
 
-class StoppedError(Exception):
-    """The run was interrupted after a whole step and its checkpoint is written."""
-
-
 def check_layers(config: TrainConfig, corpus: Corpus) -> None:
     """Refuses a --layers that fits no module, on a model without memory, so that nothing is lost by it."""
     with torch.device("meta"):
@@ -79,16 +75,6 @@ def build_model(config: TrainConfig, corpus: Corpus) -> nn.Module:
     )
 
 
-def gapt_config(method: str, config: GAPTConfig) -> GAPTConfig | None:
-    """What a method gives the wrapper: nothing, a penalty that is always on, or the gate."""
-    if method == "plain":
-        return None
-    if method == "penalty":
-        always = GateConfig(initial_phase="compression", frozen=True)
-        return config.model_copy(update={"gate": always})
-    return config
-
-
 def train(
     config: TrainConfig,
     corpus: Corpus,
@@ -98,8 +84,14 @@ def train(
     folder: Path,
     resume: bool = False,
     progress: bool = True,
+    on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Trains one model and returns its results.
+
+    Args:
+        resume: go on from the checkpoint in ``folder``, if there is one.
+        progress: show a progress bar.
+        on_step: called after every step.
 
     Raises:
         UserError: the checkpoint to resume from is of another model, or the loss is no longer finite.
@@ -112,7 +104,7 @@ def train(
     base = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), fused=True
     )
-    settings = gapt_config(method, config.gapt)
+    settings = of_method(method, config.gapt)
     # Plain training gets the bare optimizer: the hook then only measures, at validations.
     gapt = GAPTOptimizer(base, hook, settings) if settings is not None else None
     optimizer: torch.optim.Optimizer = base if gapt is None else gapt
@@ -202,6 +194,7 @@ def train(
             assert metrics is not None
             metrics_file(metrics)
             bar(metrics)
+            on_step()
             state["compression_steps"] += metrics.phase == "compression"
             if metrics.reason is not None:
                 state["switches"].append({"step": step + 1, "to": metrics.next_phase, "reason": metrics.reason})
@@ -209,7 +202,10 @@ def train(
                 raise UserError(f"{method}: the loss is {mean_loss} at step {step + 1}; try a smaller --lr")
             if stop.is_set():
                 save()
-                raise StoppedError(f"{method}: stopped after step {step + 1} of {config.steps}")
+                raise StoppedError(
+                    f"{method}: stopped after step {step + 1} of {config.steps}. Go on with the same command and "
+                    "--resume."
+                )
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 save()
     save()
