@@ -87,6 +87,20 @@ class GateConfig(_Section):
         }
         return cls(**(settings | changes))
 
+    @classmethod
+    def validation(cls, **changes: Any) -> GateConfig:
+        """Settings for judging a held-out loss some dozens of times in a run, without smoothing: all of its
+        values come from the same text, so they hardly scatter; ``changes`` override."""
+        settings: dict[str, Any] = {
+            "signal": "validation",
+            "patience_memorization": 3,
+            "patience_compression": 2,
+            "min_improvement": 0.002,
+            "spike_tolerance": 0.05,
+            "smoothing": 0.0,
+        }
+        return cls(**(settings | changes))
+
 
 class ObjectiveConfig(_Section):
     """What compression minimizes: loss + weight * entropy."""
