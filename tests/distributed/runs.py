@@ -36,11 +36,11 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Sequences through three tapped blocks to class scores."""
+    """Sequences through tapped blocks to class scores."""
 
-    def __init__(self, recompute: bool = False) -> None:
+    def __init__(self, recompute: bool = False, depth: int = 3) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.head = nn.Linear(6, 4)
         self.recompute = recompute
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -30,11 +31,12 @@ from gapt_optim import (
     AlignmentConfig,
     GAPTConfig,
     GAPTOptimizer,
+    ObjectiveConfig,
     RepresentationHook,
     gradient_alignment,
 )
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import COMPRESSING, Net, Run, Seen, full, made, train, train_step, weights
+from tests.distributed.runs import COMPRESSING, RESTLESS, Net, Run, Seen, full, made, train, train_step, weights
 from tests.loops import assert_same
 
 LAYERS = 3
@@ -44,20 +46,20 @@ LAYERS = 3
 
 
 @contextmanager
-def counted_collectives() -> Iterator[list[int]]:
-    """Numbers in each collective of ours."""
-    sizes: list[int] = []
+def counted_collectives() -> Iterator[list[tuple[int, int]]]:
+    """Numbers and bytes of each collective of ours."""
+    sizes: list[tuple[int, int]] = []
     real = dist.all_reduce
 
     def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sizes.append(tensor.numel())
+        sizes.append((tensor.numel(), tensor.nbytes))
         return real(tensor, *args, **options)
 
     with mock.patch("gapt_optim.distributed.dist.all_reduce", counting):
         yield sizes
 
 
-def collectives(run: Run) -> list[list[int]]:
+def collectives(run: Run) -> list[list[tuple[int, int]]]:
     called, model, optimizer = made(run)
     found = []
     for step in range(run.steps):
@@ -67,26 +69,47 @@ def collectives(run: Run) -> list[list[int]]:
     return found
 
 
-# The loss, one entropy per layer and the held-out loss, each with whether it was there.
-PLAIN = 2 * (1 + LAYERS + 1)
+def numbers_per_step(depth: int, activation: bool) -> int:
+    """The loss, one entropy per layer and the held-out loss, each with whether it was there; three sums per layer."""
+    return 2 * (1 + depth + 1) + 3 * depth * activation
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("activation", "numbers"), [(False, PLAIN), (True, PLAIN + 3 * LAYERS)])
-def test_one_collective_per_step(ranks: Ranks, parallel: str, activation: bool, numbers: int) -> None:
-    config = GAPTConfig(gate=COMPRESSING, alignment=AlignmentConfig(activation=activation))
-    run = Run(parallel, config=config, micro_batches=2, steps=3)
-    assert ranks(collectives, run) == [[[numbers]] * 3] * 2
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize(("depth", "micro_batches"), [(12, 1), (3, 4)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)], ids=str)
+def test_one_collective_per_step(
+    ranks: Ranks, parallel: str, activation: bool, depth: int, micro_batches: int, dtype: torch.dtype, size: int
+) -> None:
+    """However many micro-batches the step has."""
+    config = GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(activation=activation))
+    build = partial(Net, depth=depth)
+    run = Run(parallel, config=config, micro_batches=micro_batches, steps=4, build=build, dtype=dtype)
+    numbers = numbers_per_step(depth, activation)
+    assert ranks(collectives, run) == [[[(numbers, size * numbers)]] * 4] * 2
 
 
-def test_collectives_of_a_measured_step(ranks: Ranks) -> None:
-    """One for each parameter's entropy gradient, and one for which parameters there are, per micro-batch."""
-    config = GAPTConfig(gate=COMPRESSING, alignment=AlignmentConfig(activation=False, parameter_every=2))
-    names = dict(Net().named_parameters())
-    blocks = [parameter.numel() for name, parameter in names.items() if name.startswith("blocks")]
-    measured = [3 * len(names), *blocks, PLAIN]
-    for found in ranks(collectives, Run("ddp", config=config, steps=3)):
-        assert found == [measured, [PLAIN], measured]
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("combine", ["sum", "cap"])
+def test_collectives_of_a_measured_step(ranks: Ranks, combine: str, micro_batches: int) -> None:
+    """Per micro-batch, one for which parameters there are and one for each parameter's entropy gradient.
+
+    Where the entropy's part of the gradient is not the weight times that, the loss's own gradients are averaged too.
+    """
+    config = GAPTConfig(
+        gate=COMPRESSING,
+        alignment=AlignmentConfig(activation=False, parameter_every=2),
+        objective=ObjectiveConfig(combine=combine),
+    )
+    parameters = dict(Net().named_parameters())
+    flags = [(3 * len(parameters), 4 * 3 * len(parameters))]
+    reached = [(p.numel(), 8 * p.numel()) for name, p in parameters.items() if name.startswith("blocks")]
+    behind_loss = [] if combine == "sum" else [(p.numel(), 8 * p.numel()) for p in parameters.values()]
+    numbers = numbers_per_step(LAYERS, False)
+    plain = [(numbers, 8 * numbers)]
+    measured = micro_batches * (flags + reached + behind_loss) + plain
+    for found in ranks(collectives, Run("ddp", config=config, steps=3, micro_batches=micro_batches)):
+        assert found == [measured, plain, measured]
 
 
 def made_before_ranks_meet() -> list[str]:
