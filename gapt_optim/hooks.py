@@ -23,8 +23,8 @@ MOST_WAITING = 64
 MEASURE_ONLY = "taps run only in training mode with gradients on; use hook.measuring() in evaluation"
 WITHOUT_GRAD = (
     "ran with gradients off. Reentrant activation checkpointing does that, and its gradients would be wrong here: use "
-    'checkpoint(..., use_reentrant=False), in transformers gradient_checkpointing_kwargs={"use_reentrant": False}. '
-    f"Otherwise, {MEASURE_ONLY}"
+    'checkpoint(..., use_reentrant=False), in transformers activation_checkpointing_kwargs={"use_reentrant": False} '
+    f"(gradient_checkpointing_kwargs in its older versions). Otherwise, {MEASURE_ONLY}"
 )
 
 
