@@ -68,6 +68,7 @@ class Capture:
         self.masked_calls = 0  # calls of the model with a mask, since a backward last recomputed one
         self.recomputed = False
         self.ever_ran: set[str] = set()
+        self.checked_branches = False  # once: it takes a walk over the graph
         self.waiting = 0  # calls of the model whose loss has not come
         self.warned_waiting = False
         self.without_grad: set[str] = set()  # ran in training mode with gradients off

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .alignment import Alignment, dot, parameter_alignment, stacked
 from .distributed import HostCopy, mean_over_ranks, refuse_sharded
+from .hooks import nodes_behind
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,7 @@ class ParameterMeasurement:
 
     def _note_parameters_of(self, loss: Tensor) -> None:
         """Which parameters the loss depends on. In compression ``.grad`` does not tell: it is the entropy's too."""
-        leaves: set[Any] = set()
-        seen: set[Any] = set()
-        nodes: list[Any] = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                leaves.add(getattr(node, "variable", None))
-                nodes.extend(following for following, _ in node.next_functions)
+        leaves = {getattr(node, "variable", None) for node in nodes_behind(loss)}
         self._behind_loss = [noted or p in leaves for noted, p in zip(self._behind_loss, self._parameters, strict=True)]
 
     def _average_over_ranks(self) -> None:

@@ -37,7 +37,9 @@ from gapt_optim import (
 )
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import COMPRESSING, RESTLESS, Net, Run, Seen, full, made, train, train_step, weights
+from tests.distributed.test_training_over_ranks import assert_equal_runs
 from tests.loops import assert_same
+from tests.training import distance
 
 LAYERS = 3
 
@@ -193,6 +195,66 @@ def test_a_layer_that_rests_on_one_rank(ranks: Ranks) -> None:
         assert seen.metrics.parameter_alignment.shared == 2 * LAYERS
 
 
+class Branching(Net):
+    """The last block is a branch that the loss does not use, unless it is ``joined`` as the error advises."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks[1](self.blocks[0](x))
+        branch = self.blocks[2](h)
+        out = self.head(h).log_softmax(-1)
+        return out + 0 * branch.sum() if self.joined else out
+
+
+def branching(phase: str, options: dict[str, Any], joined: bool) -> Run:
+    gate = RESTLESS.model_copy(update={"initial_phase": phase})
+    return Run("ddp", options, GAPTConfig(gate=gate), build=partial(Branching, joined=joined))
+
+
+def branch_off(run: Run) -> str:
+    called, model, optimizer = made(run)
+    return refused(lambda: train_step(run, 0, called, model, optimizer), RuntimeError)
+
+
+SEARCHING = pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+
+
+@SEARCHING
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_that_the_loss_does_not_use_is_refused_under_ddp(
+    ranks: Ranks, phase: str, activation: bool, option: str
+) -> None:
+    """At the first step of any phase, before ranks could drift apart in compression."""
+    run = branching(phase, {option: True}, False)
+    run = replace(run, config=run.config.model_copy(update={"alignment": AlignmentConfig(activation=activation)}))
+    for message in ranks(branch_off, run):
+        assert 'does not depend on the output of tapped module "blocks.2"' in message
+        assert "adding 0 * output.sum() to what the model returns" in message
+
+
+@SEARCHING
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_made_part_of_the_loss_as_advised(ranks: Ranks, phase: str, option: str) -> None:
+    run = branching(phase, {option: True}, True)
+    expected = train(replace(run, parallel="none"))
+    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
+    assert_equal_runs(ranks(train, run), expected)
+
+
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_where_ddp_looks_for_no_unused_parameters(ranks: Ranks, phase: str) -> None:
+    run = branching(phase, {}, False)
+    expected = train(replace(run, parallel="none"))
+    for of_rank in ranks(train, run):
+        for here, there in zip(of_rank, expected, strict=True):
+            nothing = {name: torch.zeros_like(g) for name, g in here.gradients.items() if name not in there.gradients}
+            assert distance(here.gradients, there.gradients | nothing) < 1e-9
+
+
 # The order in which things are put around a model
 
 
@@ -213,8 +275,6 @@ def hooked_first(options: dict[str, Any]) -> list[Seen]:
 
 @pytest.mark.parametrize("reshard", [True, False])
 def test_taps_placed_before_sharding(ranks: Ranks, reshard: bool) -> None:
-    from tests.distributed.test_training_over_ranks import assert_equal_runs
-
     assert_equal_runs(ranks(hooked_first, {"reshard_after_forward": reshard}), train(Run()))
 
 
