@@ -155,7 +155,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: ``loss`` is no floating-point scalar.
-            RuntimeError: a tapped module did not run, or under DDP the loss does not depend on it; the message names it.
+            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, found {type(loss).__name__}")

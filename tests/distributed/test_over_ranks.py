@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -36,8 +37,21 @@ from gapt_optim import (
     gradient_alignment,
 )
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import COMPRESSING, RESTLESS, Net, Run, Seen, full, made, train, train_step, weights
-from tests.distributed.test_training_over_ranks import assert_equal_runs
+from tests.distributed.runs import (
+    ADAMW,
+    COMPRESSING,
+    RESTLESS,
+    SGD,
+    Net,
+    Run,
+    Seen,
+    full,
+    made,
+    train,
+    train_step,
+    weights,
+)
+from tests.distributed.test_training_over_ranks import assert_equal_metrics, assert_equal_runs
 from tests.loops import assert_same
 from tests.training import distance
 
@@ -281,25 +295,40 @@ def test_taps_placed_before_sharding(ranks: Ranks, reshard: bool) -> None:
 # Checkpoints
 
 
-def save_and_go_on(folder: str, run: Run, until: int) -> tuple[list[Seen], dict[str, Tensor]]:
+@dataclass
+class Continued:
+    """A run from its checkpoint on."""
+
+    start: dict[str, Any]
+    """Weights, optimizer state and gate at the checkpoint, whole."""
+    steps: list[Seen]
+    final: dict[str, Tensor]
+
+
+def go_on(run: Run, start: int, called: nn.Module, model: nn.Module, optimizer: GAPTOptimizer) -> Continued:
+    whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    state = {"model": weights(model), "optimizer": copy.deepcopy(whole)}
+    steps = [train_step(run, step, called, model, optimizer) for step in range(start, run.steps)]
+    return Continued(state, steps, weights(model))
+
+
+def save_and_go_on(folder: str, run: Run, until: int) -> Continued:
     called, model, optimizer = made(run)
     for step in range(until):
         train_step(run, step, called, model, optimizer)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder)
-    later = [train_step(run, step, called, model, optimizer) for step in range(until, run.steps)]
-    return later, weights(model)
+    return go_on(run, until, called, model, optimizer)
 
 
-def load_and_go_on(folder: str, run: Run, start: int) -> tuple[list[Seen], dict[str, Tensor]]:
+def load_and_go_on(folder: str, run: Run, start: int) -> Continued:
     torch.manual_seed(5)
     called, model, optimizer = made(replace(run, build=Other))
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(strict=True))
-    later = [train_step(run, step, called, model, optimizer) for step in range(start, run.steps)]
-    return later, weights(model)
+    return go_on(run, start, called, model, optimizer)
 
 
 class Other(Net):
@@ -312,23 +341,39 @@ class Other(Net):
                 parameter.add_(1.0)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 @pytest.mark.parametrize("until", [1, 3, 4])
-def test_a_sharded_checkpoint_goes_on_where_it_was(ranks: Ranks, until: int) -> None:
-    """On the same ranks bit for bit, gate and counters included; and on one process."""
-    run = Run("fsdp", steps=8)
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_sharded_checkpoint_goes_on_where_it_was(ranks: Ranks, base: Any, until: int) -> None:
+    """On the same ranks bit for bit, gate and counters included."""
+    run = Run("fsdp", steps=8, base=base)
     with tempfile.TemporaryDirectory() as folder:
         never_stopped = ranks(save_and_go_on, folder, run, until)
         resumed = ranks(load_and_go_on, folder, run, until)
-        alone = load_and_go_on(folder, replace(run, parallel="none"), until)
-    for (expected, final), (found, found_final) in zip(never_stopped, resumed, strict=True):
-        assert_same(found_final, final)
-        assert [seen.metrics for seen in found] == [seen.metrics for seen in expected]
-    (expected, final), (found, found_final) = never_stopped[0], alone
-    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
-    assert [(s.metrics.step, s.metrics.phase) for s in found] == [(s.metrics.step, s.metrics.phase) for s in expected]
-    for name in final:
-        torch.testing.assert_close(found_final[name], final[name], rtol=1e-9, atol=1e-12)
+    for expected, found in zip(never_stopped, resumed, strict=True):
+        assert_same(found.start, expected.start)
+        assert_same(found.final, expected.final)
+        assert [seen.metrics for seen in found.steps] == [seen.metrics for seen in expected.steps]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_a_sharded_checkpoint_goes_on_at_another_world_size(ranks: Ranks) -> None:
+    """Saved on two ranks; on four, on one and on none the state is the same bit for bit, and the run the same.
+
+    Of four, one rank has no row of the blocks' matrices.
+    """
+    runs = [(Run("fsdp", steps=8, base=base), until) for base in (SGD, ADAMW) for until in (1, 4)]
+    with tempfile.TemporaryDirectory() as folder, closing(Ranks(4)) as four, closing(Ranks(1)) as one:
+        for i, (run, until) in enumerate(runs):
+            where = f"{folder}/{i}"
+            expected = ranks(save_and_go_on, where, run, until)[0]
+            assert {seen.metrics.phase for seen in expected.steps} == {"memorization", "compression"}
+            alone = load_and_go_on(where, replace(run, parallel="none"), until)
+            for found in [*four(load_and_go_on, where, run, until), *one(load_and_go_on, where, run, until), alone]:
+                assert_same(found.start, expected.start)
+                for here, there in zip(found.steps, expected.steps, strict=True):
+                    assert_equal_metrics(here, there, 1e-7)
+                    assert distance(here.gradients, there.gradients) < 1e-7
+                assert distance(found.final, expected.final) < 1e-9
 
 
 # Refusals
