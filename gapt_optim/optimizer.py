@@ -67,6 +67,9 @@ class GAPTOptimizer(OptimizerWrapper):
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and says what to do.
+
+    Warns:
+        UserWarning: the optimizer trains none of the parameters of the hook's model.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class GAPTOptimizer(OptimizerWrapper):
         if hook._attached:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
         self._build(bases, hook, config if config is not None else GAPTConfig(), process_group, observers)
+        self._warn_of_another_model()
 
     def _build(
         self,
@@ -124,6 +128,21 @@ class GAPTOptimizer(OptimizerWrapper):
         self._load_own_state(None)
         # A hook outlives its optimizer; what it captures then would be kept forever.
         weakref.finalize(self, hook._release)
+
+    def _warn_of_another_model(self) -> None:
+        """The hook was made on a copy of the model: a mistake that trains as if nothing was wrong."""
+        model = self._hook._model()
+        watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
+        # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
+        if watched and not any(p in watched for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                f"optimizer ({', '.join(type(base).__name__ for base in self._wrapped.all)}) has none of the "
+                f"{len(watched)} trainable parameters of the hook's model ({type(model).__name__}): the entropy's "
+                "gradients may go nowhere. Make the hook on the model whose parameters the optimizer has; where that "
+                "model is frozen on purpose, say so with model.requires_grad_(False)",
+                UserWarning,
+                stacklevel=3,
+            )
 
     # What a training loop calls
 
