@@ -23,7 +23,7 @@ from .gate import Phase, PhaseGate
 from .layers import counted, schedule_shares
 from .metrics import Observer, StepMetrics
 from .objective import build_objective
-from .parameter_alignment import ParameterMeasurement, Plan, named_parameters
+from .parameter_alignment import ParameterMeasurement, Plan, named_parameters, refuse_unmeasurable
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
 from .tap import TapMode
@@ -123,9 +123,11 @@ class GAPTOptimizer(OptimizerWrapper):
         self._metrics: StepMetrics | None = None
         self._validation: list[float] = []
         self._record = StepRecord(hook.names)
-        self._measurement: ParameterMeasurement | None = None
+        self._measurement: ParameterMeasurement | None = None  # from the first backward of a step that measures
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
         self._load_own_state(None)
+        if config.alignment.parameter_every:
+            refuse_unmeasurable(self._plan())
         # A hook outlives its optimizer; what it captures then would be kept forever.
         weakref.finalize(self, hook._release)
 
@@ -192,7 +194,7 @@ class GAPTOptimizer(OptimizerWrapper):
             self._shares,
             compressing=self.phase is Phase.COMPRESSION,
             flows=self._mode.compress or self._mode.measure,
-            measured=self._measurement is not None,
+            measured=self._measures,
         )
         self._record.add(loss, entropies, self._group)
         return total
@@ -248,15 +250,14 @@ class GAPTOptimizer(OptimizerWrapper):
         """As on the wrapped optimizer."""
         self._wrapped.zero_grad(set_to_none)
         self._zeroed = True
-        if self._measurement is not None:
-            self._measurement.forget()
+        self._measurement = None  # it compares with gradients that are gone
 
     # One step, in order
 
     def _differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor) -> None:
         """One backward pass of ``total``, which holds ``loss * scale``, and the parameter alignment when it is due."""
-        if self._measurement is not None and self._mean_entropy is not None:
-            if not self._measurement.begun:  # parameters may have been frozen or added since the last step
+        if self._measures and self._mean_entropy is not None:
+            if self._measurement is None or not self._measurement.begun:
                 self._measurement = ParameterMeasurement(self._plan())
             self._measurement.backward(total, loss * scale, self._mean_entropy * scale)
             self._mean_entropy = None
@@ -310,7 +311,7 @@ class GAPTOptimizer(OptimizerWrapper):
             self._validation = [validation]  # judged with the next entropy that is finite
         reason = self._gate.reason if self._gate.phase is not phase else None
         parameter_alignment = self._measurement.finish() if self._measurement is not None else None
-        if self._measurement is not None and parameter_alignment is None and not self._warned_unmeasured:
+        if self._measures and parameter_alignment is None and not self._warned_unmeasured:
             self._warned_unmeasured = True
             warnings.warn(
                 "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
@@ -361,11 +362,11 @@ class GAPTOptimizer(OptimizerWrapper):
         """Tell the taps what the next step does."""
         config = self.config
         every = config.alignment.parameter_every
-        self._measurement = ParameterMeasurement(self._plan()) if every and self._progress.steps % every == 0 else None
-        self._mean_entropy = None
+        self._measures = every > 0 and self._progress.steps % every == 0
+        self._measurement = self._mean_entropy = None
         self._mode = TapMode(
             entropy=config.entropy,
-            compress=self._gate.phase is Phase.COMPRESSION or self._measurement is not None,
+            compress=self._gate.phase is Phase.COMPRESSION or self._measures,
             measure=config.alignment.activation,
             combine=config.objective.combine,
             max_ratio=config.objective.max_ratio,

@@ -49,23 +49,9 @@ class ParameterMeasurement:
     """
 
     def __init__(self, plan: Plan) -> None:
+        refuse_unmeasurable(plan)  # parameters may have been sharded or hooked since the last measurement
         self.plan = plan
         self._parameters = list(plan.parameters.values())
-        self.forget()
-        refuse_sharded(
-            plan.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
-        )
-        if plan.streaming:
-            busy = [name for name, p in plan.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
-            if busy or plan.group is not None:
-                what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average them"
-                raise RuntimeError(
-                    "parameter_streaming=True compares with the gradients in .grad while the entropy is "
-                    f"differentiated, but {what}; use parameter_streaming=False"
-                )
-
-    def forget(self) -> None:
-        """Begin anew: the gradients in ``.grad`` are gone."""
         n = len(self._parameters)
         self._entropy: list[Tensor | None] = [None] * n
         self._loss: list[Tensor | None] = [None] * n
@@ -205,6 +191,22 @@ class ParameterMeasurement:
 
         self._visit_gradients(entropy, compare, retain_graph=False)
         self._compare(rows)
+
+
+def refuse_unmeasurable(plan: Plan) -> None:
+    """Raises RuntimeError where the gradients that a measurement compares do not exist, with advice."""
+    refuse_sharded(
+        plan.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
+    )
+    if not plan.streaming:
+        return
+    busy = [name for name, p in plan.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if busy or plan.group is not None:
+        what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average them"
+        raise RuntimeError(
+            "parameter_streaming=True compares with the gradients in .grad while the entropy is "
+            f"differentiated, but {what}; use parameter_streaming=False"
+        )
 
 
 @contextmanager

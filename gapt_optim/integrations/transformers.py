@@ -129,10 +129,10 @@ class GAPTCallback(TrainerCallback):
             mean = loss.detach() * n
             entropy = optimizer.objective(mean) - mean
             total = loss + entropy / n if entropy.requires_grad else loss
-            if optimizer._measurement is None:
-                backward(total, **kwargs)
-            else:
+            if optimizer._measures:
                 optimizer._differentiate(total, loss * n, 1 / n)
+            else:
+                backward(total, **kwargs)
 
         return joined
 
