@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +24,7 @@ from .hooks import (
     argument_names,
     belongs_to,
     masked_modules,
+    nodes_averaged_by_ddp,
     nodes_behind,
     unspent,
 )
@@ -135,8 +137,8 @@ class RepresentationHook:
             of_loss = {name: [call for call in calls if belongs_to(call, behind)] for name, calls in taken.items()}
             # A side branch that the loss does not use: its latest call.
             taken = {name: of_loss[name] or calls[-1:] for name, calls in taken.items()}
-        if not capture.checked_branches:
-            capture.checked_branches = True
+        if not capture.checked_branches and dist.is_available() and dist.is_initialized():
+            capture.checked_branches = True  # once: it takes a walk over the graph
             self._refuse_branches_that_ddp_leaves_out(loss, taken)
         # A module that ran before may rest for a step (layer drop), but not because gradients were off.
         resting = capture.ever_ran - capture.without_grad if taken else set()
@@ -154,9 +156,11 @@ class RepresentationHook:
         find_unused_parameters=True fails in the backward. static_graph=True notes in its first step who has a gradient:
         where that is a step of memorization, ranks would drift apart in compression without a word.
         """
-        nodes = nodes_behind(loss)
+        nodes = nodes_averaged_by_ddp(loss)
+        if nodes is None:
+            return
         unused = [name for name, calls in taken.items() if not all(belongs_to(call, nodes) for call in calls)]
-        if unused and any(node.name() == "_DDPSinkBackward" for node in nodes):
+        if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
             raise RuntimeError(
                 f'the loss does not depend on the output of tapped module "{unused[0]}"{more}, whose entropy gradients '

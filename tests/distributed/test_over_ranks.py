@@ -269,6 +269,40 @@ def test_a_branch_where_ddp_looks_for_no_unused_parameters(ranks: Ranks, phase: 
             assert distance(here.gradients, there.gradients | nothing) < 1e-9
 
 
+class Returning(Branching):
+    """Returns the branch beside its output, and something that is no tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.blocks[1](self.blocks[0](x))
+        return None, self.blocks[2](h), self.head(h).log_softmax(-1)
+
+
+def return_branch(run: Run) -> list[dict[str, Tensor]] | str:
+    called, model, optimizer = made(replace(run, build=partial(Returning, joined=False)))
+
+    def go() -> list[dict[str, Tensor]]:
+        output = lambda x: called(x)[2]  # noqa: E731
+        return [train_step(run, step, output, model, optimizer).gradients for step in range(run.steps)]
+
+    return refused(go, RuntimeError) if run.options.get("static_graph") else go()
+
+
+@SEARCHING
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_that_the_model_returns_and_the_loss_does_not_use(ranks: Ranks, phase: str, option: str) -> None:
+    """DDP sees what is returned where it looks at every step; a static graph has no gradient for it to see."""
+    run = branching(phase, {option: True}, False)
+    found = ranks(return_branch, run)
+    if option == "static_graph":
+        assert all('does not depend on the output of tapped module "blocks.2"' in message for message in found)
+        return
+    expected = [seen.gradients for seen in train(replace(run, parallel="none"))]
+    assert any("blocks.2.linear.weight" in gradients for gradients in expected)
+    for of_rank in found:
+        for here, there in zip(of_rank, expected, strict=True):
+            assert distance(here, there) < 1e-9
+
+
 # The order in which things are put around a model
 
 
