@@ -15,6 +15,9 @@ from gapt_optim import GAPTConfig, GateConfig
 
 # Of the entropy. A language model's loss falls slowly, and the library's 1.0 outweighs it.
 WEIGHT = 0.1
+# With a gate on a held-out loss: compression is then short and strong, to undo what was learned by heart.
+VALIDATION_WEIGHT = 30.0
+VALIDATION_EVERY = 20
 
 # Settings that may differ when a run goes on: they do not change its numbers, or extend it.
 FREE_TO_CHANGE = {"steps", "eval_every", "eval_sequences", "checkpoint_every", "device", "threads"}
@@ -81,7 +84,13 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     add(model, "--clip", "clip", "largest gradient norm (default: 1.0)", type=float)
     add(model, "--dropout", "dropout", "(default: 0.0)", type=float)
     add(model, "--dtype", "dtype", "auto takes bfloat16 autocast on GPUs", choices=["auto", "float32", "bfloat16"])
-    add(model, "--eval-every", "eval_every", "steps between validations (default: 50)", type=int)
+    add(
+        model,
+        "--eval-every",
+        "eval_every",
+        f"steps between validations (50; with --signal validation {VALIDATION_EVERY})",
+        type=int,
+    )
     add(model, "--eval-sequences", "eval_sequences", "sequences in a validation (default: 128)", type=int)
     add(model, "--checkpoint-every", "checkpoint_every", "steps between checkpoints (default: 100)", type=int)
 
@@ -89,7 +98,13 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
         "GAPT (defaults are the library's, but for the weight, and a shorter patience in small presets)"
     )
     default = GAPTConfig()
-    add(gapt, "--weight", "gapt.objective.weight", f"of the entropy ({WEIGHT})", type=float)
+    add(
+        gapt,
+        "--weight",
+        "gapt.objective.weight",
+        f"of the entropy ({WEIGHT}; with --signal validation {VALIDATION_WEIGHT:g})",
+        type=float,
+    )
     add(gapt, "--combine", "gapt.objective.combine", "how gradients are joined: sum, project, cap")
     add(gapt, "--max-ratio", "gapt.objective.max_ratio", "for --combine cap", type=float)
     add(gapt, "--alpha", "gapt.entropy.alpha", f"order of the entropy ({default.entropy.alpha}); inf works", type=float)
@@ -149,7 +164,10 @@ def make_config(given: dict[str, Any], flags: dict[str, str]) -> TrainConfig:
     values: dict[str, Any] = {
         name: getattr(preset, name) for name in ("context", "steps", "batch_size", "accumulation", "warmup", "lr")
     }
-    values["gapt"] = {"gate": gate_defaults(preset, given), "objective": {"weight": WEIGHT}}
+    weight = WEIGHT
+    if given.get("gapt.gate.signal") == "validation":
+        weight, values["eval_every"] = VALIDATION_WEIGHT, VALIDATION_EVERY
+    values["gapt"] = {"gate": gate_defaults(preset, given), "objective": {"weight": weight}}
     for field, value in given.items():
         *sections, name = field.split(".")
         if sections or name in TrainConfig.model_fields:

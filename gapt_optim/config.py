@@ -96,7 +96,7 @@ class GateConfig(_Section):
             "patience_memorization": 3,
             "patience_compression": 2,
             "min_improvement": 0.002,
-            "spike_tolerance": 0.05,
+            "spike_tolerance": 0.1,
             "smoothing": 0.0,
         }
         return cls(**(settings | changes))
