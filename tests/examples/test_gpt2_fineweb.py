@@ -173,6 +173,18 @@ def test_published_gate_has_the_papers_settings_unless_given(tiny: list[str]) ->
     assert config.gapt.gate.smoothing == 0.0
 
 
+def test_gate_on_validations_has_settings_that_suit_it_unless_given() -> None:
+    parser, flags = make_parser()
+    config = make_config(vars(parser.parse_args(["--signal", "validation"])), flags)
+    assert config.gapt.gate == GateConfig.validation()
+    assert config.gapt.objective.weight > 1
+    assert config.steps / config.eval_every >= 20
+    given = ["--signal", "validation", "--weight", "2", "--eval-every", "3", "--patience-memorization", "9"]
+    config = make_config(vars(parser.parse_args(given)), flags)
+    assert config.gapt.gate == GateConfig.validation(patience_memorization=9)
+    assert (config.gapt.objective.weight, config.eval_every) == (2.0, 3)
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".parquet", ".bin"])
 def test_every_kind_of_file(tiny: list[str], tmp_path: Path, suffix: str, documents: list[str]) -> None:
     path = tmp_path / f"corpus{suffix}"
