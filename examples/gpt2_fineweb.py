@@ -4,6 +4,7 @@
     python examples/gpt2_fineweb.py --data corpus.jsonl --weight 0.3 --window 16
     python examples/gpt2_fineweb.py --preset small --out runs/124m            # GPT-2 124M, on a GPU
     python examples/gpt2_fineweb.py --preset small --out runs/124m --resume   # goes on where that one stopped
+    torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel ddp --out runs/124m  # on 8 GPUs
 
 What is written to --out: metrics.jsonl, validation.jsonl, checkpoint.pt, results.json, table.md and pictures. With
 --compare, the metrics and checkpoints of plain AdamW and of the constant penalty lie in sub-folders of these names.
@@ -22,43 +23,49 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from comparison import changes, table
-from corpus import Corpus, check_length, load, prepare
+from corpus import check_length, load, prepare
 from errors import UserError
 from gpt2 import PRESETS
 from gpt2_options import make_config, make_parser, settings_to_resume
+from parallel import join, leave
 from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
-from training import METHODS, StoppedError, TrainConfig, check_layers, pick_device, train
+from training import METHODS, StoppedError, TrainConfig, check_layers, check_ways, train
 
 from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:
     """The script, from the command line to the results."""
+    ranks = join()
     parser, flags = make_parser()
     given = vars(parser.parse_args(argv))
     out = Path(given.pop("out", "runs/gpt2_fineweb"))
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
     threads = given.pop("threads", None)
+    # How it is run, not what: typed anew when it goes on, which may be elsewhere.
+    launch: dict[str, Any] = {name: given.pop(name) for name in ("parallel", "compile") if name in given}
 
     # Everything that can be refused is refused before anything is computed or replaced.
     if given.get("compare") and "method" in given:
         raise UserError("--method: --compare trains all methods; give one of the two flags")
     if threads is not None and threads < 1:
         raise UserError(f"--threads: needs at least 1, found {threads}")
-    stored = claim(out, resume=resume, overwrite=overwrite)
+    stored = ranks.on_first(lambda: claim(out, resume=resume, overwrite=overwrite))
     given = settings_to_resume(given, stored, flags) if resume else given
-    config = make_config(given, flags)
-    pick_device(config.device)
+    config = make_config({**given, **launch}, flags)
+    check_ways(config, ranks)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
-    corpus = open_corpus(given.get("data", "auto"), config, out / "data", resume)
+    ranks.on_first(lambda: open_corpus(given.get("data", "auto"), config, out / "data", resume))
+    corpus = ranks.together(lambda: load(out / "data"))
     check_length(corpus, config.context)
     check_layers(config, corpus)
-    if not resume:
-        clear(out, METHODS)
-    write_json(out / SETTINGS, given)
+    if ranks.first:
+        if not resume:
+            clear(out, METHODS)
+        write_json(out / SETTINGS, given)
 
     print(
         f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
@@ -78,6 +85,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
             folder=folders[method],
             resume=resume,
             progress=not quiet,
+            ranks=ranks,
         )
 
     results = {
@@ -91,6 +99,8 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         "config": config.model_dump(),
         "versions": versions(),
     }
+    if not ranks.first:
+        return results
     lines = table(runs)
     print(f"\n{lines}\n\nUnigram entropy of the corpus: {corpus.unigram_entropy:.3f} nats. Written to {out}.")
     (out / "table.md").write_text(lines + "\n")
@@ -106,15 +116,15 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> Corpus:
-    """Tokens for the run; the ones it already has where it is resumed."""
+def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Leaves the tokens for the run in ``folder``; a run that is resumed has them already."""
     if resume and (folder / "corpus.json").exists():
-        return load(folder)
+        return
     source, line = open_source(data)
     print(line, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = config.steps * config.accumulation * config.batch_size * config.context
-    return prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
+    prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
 
 
 def main() -> int:
@@ -122,14 +132,15 @@ def main() -> int:
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        leave(f"error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        print(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"', file=sys.stderr)
+        leave(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"')
         return 2
     except StoppedError as stopped:
-        print(f"{stopped}. Go on with the same command and --resume.", file=sys.stderr)
+        leave(f"{stopped}. Go on with the same command and --resume.")
         return 130
+    leave()
     return 0
 
 
