@@ -139,6 +139,7 @@ def train(
         for optimizer in optimizers
     ]
     if config.compile:
+        torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept
         called.compile()
     batches = Batches(corpus.train, config.context, batch_size, seed)
     held_out = list(
