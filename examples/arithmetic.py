@@ -20,7 +20,7 @@ from typing import Any
 
 import sweep
 import torch
-from errors import UserError
+from errors import UserError, exit_code
 from methods import gapt_config
 from results_page import write_page
 from run_folder import versions, write_json
@@ -371,4 +371,4 @@ def check(options: argparse.Namespace, s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main(run))
+    sys.exit(exit_code(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -87,6 +88,13 @@ def load(folder: Path) -> Corpus:
         train = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
         validation = np.memmap(folder / "validation.bin", dtype="<u2", mode="r")
     return Corpus(facts["name"], train, validation, facts["vocabulary"], facts["separator"], facts["unigram_entropy"])
+
+
+def first_tokens(corpus: Corpus, count: int) -> Corpus:
+    """The same corpus with only its first ``count`` training tokens, to be seen more than once."""
+    if count > len(corpus.train):
+        raise UserError(f"--train-tokens: {corpus.name} has {len(corpus.train):,} training tokens, found {count:,}")
+    return dataclasses.replace(corpus, train=corpus.train[:count])
 
 
 def check_length(corpus: Corpus, context: int) -> None:

@@ -1,6 +1,7 @@
 """Pretrains GPT-2 on web text with GAPT, and shows what that changes against plain AdamW.
 
     python examples/gpt2_fineweb.py --compare                      # a small GPT-2: minutes on two CPU cores
+    python examples/gpt2_fineweb.py --compare --seeds 5            # means and intervals over seeds, every method
     python examples/gpt2_fineweb.py --data corpus.jsonl --weight 0.3 --window 16
     python examples/gpt2_fineweb.py --preset small --out runs/124m            # GPT-2 124M, on a GPU
     python examples/gpt2_fineweb.py --preset small --out runs/124m --resume   # goes on where that one stopped
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,19 @@ from typing import Any
 # another process wants one of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import sweep
 import torch
 from comparison import changes, table
-from corpus import check_length, load, prepare
-from errors import UserError
+from corpus import Corpus, check_length, first_tokens, load, prepare
+from errors import UserError, exit_code
 from gpt2 import PRESETS
-from gpt2_options import make_config, make_parser, settings_to_resume
+from gpt2_options import check_flags, make_config, make_parser, settings_to_resume
+from gpt2_sweep import run_sweep
+from methods import METHODS
 from parallel import join, leave
 from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
-from training import METHODS, StoppedError, TrainConfig, check_layers, check_ways, train
+from training import TrainConfig, check_layers, check_ways, train
 
 from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
@@ -42,15 +47,16 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     given = vars(parser.parse_args(argv))
     out = Path(given.pop("out", "runs/gpt2_fineweb"))
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
-    threads = given.pop("threads", None)
     # How it is run, not what: typed anew when it goes on, which may be elsewhere.
     launch: dict[str, Any] = {name: given.pop(name) for name in ("parallel", "compile") if name in given}
 
     # Everything that can be refused is refused before anything is computed or replaced.
-    if given.get("compare") and "method" in given:
-        raise UserError("--method: --compare trains all methods; give one of the two flags")
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads: needs at least 1, found {threads}")
+    check_flags(given, resume, overwrite)
+    threads = given.pop("threads", None)
+    if "seeds" in given:
+        if ranks.control is not None:
+            raise UserError("--seeds: trains a run in each of its own processes; start it without torchrun")
+        return run_seeds(given, make_config({**given, **launch}, flags), out, quiet)
     stored = ranks.on_first(lambda: claim(out, resume=resume, overwrite=overwrite))
     given = settings_to_resume(given, stored, flags) if resume else given
     config = make_config({**given, **launch}, flags)
@@ -60,6 +66,8 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     ranks.on_first(lambda: open_corpus(given.get("data", "auto"), config, out / "data", resume))
     corpus = ranks.together(lambda: load(out / "data"))
+    for length in given.get("train_tokens", []):
+        corpus = first_tokens(corpus, length)
     check_length(corpus, config.context)
     check_layers(config, corpus)
     if ranks.first:
@@ -67,15 +75,14 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
             clear(out, METHODS)
         write_json(out / SETTINGS, given)
 
-    print(
-        f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
-        f"{corpus.vocabulary:,}, unigram entropy {corpus.unigram_entropy:.3f} nats.",
-        flush=True,
-    )
+    print(describe(corpus), flush=True)
     runs: dict[str, dict[str, Any]] = {}
     folders: dict[str, Path] = {}
-    chosen = given.get("method", "gapt")
-    for method in METHODS if given.get("compare") else (chosen,):
+    methods = [given.get("method", "gapt")]
+    if given.get("compare"):
+        methods = in_order(given.get("methods", ("plain", "penalty", "gapt")))
+    chosen = methods[-1]
+    for method in methods:
         folders[method] = out if method == chosen else out / method
         runs[method] = train(
             config,
@@ -116,6 +123,43 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
+def run_seeds(given: dict[str, Any], config: TrainConfig, out: Path, quiet: bool) -> dict[str, Any]:
+    """The comparison over seeds, from its flags to its results."""
+    check_ways(config)
+    sweep.claim(out)
+    open_corpus(given.get("data", "auto"), config, out / "data", resume=False)
+    whole = load(out / "data")
+    lengths = given.get("train_tokens", [])
+    for corpus in [first_tokens(whole, length) for length in lengths] or [whole]:
+        check_length(corpus, config.context)
+    check_layers(config, whole)
+    print(describe(whole), flush=True)
+    first = given.get("first_seed", 100)
+    return run_sweep(
+        config,
+        whole,
+        out / "data",
+        methods=in_order(given.get("methods", METHODS)),
+        seeds=range(first, first + given["seeds"]),
+        lengths=lengths,
+        out=out,
+        workers=given.get("workers", 2),
+        quiet=quiet,
+    )
+
+
+def in_order(methods: Sequence[str]) -> list[str]:
+    """Plain first: all is compared with it."""
+    return [method for method in METHODS if method in methods]
+
+
+def describe(corpus: Corpus) -> str:
+    return (
+        f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
+        f"{corpus.vocabulary:,}, unigram entropy {corpus.unigram_entropy:.3f} nats."
+    )
+
+
 def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> None:
     """Leaves the tokens for the run in ``folder``; a run that is resumed has them already."""
     if resume and (folder / "corpus.json").exists():
@@ -127,22 +171,11 @@ def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> N
     prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
 
 
-def main() -> int:
-    """Exit code: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C."""
-    try:
-        run()
-    except UserError as error:
-        leave(f"error: {error}")
-        return 2
-    except ModuleNotFoundError as error:
-        leave(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"')
-        return 2
-    except StoppedError as stopped:
-        leave(f"{stopped}. Go on with the same command and --resume.")
-        return 130
+def main() -> None:
+    """The script, on each of the processes that torchrun starts."""
+    run()
     leave()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, leave))

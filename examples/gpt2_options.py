@@ -7,10 +7,11 @@ from typing import Any, NoReturn
 
 from errors import UserError, explain
 from gpt2 import PRESETS, Preset
+from methods import METHODS
 from optimizers import OPTIMIZERS
 from parallel import PARALLEL
 from pydantic import ValidationError
-from training import METHODS, TrainConfig
+from training import TrainConfig
 
 from gapt_optim import GAPTConfig, GateConfig
 
@@ -56,7 +57,14 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     run = parser.add_argument_group("run")
     add(run, "--data", "data", "auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin file (default: auto)")
     add(run, "--out", "out", "folder for everything that is written (default: runs/gpt2_fineweb)", metavar="DIR")
-    add(run, "--compare", "compare", "train plain AdamW and a constant penalty as well", action="store_true")
+    add(
+        run,
+        "--train-tokens",
+        "train_tokens",
+        "only the first N of the corpus; with --seeds several",
+        type=int,
+        nargs="+",
+    )
     add(run, "--method", "method", "what to train without --compare (default: gapt)", choices=METHODS)
     add(run, "--resume", "resume", "go on with the run in --out, with its settings", action="store_true")
     add(run, "--overwrite", "overwrite", "replace the run in --out", action="store_true")
@@ -71,6 +79,13 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     )
     add(run, "--threads", "threads", "CPU threads (default: torch's choice)", type=int)
     add(run, "--quiet", "quiet", "no progress bars", action="store_true")
+
+    compare = parser.add_argument_group("comparison")
+    add(compare, "--compare", "compare", "train plain AdamW and a constant penalty as well", action="store_true")
+    add(compare, "--methods", "methods", "(default: plain penalty gapt, all with --seeds)", choices=METHODS, nargs="+")
+    add(compare, "--seeds", "seeds", "compare this many seeds, with intervals", type=int)
+    add(compare, "--first-seed", "first_seed", "(default: 100; settings were tuned on 0 to 9)", type=int)
+    add(compare, "--workers", "workers", "processes of one thread each, for several seeds (default: 2)", type=int)
 
     model = parser.add_argument_group("model and training (defaults come with the preset)")
     add(model, "--preset", "preset", "model size (default: micro)", choices=list(PRESETS))
@@ -126,6 +141,34 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     add(gapt, "--smoothing", "gapt.gate.smoothing", "decay of the gate's averages", type=float)
     add(gapt, "--parameter-alignment-every", "gapt.alignment.parameter_every", "steps; 0: never", type=int)
     return parser, flags
+
+
+def check_flags(given: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Refuses flags that contradict each other or have no effect."""
+    several = "seeds" in given
+    if given.get("compare"):
+        if "method" in given:
+            raise UserError("--method: --compare trains all methods; give one of the two flags")
+    elif several or "methods" in given:
+        flag = "--seeds" if several else "--methods"
+        raise UserError(f"{flag}: compares methods; give --compare with it")
+    if several:
+        for flag, typed in (("--resume", resume), ("--overwrite", overwrite)):
+            if typed:
+                raise UserError(f"{flag}: a comparison of seeds goes on with the runs that are missing; drop the flag")
+        if "seed" in given:
+            raise UserError("--seed: --seeds counts from --first-seed; give that")
+    else:
+        for name in ("first_seed", "workers"):
+            if name in given:
+                raise UserError(f"--{name.replace('_', '-')}: is of use with --seeds only")
+        if len(given.get("train_tokens", [])) > 1:
+            raise UserError("--train-tokens: several numbers need --seeds")
+    for name in ("threads", "seeds", "workers"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"--{name}: needs at least 1, found {given[name]}")
+    if given.get("first_seed", 0) < 0:
+        raise UserError(f"--first-seed: must not be negative, found {given['first_seed']}")
 
 
 def window(text: str) -> int | None:

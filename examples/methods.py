@@ -1,4 +1,4 @@
-"""The four ways to train that every sweep compares."""
+"""The four ways to train that are compared."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ METHODS = ("plain", "penalty", "published", "gapt")
 GATE_FIELDS = ("patience_memorization", "patience_compression", "min_improvement", "spike_tolerance", "smoothing")
 
 
-def gapt_config(method: str, settings: Any) -> GAPTConfig | None:
-    """What a method gives the wrapper: None for the bare optimizer, a penalty that is always on, or a gate.
+def of_method(method: str, config: GAPTConfig) -> GAPTConfig | None:
+    """What a method gives the wrapper: None for the bare optimizer, a penalty that is always on, or a gate."""
+    gates = {
+        "plain": None,
+        "penalty": GateConfig(initial_phase="compression", frozen=True),
+        "published": GateConfig.published(),
+        "gapt": config.gate,
+    }
+    gate = gates[method]
+    return None if gate is None else config.model_copy(update={"gate": gate})
 
-    ``settings`` has ``weight``, ``window`` and the fields of the gate in ``GATE_FIELDS``.
+
+def gapt_config(method: str, settings: Any) -> GAPTConfig | None:
+    """`of_method` for ``settings`` with ``weight``, ``window`` and the fields of the gate in ``GATE_FIELDS``.
 
     Raises:
         UserError: a setting is impossible.
     """
-    if method == "plain":
-        return None
     try:
-        gates = {
-            "penalty": GateConfig(initial_phase="compression", frozen=True),
-            "published": GateConfig.published(),
-            "gapt": GateConfig(**{name: getattr(settings, name) for name in GATE_FIELDS}),
-        }
-        return GAPTConfig(
-            gate=gates[method],
+        config = GAPTConfig(
+            gate=GateConfig(**{name: getattr(settings, name) for name in GATE_FIELDS}),
             entropy=EntropyConfig(window=settings.window),
             objective=ObjectiveConfig(weight=settings.weight),
             alignment=AlignmentConfig(activation=False),  # of no use here, and a good part of so small a step
@@ -40,3 +43,4 @@ def gapt_config(method: str, settings: Any) -> GAPTConfig | None:
         raise explain(
             error, {name: f"--{name.replace('_', '-')}" for name in ("weight", "window", *GATE_FIELDS)}
         ) from error
+    return of_method(method, config)

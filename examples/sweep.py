@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from errors import UserError
+from errors import StoppedError, UserError
 from methods import METHODS
 from run_folder import write_json
 from tqdm.auto import tqdm
@@ -64,6 +63,7 @@ def run_jobs(
 
     Raises:
         UserError: ``folder`` holds a result of the same name and other settings.
+        StoppedError: Ctrl-C.
     """
     results = {job.name: stored for job in jobs if (stored := _stored(folder, job)) is not None}
     missing = [job for job in jobs if job.name not in results]
@@ -72,9 +72,12 @@ def run_jobs(
     total = sum(job.steps for job in jobs)
     with tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True) as bar:
         bar.set_postfix_str(f"{len(results)} of {len(jobs)} runs")
-        for job, result in _train_all(train, missing, folder, workers, counter, bar):
-            results[job.name] = result
-            bar.set_postfix_str(f"{len(results)} of {len(jobs)} runs")
+        try:
+            for job, result in _train_all(train, missing, folder, workers, counter, bar):
+                results[job.name] = result
+                bar.set_postfix_str(f"{len(results)} of {len(jobs)} runs")
+        except (KeyboardInterrupt, StoppedError) as stopped:
+            raise StoppedError("Stopped. The same command goes on with the runs that are missing.") from stopped
         bar.update(total - bar.n)
     return {job.name: results[job.name] for job in jobs}
 
@@ -197,19 +200,3 @@ def check_arguments(options: argparse.Namespace) -> None:
     if options.first_seed < 0:
         raise UserError(f"--first-seed: must not be negative, found {options.first_seed}")
     options.methods = [method for method in METHODS if method in options.methods]
-
-
-def main(run: Callable[[], Any]) -> int:
-    """Exit code: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C."""
-    try:
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the runs that are missing", file=sys.stderr)
-        return 130
-    return 0

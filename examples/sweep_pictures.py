@@ -88,6 +88,7 @@ def draw_curves(
     path: Path,
     *,
     levels: Mapping[str, tuple[float, str]] | None = None,
+    title: str = "",
 ) -> Path:
     """A panel per metric over training: mean over seeds, and the 95 % interval of the mean as a band.
 
@@ -115,6 +116,8 @@ def draw_curves(
         for axes in grid[-1]:
             axes.set_xlabel("step")
         grid[0][0].legend(frameon=False, fontsize=8)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         figure.tight_layout()
         return _save(figure, path)
 

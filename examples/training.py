@@ -18,24 +18,23 @@ import numpy as np
 import torch
 from checkpoints import forget_after, load_checkpoint, save_checkpoint, stop_after_step
 from corpus import Batches, Corpus, validation_batches
-from errors import UserError
+from errors import StoppedError, UserError
 from gpt2 import PRESETS, build, token_loss
+from methods import of_method
 from optimizers import OptimizerName, check_optimizer, make_optimizers, state_bytes
 from parallel import ALONE, Parallel, Ranks, clip_gradients, gradients_meet, spread
 from pydantic import BaseModel, ConfigDict, Field
 from speedups import check_compiler, check_float8, to_float8
 from torch import nn
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
 from gapt_optim.metrics import JSONLines, ProgressBar, StepMetrics
-
-METHODS = ("plain", "penalty", "gapt")
 
 
 class TrainConfig(BaseModel):
     """Everything that decides how a run goes, besides corpus, seed and method."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     preset: Literal["nano", "micro", "mini", "small", "medium", "large"] = "micro"
     context: int = Field(ge=2)
@@ -64,10 +63,6 @@ class TrainConfig(BaseModel):
     gapt: GAPTConfig = GAPTConfig()
 
 
-class StoppedError(Exception):
-    """The run was interrupted after a whole step and its checkpoint is written."""
-
-
 def check_layers(config: TrainConfig, corpus: Corpus) -> None:
     """Refuses a --layers that fits no module, on a model without memory, so that nothing is lost by it."""
     with torch.device("meta"):
@@ -89,16 +84,6 @@ def build_model(config: TrainConfig, corpus: Corpus) -> nn.Module:
     )
 
 
-def gapt_config(method: str, config: GAPTConfig) -> GAPTConfig | None:
-    """What a method gives the wrapper: nothing, a penalty that is always on, or the gate."""
-    if method == "plain":
-        return None
-    if method == "penalty":
-        always = GateConfig(initial_phase="compression", frozen=True)
-        return config.model_copy(update={"gate": always})
-    return config
-
-
 def train(
     config: TrainConfig,
     corpus: Corpus,
@@ -108,12 +93,19 @@ def train(
     folder: Path,
     resume: bool = False,
     progress: bool = True,
+    on_step: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains one model and returns its results.
 
     Several ranks train it together: each takes a part of every step's sequences, and the results are those of one
     process with the same configuration, to the rounding of sums.
+
+    Args:
+        resume: go on from the checkpoint in ``folder``, if there is one.
+        progress: show a progress bar.
+        on_step: called after every step.
+        ranks: the processes that call this together.
 
     Raises:
         UserError: the checkpoint to resume from is of another model, or the loss is no longer finite.
@@ -128,7 +120,7 @@ def train(
     called = spread(model, config.parallel, device, ranks)
     hook = RepresentationHook(model, config.layers)
     bases = make_optimizers(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2)
-    settings = gapt_config(method, config.gapt)
+    settings = of_method(method, config.gapt)
     # Plain training gets the bare optimizers: the hook then only measures, at validations.
     gapt = None if settings is None else GAPTOptimizer(bases[0] if len(bases) == 1 else bases, hook, settings)
     optimizers = bases if gapt is None else [gapt]
@@ -253,6 +245,7 @@ def train(
             assert metrics is not None
             for observer in observers:
                 observer(metrics)
+            on_step()
             state["compression_steps"] += metrics.phase == "compression"
             if metrics.reason is not None:
                 state["switches"].append({"step": step + 1, "to": metrics.next_phase, "reason": metrics.reason})
@@ -260,7 +253,10 @@ def train(
                 raise UserError(f"{method}: the loss is {mean_loss} at step {step + 1}; try a smaller --lr")
             if ranks.any(stop.is_set()):
                 save()
-                raise StoppedError(f"{method}: stopped after step {step + 1} of {config.steps}")
+                raise StoppedError(
+                    f"{method}: stopped after step {step + 1} of {config.steps}. Go on with the same command and "
+                    "--resume."
+                )
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 save()
     save()
@@ -307,7 +303,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def check_ways(config: TrainConfig, ranks: Ranks) -> None:
+def check_ways(config: TrainConfig, ranks: Ranks = ALONE) -> None:
     """Refuses ways to train that do not fit each other, the ranks or the device."""
     ranks.check(config.parallel)
     ranks.divide(config.accumulation, config.batch_size)

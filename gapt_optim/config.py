@@ -65,7 +65,8 @@ class GateConfig(_Section):
 
     signal: Literal["train", "validation"] = "train"
     """The loss that is judged: that of the training steps, or the values given to
-    ``optimizer.record_validation``."""
+    ``optimizer.record_validation``. With `validation`, compression starts when generalization stalls
+    and lasts until the held-out loss is back at that level and the entropy has stopped falling."""
 
     initial_phase: Literal["memorization", "compression"] = "memorization"
     """Phase of the first step."""

@@ -38,6 +38,8 @@ class _State:
     entropy: float | None = None
     best: float | None = None  # smoothed: best value of the watched average in this phase
     entry_loss: float | None = None  # smoothed: averaged loss when this phase began
+    training_loss: float | None = None  # smoothed: the same two of the training loss, which a spike is judged on
+    entry_training_loss: float | None = None
     stale_memorization: int = 0  # published: s_m
     stale_compression: int = 0  # published: s_c
     lowest_loss: float | None = None  # published: E
@@ -55,6 +57,11 @@ class PhaseGate:
     The spike threshold is about 95 % of the tolerance, the part of a rise that a moving average
     shows after three time constants: a lasting rise beyond the tolerance ends compression by then.
     A run that starts in compression takes its level from the first two time constants.
+
+    With ``signal="validation"`` the loss that it watches is a held-out one, while the rise that ends
+    compression is one of the training loss: a held-out loss that rises as the training loss falls is
+    overfitting, not harm done by compression. For the same reason entropy that has stopped falling
+    ends compression only once the held-out loss is back at its level at the start of compression.
 
     `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
 
@@ -81,49 +88,63 @@ class PhaseGate:
         """Number of phase switches so far."""
         return self._state.switches
 
-    def update(self, loss: float, entropy: float) -> Phase:
+    def update(self, loss: float, entropy: float, *, training_loss: float | None = None) -> Phase:
         """Take one loss and one entropy, return the phase of the next step.
 
         Non-finite values are ignored: the phase stays and nothing is remembered.
+
+        Args:
+            training_loss: where ``loss`` is a held-out one, the training loss of the same time.
         """
         self.reason = None
         loss, entropy = float(loss), float(entropy)  # a tensor or numpy number would stay in the state
-        if self.config.frozen or not (math.isfinite(loss) and math.isfinite(entropy)):
+        training_loss = loss if training_loss is None else float(training_loss)
+        if self.config.frozen or not all(map(math.isfinite, (loss, entropy, training_loss))):
             return self.phase
-        rule = self._published if self.config.rule == "published" else self._smoothed
-        self.reason = rule(loss, entropy)
+        if self.config.rule == "published":
+            self.reason = self._published(loss, entropy)
+        else:
+            self.reason = self._smoothed(loss, entropy, training_loss)
         if self.reason is not None:
             compressing = self._state.phase == Phase.COMPRESSION.value
             self._state.phase = (Phase.MEMORIZATION if compressing else Phase.COMPRESSION).value
             self._state.switches += 1
         return self.phase
 
-    def _smoothed(self, loss: float, entropy: float) -> str | None:
+    def _smoothed(self, loss: float, entropy: float, training_loss: float) -> str | None:
         config, s = self.config, self._state
         s.loss = _average(s.loss, loss, config.smoothing)
         s.entropy = _average(s.entropy, entropy, config.smoothing)
+        s.training_loss = _average(s.training_loss, training_loss, config.smoothing)
         if s.switches == 0 and s.updates < _updates_within(2, config.smoothing):
             # A run that starts in compression has no level yet: a single noisy loss is none to judge a rise against.
-            s.updates, s.entry_loss = s.updates + 1, s.loss
+            s.updates, s.entry_loss, s.entry_training_loss = s.updates + 1, s.loss, s.training_loss
         compressing = s.phase == Phase.COMPRESSION.value
-
         entry = s.loss if s.entry_loss is None else s.entry_loss
-        shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
-        tolerated = config.spike_tolerance * shown * abs(entry)
-        watched, patience, reason = (
-            (s.entropy, config.patience_compression, "compressed")
-            if compressing
-            else (s.loss, config.patience_memorization, "plateau")
-        )
+        entry_training = s.training_loss if s.entry_training_loss is None else s.entry_training_loss
+
+        watched = s.entropy if compressing else s.loss
         if s.best is None or watched < s.best - config.min_improvement * abs(s.best):
             s.best, s.stale = watched, 0
         else:
             s.stale += 1
-        if compressing and s.loss - entry > tolerated:
+        shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
+        if compressing and s.training_loss - entry_training > config.spike_tolerance * shown * abs(entry_training):
             reason = "spike"
-        elif s.stale < patience:
+        elif not compressing and s.stale >= config.patience_memorization:
+            reason = "plateau"
+        elif (
+            compressing
+            and s.stale >= config.patience_compression
+            and not (
+                # To memorize while the held-out loss is above where it stalled would be to overfit further.
+                config.signal == "validation" and s.loss > entry
+            )
+        ):
+            reason = "compressed"
+        else:
             return None
-        s.best, s.stale, s.entry_loss = None, 0, s.loss
+        s.best, s.stale, s.entry_loss, s.entry_training_loss = None, 0, s.loss, s.training_loss
         return reason
 
     def _published(self, loss: float, entropy: float) -> str | None:

@@ -41,7 +41,8 @@ class _Progress:
     compression_steps: int = 0
     nonfinite_steps: int = 0
     nonfinite_run: int = 0
-    unjudged_entropy: float = 0.0  # sum and count since the gate last judged a validation loss
+    unjudged_loss: float = 0.0  # sums and count since the gate last judged a validation loss
+    unjudged_entropy: float = 0.0
     unjudged_steps: int = 0
 
 
@@ -325,9 +326,11 @@ class GAPTOptimizer(OptimizerWrapper):
         if self.config.gate.signal == "train":
             self._gate.update(loss, entropy)
             return
-        self._progress.unjudged_entropy += entropy
-        self._progress.unjudged_steps += 1
-        if self._progress.unjudged_steps == _UNJUDGED_STEPS:
+        progress = self._progress
+        progress.unjudged_loss += loss
+        progress.unjudged_entropy += entropy
+        progress.unjudged_steps += 1
+        if progress.unjudged_steps == _UNJUDGED_STEPS:
             warnings.warn(
                 f'{_UNJUDGED_STEPS} steps with signal="validation" and no finite validation loss: the gate stays. '
                 "Call optimizer.record_validation(loss)",
@@ -335,8 +338,11 @@ class GAPTOptimizer(OptimizerWrapper):
                 stacklevel=4,
             )
         if math.isfinite(validation):
-            self._gate.update(validation, self._progress.unjudged_entropy / self._progress.unjudged_steps)
-            self._progress.unjudged_entropy, self._progress.unjudged_steps = 0.0, 0
+            mean_loss, mean_entropy = (
+                total / progress.unjudged_steps for total in (progress.unjudged_loss, progress.unjudged_entropy)
+            )
+            self._gate.update(validation, mean_entropy, training_loss=mean_loss)
+            progress.unjudged_loss, progress.unjudged_entropy, progress.unjudged_steps = 0.0, 0.0, 0
 
     def _prepare_step(self) -> None:
         """Tell the taps what the next step does."""

@@ -92,6 +92,52 @@ def test_improvement_is_judged_within_the_present_phase() -> None:
     assert C in seen["published"]
 
 
+# With a held-out loss
+
+
+def stalled(**changes: float) -> PhaseGate:
+    """A gate on a held-out loss that has just begun to compress, at a held-out loss of 3 and a training loss of 2."""
+    settings = {"patience_memorization": 2, "patience_compression": 2, "smoothing": 0.0, **changes}
+    gate = PhaseGate(GateConfig.model_validate({"signal": "validation", **settings}))
+    while gate.update(3.0, 1.0, training_loss=2.0) is M:
+        pass
+    return gate
+
+
+def test_overfitting_keeps_compression_on() -> None:
+    """Held-out loss rises as the training loss falls: neither spike nor constant entropy ends it before it is back."""
+    gate = stalled()
+    for step in range(1, 20):
+        assert gate.update(3.0 + step, 1.0, training_loss=2.0 / step) is C
+    assert gate.update(3.0, 1.0, training_loss=0.1) is M
+    assert gate.reason == "compressed"
+
+
+def test_rise_of_the_training_loss_ends_compression_whatever_the_held_out_loss_does() -> None:
+    gate = stalled()
+    assert gate.update(2.9, 0.5, training_loss=2.5) is M
+    assert gate.reason == "spike"
+
+
+def test_falling_entropy_keeps_compression_on_below_the_held_out_loss_of_its_start() -> None:
+    gate = stalled()
+    assert {gate.update(2.0, 0.9**step, training_loss=2.0) for step in range(20)} == {C}
+
+
+def test_without_a_training_loss_the_held_out_one_stands_for_it() -> None:
+    gate, other = stalled(), stalled()
+    for value in (3.1, 3.0, 2.9, 4.0, 3.0):
+        assert gate.update(value, 1.0) is other.update(value, 1.0, training_loss=value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_training_loss_that_is_not_finite_is_ignored(bad: float) -> None:
+    gate = stalled()
+    before = gate.state_dict()
+    assert gate.update(3.0, 1.0, training_loss=bad) is C
+    assert gate.state_dict() == before
+
+
 # Under noise
 
 

@@ -494,6 +494,7 @@ def test_validation_gate_moves_only_on_validation_losses() -> None:
     optimizer = wrap(model, config=validation_gate())
     twin = PhaseGate(validation_gate().gate)
     entropies: list[float] = []
+    losses: list[float] = []
     for i in range(45):
         if i % 3 == 2:
             optimizer.record_validation(torch.tensor(2.0, requires_grad=True))
@@ -501,11 +502,13 @@ def test_validation_gate_moves_only_on_validation_losses() -> None:
         (metrics,) = run(model, optimizer, range(i, i + 1))
         assert metrics is not None
         entropies.append(metrics["entropy"])
+        losses.append(metrics["loss"])
         if i % 3 == 2:
             assert metrics["validation_loss"] == 2.5
-            twin.update(2.5, math.fsum(entropies) / 3)
+            twin.update(2.5, math.fsum(entropies) / 3, training_loss=math.fsum(losses) / 3)
             assert metrics["reason"] == twin.reason
             entropies.clear()
+            losses.clear()
         else:
             assert metrics["validation_loss"] is None
             assert metrics["reason"] is None

@@ -9,9 +9,8 @@ from typing import Any
 
 import forgetting
 import pytest
-import sweep
 import torch
-from errors import UserError
+from errors import UserError, exit_code
 from methods import METHODS
 
 TINY = ["--steps", "24", "--workers", "1", "--quiet"]
@@ -167,4 +166,4 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):
         forgetting.run([*TINY, "--out", str(tmp_path / "file")])
-    assert sweep.main(lambda: forgetting.run([*TINY, "--out", str(tmp_path / "file")])) == 2
+    assert exit_code(lambda: forgetting.run([*TINY, "--out", str(tmp_path / "file")])) == 2

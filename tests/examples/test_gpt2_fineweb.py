@@ -17,13 +17,14 @@ import torch
 import training
 from comparison import changes, table
 from corpus import Batches
-from errors import UserError
+from errors import StoppedError, UserError, exit_code
 from gpt2 import PRESETS, build
-from gpt2_fineweb import main, run
+from gpt2_fineweb import run
 from gpt2_options import make_config, make_parser
-from training import StoppedError, gapt_config, learning_rate_factor
+from methods import METHODS, of_method
+from training import learning_rate_factor
 
-from gapt_optim import GAPTConfig
+from gapt_optim import GAPTConfig, GateConfig
 from gapt_optim.report import read_metrics
 
 DATA = Path(os.environ.get("GAPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -36,7 +37,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def call_main(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     monkeypatch.setattr(sys, "argv", ["gpt2_fineweb.py", *argv])
-    return main()
+    return exit_code(run)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -130,7 +131,7 @@ def test_plain_is_untouched_by_measuring(tiny: list[str], tmp_path: Path) -> Non
     assert [record["loss"] for record in gapt[:alike]] == losses[:alike]
 
 
-@pytest.mark.parametrize("method", ["plain", "penalty", "gapt"])
+@pytest.mark.parametrize("method", METHODS)
 def test_one_method_alone(tiny: list[str], tmp_path: Path, method: str) -> None:
     run([*tiny, "--method", method, "--out", str(tmp_path / "out")])
     results = read_results(tmp_path / "out")
@@ -444,12 +445,15 @@ def test_presets_are_the_published_sizes() -> None:
 
 def test_methods() -> None:
     config = GAPTConfig()
-    assert gapt_config("plain", config) is None
-    penalty = gapt_config("penalty", config)
+    assert of_method("plain", config) is None
+    penalty = of_method("penalty", config)
     assert penalty is not None
     assert penalty.gate.frozen
     assert penalty.gate.initial_phase == "compression"
-    assert gapt_config("gapt", config) == config
+    published = of_method("published", config)
+    assert published is not None
+    assert published.gate == GateConfig.published()
+    assert of_method("gapt", config) == config
 
 
 def test_learning_rate_warms_up_and_ends_where_it_should() -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from corpus import Batches
-from errors import UserError
+from errors import StoppedError, UserError
 from gpt2 import PRESETS, build, token_loss
 from gpt2_fineweb import run
 from optimizers import LOW_BIT, OPTIMIZERS, check_optimizer, make_optimizers, state_bytes
 from speedups import check_float8, to_float8, use_linear_layers
 from torch import nn
-from training import StoppedError
 
 from gapt_optim.report import read_metrics
 
