@@ -201,7 +201,7 @@ def gate_defaults(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("gapt.gate.rule") == "published":
         return GateConfig.published().model_dump()
     if given.get("gapt.gate.signal") == "validation":
-        return {"patience_memorization": 2, "patience_compression": 2}
+        return GateConfig.validation().model_dump()
     return {} if preset.patience_compression is None else {"patience_compression": preset.patience_compression}
 
 

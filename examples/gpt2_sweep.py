@@ -20,6 +20,7 @@ from seed_statistics import compare, summarize, table
 from sweep_pictures import draw_curves
 from training import TrainConfig, train
 
+from gapt_optim import GAPTConfig
 from gapt_optim.report import read_metrics
 
 METRICS = ("val_loss", "best_val_loss", "entropy", "train_loss")
@@ -49,12 +50,14 @@ def run_sweep(
     for seed in seeds:  # seed by seed, so that an interrupted sweep has whole comparisons
         for setting in settings:
             for method in methods:
+                # Plain training only measures by it: sweeps over the wrapper's settings in one folder share its runs.
+                wrapper = GAPTConfig(entropy=config.gapt.entropy) if method == "plain" else config.gapt
                 what = {
                     "method": method,
                     "seed": seed,
                     "corpus": [corpus.name, corpus.vocabulary, len(corpus.train), len(corpus.validation)],
                     "tokens": None if setting == "all" else int(setting),
-                    "config": config.model_dump_json(),
+                    "config": config.model_copy(update={"gapt": wrapper}).model_dump_json(),
                 }
                 jobs[setting, method, seed] = sweep.Job(run_name(what), what, config.steps)
     done = sweep.run_jobs(

@@ -57,7 +57,7 @@ class GateConfig(_Section):
     """Relative fall that counts as an improvement (0.01 = 1 %)."""
 
     spike_tolerance: float = Field(0.2, gt=0.0)
-    """Relative rise of the loss that ends compression at once (0.2 = 20 %)."""
+    """Relative rise of the training loss that ends compression at once (0.2 = 20 %)."""
 
     smoothing: float = Field(0.9, ge=0.0, lt=1.0)
     """Decay of the moving averages per update; its time constant is -1/log(smoothing) updates.
@@ -65,8 +65,8 @@ class GateConfig(_Section):
 
     signal: Literal["train", "validation"] = "train"
     """The loss that is judged: that of the training steps, or the values given to
-    ``optimizer.record_validation``. With `validation`, compression starts when generalization stalls
-    and lasts until the held-out loss is back at that level and the entropy has stopped falling."""
+    ``optimizer.record_validation``. With `validation`, compression starts when generalization stalls;
+    a spike is still one of the training loss."""
 
     initial_phase: Literal["memorization", "compression"] = "memorization"
     """Phase of the first step."""
@@ -83,6 +83,20 @@ class GateConfig(_Section):
             "patience_compression": 75,
             "min_improvement": 0.01,
             "spike_tolerance": 0.1,
+            "smoothing": 0.0,
+        }
+        return cls(**(settings | changes))
+
+    @classmethod
+    def validation(cls, **changes: Any) -> GateConfig:
+        """Settings for judging a held-out loss some dozens of times in a run, without smoothing: all of its
+        values come from the same text, so they hardly scatter; ``changes`` override."""
+        settings: dict[str, Any] = {
+            "signal": "validation",
+            "patience_memorization": 3,
+            "patience_compression": 2,
+            "min_improvement": 0.002,
+            "spike_tolerance": 0.05,
             "smoothing": 0.0,
         }
         return cls(**(settings | changes))

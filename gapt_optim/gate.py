@@ -37,9 +37,8 @@ class _State:
     loss: float | None = None  # smoothed: moving averages
     entropy: float | None = None
     best: float | None = None  # smoothed: best value of the watched average in this phase
-    entry_loss: float | None = None  # smoothed: averaged loss when this phase began
-    training_loss: float | None = None  # smoothed: the same two of the training loss, which a spike is judged on
-    entry_training_loss: float | None = None
+    training_loss: float | None = None
+    entry_loss: float | None = None  # smoothed: averaged training loss when this phase began
     stale_memorization: int = 0  # published: s_m
     stale_compression: int = 0  # published: s_c
     lowest_loss: float | None = None  # published: E
@@ -59,9 +58,8 @@ class PhaseGate:
     A run that starts in compression takes its level from the first two time constants.
 
     With ``signal="validation"`` the loss that it watches is a held-out one, while the rise that ends
-    compression is one of the training loss: a held-out loss that rises as the training loss falls is
-    overfitting, not harm done by compression. For the same reason entropy that has stopped falling
-    ends compression only once the held-out loss is back at its level at the start of compression.
+    compression is one of the training loss: a held-out loss that rises while the training loss falls
+    is overfitting, not harm done by compression.
 
     `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
 
@@ -118,10 +116,9 @@ class PhaseGate:
         s.training_loss = _average(s.training_loss, training_loss, config.smoothing)
         if s.switches == 0 and s.updates < _updates_within(2, config.smoothing):
             # A run that starts in compression has no level yet: a single noisy loss is none to judge a rise against.
-            s.updates, s.entry_loss, s.entry_training_loss = s.updates + 1, s.loss, s.training_loss
+            s.updates, s.entry_loss = s.updates + 1, s.training_loss
         compressing = s.phase == Phase.COMPRESSION.value
-        entry = s.loss if s.entry_loss is None else s.entry_loss
-        entry_training = s.training_loss if s.entry_training_loss is None else s.entry_training_loss
+        entry = s.training_loss if s.entry_loss is None else s.entry_loss
 
         watched = s.entropy if compressing else s.loss
         if s.best is None or watched < s.best - config.min_improvement * abs(s.best):
@@ -129,22 +126,15 @@ class PhaseGate:
         else:
             s.stale += 1
         shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
-        if compressing and s.training_loss - entry_training > config.spike_tolerance * shown * abs(entry_training):
+        if compressing and s.training_loss - entry > config.spike_tolerance * shown * abs(entry):
             reason = "spike"
         elif not compressing and s.stale >= config.patience_memorization:
             reason = "plateau"
-        elif (
-            compressing
-            and s.stale >= config.patience_compression
-            and not (
-                # To memorize while the held-out loss is above where it stalled would be to overfit further.
-                config.signal == "validation" and s.loss > entry
-            )
-        ):
+        elif compressing and s.stale >= config.patience_compression:
             reason = "compressed"
         else:
             return None
-        s.best, s.stale, s.entry_loss, s.entry_training_loss = None, 0, s.loss, s.training_loss
+        s.best, s.stale, s.entry_loss = None, 0, s.training_loss
         return reason
 
     def _published(self, loss: float, entropy: float) -> str | None:

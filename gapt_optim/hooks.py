@@ -23,8 +23,8 @@ MOST_WAITING = 64
 MEASURE_ONLY = "taps run only in training mode with gradients on; use hook.measuring() in evaluation"
 WITHOUT_GRAD = (
     "ran with gradients off. Reentrant activation checkpointing does that, and its gradients would be wrong here: use "
-    'checkpoint(..., use_reentrant=False), in transformers gradient_checkpointing_kwargs={"use_reentrant": False}. '
-    f"Otherwise, {MEASURE_ONLY}"
+    'checkpoint(..., use_reentrant=False), in transformers activation_checkpointing_kwargs={"use_reentrant": False} '
+    f"(gradient_checkpointing_kwargs in its older versions). Otherwise, {MEASURE_ONLY}"
 )
 
 
@@ -68,6 +68,7 @@ class Capture:
         self.masked_calls = 0  # calls of the model with a mask, since a backward last recomputed one
         self.recomputed = False
         self.ever_ran: set[str] = set()
+        self.checked_branches = False  # for those that DDP leaves out
         self.waiting = 0  # calls of the model whose loss has not come
         self.warned_waiting = False
         self.without_grad: set[str] = set()  # ran in training mode with gradients off
@@ -277,6 +278,31 @@ def nodes_behind(loss: Tensor) -> set[Any]:
         if node is not None and node not in found:
             found.add(node)
             waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def nodes_averaged_by_ddp(loss: Tensor) -> set[Any] | None:
+    """Nodes behind ``loss`` whose parameters DistributedDataParallel knows to be in use.
+
+    None where it does not look: without find_unused_parameters and after the first step with static_graph. The first
+    takes for used what the model returns, the second only what gets a gradient in that step.
+    """
+    sinks = [node for node in nodes_behind(loss) if node.name() == "_DDPSinkBackward"]
+    if not sinks:
+        return None
+    if not any(sink.ddp_weakref().static_graph for sink in sinks):
+        return nodes_behind(loss)
+    found: set[Any] = set()
+    waiting: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr)]
+    while waiting:
+        node, output = waiting.pop()
+        if node in sinks:  # passes all that the model returns, each by itself
+            needed = [i for i, needs in enumerate(node.needs_input_grad[1:]) if needs]
+            edges = [edge for edge in node.next_functions if edge[0] is not None]
+            waiting.append(edges[needed.index(output)])
+        elif node is not None and node not in found:
+            found.add(node)
+            waiting.extend(node.next_functions)
     return found
 
 

@@ -48,6 +48,26 @@ class StepMetrics:
         values: dict[str, Any] = _finite(asdict(self))
         return values
 
+    def scalars(self, *, layers: bool = True, prefix: str = "gapt") -> dict[str, float]:
+        """Numbers to log by name, such as ``gapt/loss``; those that are missing or not finite are left out.
+
+        Args:
+            layers: also the entropy of each layer.
+            prefix: what the names begin with.
+        """
+        values: dict[str, float | None] = {
+            "loss": self.loss,
+            "entropy": self.entropy,
+            "compression": float(self.phase == "compression"),
+            "switches": float(self.switches),
+            "validation_loss": self.validation_loss,
+            "activation_cosine": None if self.alignment is None else self.alignment.cosine,
+            "parameter_cosine": None if self.parameter_alignment is None else self.parameter_alignment.cosine,
+        }
+        if layers:
+            values |= {f"entropy/{name}": entropy for name, entropy in self.layer_entropy.items()}
+        return {f"{prefix}/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
+
 
 class Observer(Protocol):
     """Called once per optimizer step. ``close`` is called by whoever made it."""
@@ -126,22 +146,8 @@ class TensorBoard:
         self._writer = SummaryWriter(os.fspath(folder))
 
     def __call__(self, metrics: StepMetrics) -> None:
-        scalars: dict[str, float | None] = {
-            "gapt/loss": metrics.loss,
-            "gapt/entropy": metrics.entropy,
-            "gapt/compression": float(metrics.phase == "compression"),
-            "gapt/validation_loss": metrics.validation_loss,
-            **{f"gapt/entropy/{name}": value for name, value in metrics.layer_entropy.items()},
-        }
-        for label, alignment in (
-            ("activation", metrics.alignment),
-            ("parameter", metrics.parameter_alignment),
-        ):
-            if alignment is not None:
-                scalars[f"gapt/{label}_cosine"] = alignment.cosine
-        for name, value in scalars.items():
-            if value is not None and math.isfinite(value):
-                self._writer.add_scalar(name, value, metrics.step)
+        for name, value in metrics.scalars().items():
+            self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
         self._writer.close()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,31 +17,18 @@ from .alignment import activation_alignment
 from .bases import Bases
 from .config import GAPTConfig
 from .distributed import group_of
-from .gate import Phase, PhaseGate
+from .gate import Phase
 from .layers import counted, schedule_shares
 from .metrics import Observer, StepMetrics
 from .objective import build_objective
-from .parameter_alignment import ParameterMeasurement, Plan, named_parameters
+from .parameter_alignment import ParameterMeasurement, Plan, named_parameters, refuse_unmeasurable
+from .progress import Progress, refuse_other_state
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
 from .tap import TapMode
-from .wrapper import STATE_KEY, OptimizerWrapper
+from .wrapper import OptimizerWrapper
 
 _SILENT_STEPS = 10
-_UNJUDGED_STEPS = 2000
-
-
-@dataclass
-class _Progress:
-    """What is counted over a run and goes into its checkpoints."""
-
-    steps: int = 0
-    compression_steps: int = 0
-    nonfinite_steps: int = 0
-    nonfinite_run: int = 0
-    unjudged_loss: float = 0.0  # sums and count since the gate last judged a validation loss
-    unjudged_entropy: float = 0.0
-    unjudged_steps: int = 0
 
 
 class GAPTOptimizer(OptimizerWrapper):
@@ -68,6 +53,9 @@ class GAPTOptimizer(OptimizerWrapper):
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and says what to do.
+
+    Warns:
+        UserWarning: the optimizer trains none of the parameters of the hook's model.
     """
 
     def __init__(
@@ -98,6 +86,7 @@ class GAPTOptimizer(OptimizerWrapper):
         if hook._attached:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
         self._build(bases, hook, config if config is not None else GAPTConfig(), process_group, observers)
+        self._warn_of_another_model()
 
     def _build(
         self,
@@ -118,20 +107,36 @@ class GAPTOptimizer(OptimizerWrapper):
         self._warned_unmeasured = False
         self._zeroed = False  # zero_grad was called since the last objective
         self._metrics: StepMetrics | None = None
-        self._validation: list[float] = []
         self._record = StepRecord(hook.names)
-        self._measurement: ParameterMeasurement | None = None
+        self._measurement: ParameterMeasurement | None = None  # from the first backward of a step that measures
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
         self._load_own_state(None)
+        if config.alignment.parameter_every:
+            refuse_unmeasurable(self._plan())
         # A hook outlives its optimizer; what it captures then would be kept forever.
         weakref.finalize(self, hook._release)
+
+    def _warn_of_another_model(self) -> None:
+        """The hook was made on a copy of the model: a mistake that trains as if nothing was wrong."""
+        model = self._hook._model()
+        watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
+        # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
+        if watched and not any(p in watched for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                f"optimizer ({', '.join(type(base).__name__ for base in self._wrapped.all)}) has none of the "
+                f"{len(watched)} trainable parameters of the hook's model ({type(model).__name__}): the entropy's "
+                "gradients may go nowhere. Make the hook on the model whose parameters the optimizer has; where that "
+                "model is frozen on purpose, say so with model.requires_grad_(False)",
+                UserWarning,
+                stacklevel=3,
+            )
 
     # What a training loop calls
 
     @property
     def phase(self) -> Phase:
         """Phase of the step that is being computed."""
-        return self._gate.phase
+        return self._progress.phase
 
     @property
     def metrics(self) -> StepMetrics | None:
@@ -156,7 +161,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: ``loss`` is no floating-point scalar.
-            RuntimeError: a tapped module did not run; the message names it.
+            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, found {type(loss).__name__}")
@@ -174,7 +179,7 @@ class GAPTOptimizer(OptimizerWrapper):
             self._shares,
             compressing=self.phase is Phase.COMPRESSION,
             flows=self._mode.compress or self._mode.measure,
-            measured=self._measurement is not None,
+            measured=self._measures,
         )
         self._record.add(loss, entropies, self._group)
         return total
@@ -215,7 +220,6 @@ class GAPTOptimizer(OptimizerWrapper):
         if reading is None:
             self._note_silent_step()
         else:
-            self._validation = []
             self._finish_step(reading())
         return result
 
@@ -224,21 +228,20 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Several before one step are averaged, and so are those of several ranks; not every rank needs to have one.
         """
-        self._validation.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        self._progress.validation.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
         self._wrapped.zero_grad(set_to_none)
         self._zeroed = True
-        if self._measurement is not None:
-            self._measurement.forget()
+        self._measurement = None  # it compares with gradients that are gone
 
     # One step, in order
 
     def _differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor) -> None:
         """One backward pass of ``total``, which holds ``loss * scale``, and the parameter alignment when it is due."""
-        if self._measurement is not None and self._mean_entropy is not None:
-            if not self._measurement.begun:  # parameters may have been frozen or added since the last step
+        if self._measures and self._mean_entropy is not None:
+            if self._measurement is None or not self._measurement.begun:
                 self._measurement = ParameterMeasurement(self._plan())
             self._measurement.backward(total, loss * scale, self._mean_entropy * scale)
             self._mean_entropy = None
@@ -249,7 +252,7 @@ class GAPTOptimizer(OptimizerWrapper):
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self._record.sums is None:
             return None
-        validation = mean_or_nan(self._validation)
+        validation = mean_or_nan(self._progress.validation)
         self._group = group_of(self._process_group)  # ranks may have met after this optimizer was made
         statistics = self._hook._take_statistics(self._record.sums.device) if self._mode.measure else None
         return self._record.start_reading(statistics, validation, self._group)
@@ -279,20 +282,11 @@ class GAPTOptimizer(OptimizerWrapper):
         judged = [entropies[name] for name in self._counted if name in entropies] or list(entropies.values())
         entropy = math.fsum(judged) / len(judged)
 
-        phase = self._gate.phase
+        phase = self.phase
         self._silent_steps = 0
-        self._progress.steps += 1
-        self._progress.compression_steps += phase is Phase.COMPRESSION
-        finite = math.isfinite(loss) and math.isfinite(entropy)
-        self._progress.nonfinite_steps += not finite
-        self._progress.nonfinite_run = 0 if finite else self._progress.nonfinite_run + 1
-        if finite:
-            self._judge(loss, entropy, validation)
-        elif not math.isnan(validation):
-            self._validation = [validation]  # judged with the next entropy that is finite
-        reason = self._gate.reason if self._gate.phase is not phase else None
+        reason = self._progress.advance(loss, entropy, validation)
         parameter_alignment = self._measurement.finish() if self._measurement is not None else None
-        if self._measurement is not None and parameter_alignment is None and not self._warned_unmeasured:
+        if self._measures and parameter_alignment is None and not self._warned_unmeasured:
             self._warned_unmeasured = True
             warnings.warn(
                 "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
@@ -300,10 +294,11 @@ class GAPTOptimizer(OptimizerWrapper):
                 stacklevel=3,
             )
         self._prepare_step()
+        counts = self._progress.counts
         self._metrics = StepMetrics(
-            step=self._progress.steps,
+            step=counts.steps,
             phase=phase.value,
-            next_phase=self._gate.phase.value,
+            next_phase=self.phase.value,
             reason=reason,
             loss=loss,
             entropy=entropy,
@@ -311,54 +306,34 @@ class GAPTOptimizer(OptimizerWrapper):
             alignment=activation_alignment(self._hook.names, statistics) if statistics else None,
             parameter_alignment=parameter_alignment() if parameter_alignment is not None else None,
             validation_loss=None if math.isnan(validation) else validation,
-            switches=self._gate.switches,
-            compression_steps=self._progress.compression_steps,
-            nonfinite_steps=self._progress.nonfinite_steps,
+            switches=self._progress.gate.switches,
+            compression_steps=counts.compression_steps,
+            nonfinite_steps=counts.nonfinite_steps,
         )
         self._notify(self._metrics)
-        if self._progress.nonfinite_run >= self.config.objective.max_nonfinite:
+        if counts.nonfinite_run >= self.config.objective.max_nonfinite:
             raise FloatingPointError(
-                f"loss or entropy was not finite for {self._progress.nonfinite_run} steps in a row (loss {loss}, "
+                f"loss or entropy was not finite for {counts.nonfinite_run} steps in a row (loss {loss}, "
                 f"entropy {entropy}); lower the learning rate, or raise ObjectiveConfig.max_nonfinite to go on longer"
             )
-
-    def _judge(self, loss: float, entropy: float, validation: float) -> None:
-        if self.config.gate.signal == "train":
-            self._gate.update(loss, entropy)
-            return
-        progress = self._progress
-        progress.unjudged_loss += loss
-        progress.unjudged_entropy += entropy
-        progress.unjudged_steps += 1
-        if progress.unjudged_steps == _UNJUDGED_STEPS:
-            warnings.warn(
-                f'{_UNJUDGED_STEPS} steps with signal="validation" and no finite validation loss: the gate stays. '
-                "Call optimizer.record_validation(loss)",
-                UserWarning,
-                stacklevel=4,
-            )
-        if math.isfinite(validation):
-            mean_loss, mean_entropy = (
-                total / progress.unjudged_steps for total in (progress.unjudged_loss, progress.unjudged_entropy)
-            )
-            self._gate.update(validation, mean_entropy, training_loss=mean_loss)
-            progress.unjudged_loss, progress.unjudged_entropy, progress.unjudged_steps = 0.0, 0.0, 0
 
     def _prepare_step(self) -> None:
         """Tell the taps what the next step does."""
         config = self.config
         every = config.alignment.parameter_every
-        self._measurement = ParameterMeasurement(self._plan()) if every and self._progress.steps % every == 0 else None
-        self._mean_entropy = None
+        self._measures = every > 0 and self._progress.counts.steps % every == 0
+        self._measurement = self._mean_entropy = None
         self._mode = TapMode(
             entropy=config.entropy,
-            compress=self._gate.phase is Phase.COMPRESSION or self._measurement is not None,
+            compress=self.phase is Phase.COMPRESSION or self._measures,
             measure=config.alignment.activation,
             combine=config.objective.combine,
             max_ratio=config.objective.max_ratio,
         )
         layers = config.layers
-        shares = schedule_shares(layers.schedule, len(self._counted), self._progress.compression_steps, layers.period)
+        shares = schedule_shares(
+            layers.schedule, len(self._counted), self._progress.counts.compression_steps, layers.period
+        )
         self._shares = torch.tensor(shares, dtype=torch.float64)
         self._group = group_of(self._process_group)
         self._hook._set_mode(self._mode, self._counted)
@@ -368,10 +343,10 @@ class GAPTOptimizer(OptimizerWrapper):
         return Plan(
             parameters=named_parameters(self._hook._model(), self.param_groups),
             layers=self._hook.names,
-            weight=config.objective.weight if self._gate.phase is Phase.COMPRESSION else 0.0,
-            separable=config.plain_objective or self._gate.phase is Phase.MEMORIZATION,
+            weight=config.objective.weight if self.phase is Phase.COMPRESSION else 0.0,
+            separable=config.plain_objective or self.phase is Phase.MEMORIZATION,
             streaming=config.alignment.parameter_streaming,
-            project=config.alignment.project_parameters and self._gate.phase is Phase.COMPRESSION,
+            project=config.alignment.project_parameters and self.phase is Phase.COMPRESSION,
             group=group_of(self._process_group),
         )
 
@@ -397,39 +372,24 @@ class GAPTOptimizer(OptimizerWrapper):
                     stacklevel=2,
                 )
 
+    # State
+
     def _own_state(self) -> dict[str, Any]:
         return {
-            "gate": self._gate.state_dict(),
-            **asdict(self._progress),
-            "unjudged_validation": list(self._validation),
+            **self._progress.state_dict(),
             "layers": list(self._hook.names),
             "ran": sorted(self._hook._capture.ever_ran),
             "config": self.config.model_dump(),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        fresh = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
-        unknown = set(own) ^ set(self._own_state())
-        if unknown:
-            raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {fresh}")
-        if _bare_names(own["layers"]) != _bare_names(self._hook.names):
-            raise ValueError(f"state_dict is of the layers {own['layers']}, this hook has {self._hook.names}; {fresh}")
-        here = self.config.model_dump()
-        for section, values in own["config"].items():
-            for name, value in values.items():
-                if here.get(section, {}).get(name) != value:
-                    found = here.get(section, {}).get(name)
-                    raise ValueError(f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {fresh}")
-
-        PhaseGate(self.config.gate).load_state_dict(own["gate"])
+        refuse_other_state(own, self._own_state(), self.config.gate)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        self._gate, self._progress, self._validation = PhaseGate(self.config.gate), _Progress(), []
-        self._hook._capture.ever_ran = set() if own is None else set(own["ran"])
+        self._progress = Progress(self.config.gate)
         if own is not None:
-            self._gate.load_state_dict(own["gate"])
-            self._progress = _Progress(**{part.name: own[part.name] for part in fields(_Progress)})
-            self._validation = list(own["unjudged_validation"])
+            self._progress.load_state_dict(own)
+        self._hook._capture.ever_ran = set() if own is None else set(own["ran"])
         self._forget_step()
         self._prepare_step()
 
@@ -447,11 +407,3 @@ class GAPTOptimizer(OptimizerWrapper):
     def __repr__(self) -> str:
         bases = ", ".join(repr(base) for base in self._wrapped.all)
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
-
-
-def _bare_names(names: list[str]) -> list[str]:
-    """Names without what DistributedDataParallel and torch.compile put before them."""
-    wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")
-    return [
-        functools.reduce(lambda name, part: name.replace(part, ""), wrappers, n).removeprefix("module.") for n in names
-    ]

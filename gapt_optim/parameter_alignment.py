@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .alignment import Alignment, dot, parameter_alignment, stacked
 from .distributed import HostCopy, mean_over_ranks, refuse_sharded
+from .hooks import nodes_behind
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,9 @@ class ParameterMeasurement:
     """
 
     def __init__(self, plan: Plan) -> None:
+        refuse_unmeasurable(plan)  # parameters may have been sharded or hooked since the last measurement
         self.plan = plan
         self._parameters = list(plan.parameters.values())
-        self.forget()
-        refuse_sharded(
-            plan.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
-        )
-        if plan.streaming:
-            busy = [name for name, p in plan.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
-            if busy or plan.group is not None:
-                what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average them"
-                raise RuntimeError(
-                    "parameter_streaming=True compares with the gradients in .grad while the entropy is "
-                    f"differentiated, but {what}; use parameter_streaming=False"
-                )
-
-    def forget(self) -> None:
-        """Begin anew: the gradients in ``.grad`` are gone."""
         n = len(self._parameters)
         self._entropy: list[Tensor | None] = [None] * n
         self._loss: list[Tensor | None] = [None] * n
@@ -136,15 +123,7 @@ class ParameterMeasurement:
 
     def _note_parameters_of(self, loss: Tensor) -> None:
         """Which parameters the loss depends on. In compression ``.grad`` does not tell: it is the entropy's too."""
-        leaves: set[Any] = set()
-        seen: set[Any] = set()
-        nodes: list[Any] = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                leaves.add(getattr(node, "variable", None))
-                nodes.extend(following for following, _ in node.next_functions)
+        leaves = {getattr(node, "variable", None) for node in nodes_behind(loss)}
         self._behind_loss = [noted or p in leaves for noted, p in zip(self._behind_loss, self._parameters, strict=True)]
 
     def _average_over_ranks(self) -> None:
@@ -212,6 +191,22 @@ class ParameterMeasurement:
 
         self._visit_gradients(entropy, compare, retain_graph=False)
         self._compare(rows)
+
+
+def refuse_unmeasurable(plan: Plan) -> None:
+    """Raises RuntimeError where the gradients that a measurement compares do not exist, with advice."""
+    refuse_sharded(
+        plan.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
+    )
+    if not plan.streaming:
+        return
+    busy = [name for name, p in plan.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if busy or plan.group is not None:
+        what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average them"
+        raise RuntimeError(
+            "parameter_streaming=True compares with the gradients in .grad while the entropy is "
+            f"differentiated, but {what}; use parameter_streaming=False"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +24,7 @@ from .hooks import (
     argument_names,
     belongs_to,
     masked_modules,
+    nodes_averaged_by_ddp,
     nodes_behind,
     unspent,
 )
@@ -124,7 +126,8 @@ class RepresentationHook:
     def _take(self, loss: Tensor) -> dict[str, list[Grams]]:
         """What each module that ran for ``loss`` left, one item per call of it; what other forward passes left goes.
 
-        Raises RuntimeError when a module never ran, or none did, saying why where that is known.
+        Raises RuntimeError when a module never ran, or none did, saying why where that is known; and for a branch that
+        DDP leaves out.
         """
         capture = self._capture
         taken = {name: unspent(calls) or calls for name, calls in capture.calls.items() if calls}
@@ -134,6 +137,9 @@ class RepresentationHook:
             of_loss = {name: [call for call in calls if belongs_to(call, behind)] for name, calls in taken.items()}
             # A side branch that the loss does not use: its latest call.
             taken = {name: of_loss[name] or calls[-1:] for name, calls in taken.items()}
+        if not capture.checked_branches and dist.is_available() and dist.is_initialized():
+            capture.checked_branches = True  # once: it takes a walk over the graph
+            self._refuse_branches_that_ddp_leaves_out(loss, taken)
         # A module that ran before may rest for a step (layer drop), but not because gradients were off.
         resting = capture.ever_ran - capture.without_grad if taken else set()
         missing = [name for name in self.names if name not in taken and name not in resting]
@@ -143,6 +149,25 @@ class RepresentationHook:
         capture.calls = {name: [] for name in self.names}
         capture.waiting = 0
         return taken
+
+    def _refuse_branches_that_ddp_leaves_out(self, loss: Tensor, taken: dict[str, list[Grams]]) -> None:
+        """Where DDP looks for parameters that the loss does not use, those that only an entropy uses are not averaged.
+
+        find_unused_parameters=True fails in the backward. static_graph=True notes in its first step who has a gradient:
+        where that is a step of memorization, ranks would drift apart in compression without a word.
+        """
+        nodes = nodes_averaged_by_ddp(loss)
+        if nodes is None:
+            return
+        unused = [name for name, calls in taken.items() if not all(belongs_to(call, nodes) for call in calls)]
+        if unused:
+            more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+            raise RuntimeError(
+                f'the loss does not depend on the output of tapped module "{unused[0]}"{more}, whose entropy gradients '
+                "DistributedDataParallel does not average with find_unused_parameters=True or static_graph=True; leave "
+                "the module out of layers, or make it part of the loss by adding 0 * output.sum() to what the model "
+                "returns"
+            )
 
     def _drop(self) -> None:
         """Forget what was captured and not used."""

@@ -45,12 +45,11 @@ def test_lbfgs_must_be_alone() -> None:
 
 
 def test_base_is_what_was_given() -> None:
-    base = adamw(make_net())
-    assert wrap(make_net(), lambda model: base).base is base
-    bases = matrices_and_rest(make_net())
-    assert wrap(make_net(), lambda model: bases).base == tuple(bases)
-    single = [sgd(make_net())]
-    assert wrap(make_net(), lambda model: single).base == tuple(single)
+    model = make_net()
+    base, bases, single = adamw(model), matrices_and_rest(model), [sgd(model)]
+    assert wrap(model, lambda model: base).base is base
+    assert wrap(model, lambda model: bases).base == tuple(bases)
+    assert wrap(model, lambda model: single).base == tuple(single)
 
 
 def test_several_step_as_each_would_by_itself() -> None:

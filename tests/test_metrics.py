@@ -124,6 +124,28 @@ def test_a_kill_loses_at_most_the_last_line(tmp_path: Path) -> None:
     assert len(steps) >= max([200, *reported])
 
 
+# Scalars
+
+
+def test_scalars_leave_out_what_is_missing_or_not_finite() -> None:
+    found = metrics(3, loss=math.nan, alignment=Alignment(None, None, 0.0, 0.4)).scalars(prefix="a")
+    expected = metrics(3)
+    assert found == {
+        "a/entropy": expected.entropy,
+        "a/compression": float(expected.phase == "compression"),
+        "a/switches": float(expected.switches),
+        **{f"a/entropy/{name}": entropy for name, entropy in expected.layer_entropy.items() if math.isfinite(entropy)},
+    }
+
+
+def test_scalars_with_everything_there() -> None:
+    both = {"alignment": Alignment(0.25, 0.2, 0.3, 0.4), "parameter_alignment": Alignment(-0.5, 0.2, 0.3, 0.4)}
+    found = metrics(3, validation_loss=4.0, **both).scalars(layers=False)
+    rest = {"gapt/loss", "gapt/entropy", "gapt/compression", "gapt/switches"}
+    assert found.keys() == rest | {"gapt/validation_loss", "gapt/activation_cosine", "gapt/parameter_cosine"}
+    assert (found["gapt/validation_loss"], found["gapt/parameter_cosine"]) == (4.0, -0.5)
+
+
 # Progress bar and TensorBoard
 
 

@@ -622,6 +622,66 @@ def test_wrong_argument_types_are_named(argument: str, value: Any, message: str)
     GAPTOptimizer(adamw(model), hook)  # a refused call does not take the hook
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_hook_on_another_copy_of_the_model_is_told_of_once(several: bool) -> None:
+    model = make_net()
+    optimizer = matrices_and_rest(model) if several else adamw(model)
+    other = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="none of the 5 trainable parameters") as told:
+        GAPTOptimizer(optimizer, RepresentationHook(other, "layers.*"))
+    assert len(told) == 1
+    message = str(told[0].message)
+    assert message.startswith("optimizer (Muon, AdamW) has" if several else "optimizer (AdamW) has")
+    assert "of the hook's model (Net)" in message
+    assert "Make the hook on the model whose parameters the optimizer has" in message
+    assert told[0].filename == __file__
+
+
+class Lazy(nn.Module):
+    """Has no shapes, nor values, before its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.LazyLinear(6), nn.LazyLinear(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](x))
+
+
+def one_shared_parameter() -> tuple[nn.Module, list[Tensor]]:
+    model = make_net()
+    return model, [model.head.weight, torch.zeros(3, requires_grad=True)]
+
+
+def prompt_of_a_frozen_model() -> tuple[nn.Module, list[Tensor]]:
+    return make_net().requires_grad_(False), [torch.zeros(3, 6, requires_grad=True)]
+
+
+def no_parameters_at_all() -> tuple[nn.Module, list[Tensor]]:
+    return nn.Sequential(nn.Tanh(), nn.Sequential(nn.Tanh())), [torch.zeros(3, 6, requires_grad=True)]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        one_shared_parameter,
+        prompt_of_a_frozen_model,
+        no_parameters_at_all,
+        lambda: (model := Lazy(), list(model.parameters())),
+        lambda: (model := torch.compile(make_net(), backend="eager"), list(model._orig_mod.parameters())),
+    ],
+    ids=["one shared", "frozen", "none", "lazy", "compiled"],
+)
+def test_a_hook_whose_gradients_may_reach_the_optimizer_is_not_told_of(make: Any) -> None:
+    model, parameters = make()
+    layers = list(dict(model.named_modules()))[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature")
+        GAPTOptimizer(torch.optim.SGD(parameters, lr=0.1), RepresentationHook(model, layers))
+
+
 def test_a_wrapped_optimizer_is_not_wrapped_again() -> None:
     model = make_net()
     optimizer = wrap(model)

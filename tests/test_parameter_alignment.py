@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, ObjectiveConfig
@@ -26,6 +24,7 @@ from tests.angles import (
     sums_of,
 )
 from tests.loops import RESTLESS, adamw, assert_same, gradients, loss_of, make_net, weights, wrap
+from tests.memory import Live
 from tests.models import CASES, MLP, Block, Case
 from tests.training import wrapped
 
@@ -467,25 +466,6 @@ def test_the_objective_alone_is_not_measured() -> None:
 
 
 # Memory
-
-
-class Live(TorchDispatchMode):
-    """The most bytes alive at once among the tensors made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.alive.setdefault(StorageWeakRef(storage), storage.nbytes())
-        self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 WIDE = Case(lambda: MLP(width=192, depth=6), "blocks.*", lambda: {"x": torch.randn(1, 8, 192)}, 4)

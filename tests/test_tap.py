@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
+from tests.memory import Live
 from tests.models import CASES, MLP, Block, Case, TiedLM, gpt2, masked_tokens
 from tests.reference import REFERENCE_REDUCTIONS, REFERENCE_SHARES, reference_layer_entropy, reference_objective
 from tests.training import distance, gradients, recorded, wrapped
@@ -252,6 +253,82 @@ def test_taps_save_the_hidden_tensor_itself_and_small_matrices(parts: dict[str, 
     # What is new beside them is small: one 8 x 8 matrix for each of 20 windows, for each of 3 layers.
     assert sum(tensor.numel() for tensor in matrices) <= 3 * 20 * 64 + 64
     assert len(held - allowed) <= len({tensor.untyped_storage().data_ptr() for tensor in bare})
+
+
+def kept(case: Case, dtype: torch.dtype, **parts: Any) -> tuple[int, int]:
+    """Bytes that the wrapper adds to what the model keeps: after the forward pass, and after the objective."""
+    found = []
+    for wrap in (False, True):
+        model, inputs = case.model(dtype), case.inputs(dtype)
+        optimizer = wrapped(model, case.layers, **parts) if wrap else None
+        with Live() as live:
+            loss = case.loss(model, inputs)
+            forward = live.now()
+            total = loss if optimizer is None else optimizer.objective(loss)
+            found.append((forward, live.now()))
+            del total
+    (bare_forward, bare), (forward, objective) = found
+    return forward - bare_forward, objective - bare
+
+
+def rows(*shape: int) -> Callable[[], dict[str, Tensor]]:
+    return lambda: {"x": torch.randn(shape)}
+
+
+# Batch, sequence, width, and the window.
+SHAPES = {
+    "wide": ((4, 32, 48), 8),
+    "long": ((2, 64, 16), 16),
+    "short tail": ((3, 30, 48), 8),
+    "narrow": ((8, 32, 6), 16),
+    "whole sequences": ((2, 24, 48), None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("phase", "activation"), [("memorization", False), ("memorization", True), ("compression", False)]
+)
+@pytest.mark.parametrize("depth", [2, 5])
+@pytest.mark.parametrize(("shape", "window"), SHAPES.values(), ids=SHAPES)
+def test_bytes_kept_per_layer(
+    shape: tuple[int, int, int], window: int | None, depth: int, phase: str, activation: bool, dtype: torch.dtype
+) -> None:
+    """Gram matrices until the objective, kernels of their size from there to the backward, and no activation."""
+    batch, length, width = shape
+    window = length if window is None else window
+    windows = batch * math.ceil(length / window)
+    matrices = windows * min(window, width) ** 2 * (8 if dtype is torch.float64 else 4)
+    counts = 8 * windows if length % window else 0
+    case = Case(lambda: MLP(width, depth), "blocks.*", rows(*shape), 4)
+    entropy = {"window": None if window == length else window}
+    forward, objective = kept(case, dtype, phase=phase, activation=activation, entropy=entropy)
+    few = 32 * depth + 64  # numbers per layer, and per step
+    assert 0 <= forward - depth * (matrices + counts) <= few
+    nothing_flows = phase == "memorization" and not activation
+    assert 0 <= objective - depth * (0 if nothing_flows else matrices) <= few
+    assert few < matrices
+
+
+def test_bytes_kept_per_masked_layer() -> None:
+    """The mask as it is used, and the tokens of each window, beside the matrices."""
+    windows, tokens, layers = 4 * 2, 4 * 13, 2
+    forward, objective = kept(CASES["gpt2 masked"], torch.float32, phase="compression")
+    assert 0 <= forward - layers * (windows * (4 * 8**2 + 8) + tokens) <= 64 * layers
+    assert 0 <= objective - layers * (windows * 4 * 8**2 + tokens) <= 64 * layers
+
+
+@PHASES
+def test_bytes_while_the_objective_is_built(phase: str) -> None:
+    """With the Gram matrices that are kept already, about four times as many."""
+    depth, matrices = 5, 4 * 4 * (32 // 8) * 8**2
+    model, x = MLP(48, depth), torch.randn(4, 32, 48)
+    optimizer = wrapped(model, "blocks.*", phase=phase, activation=True)
+    with Live() as live:
+        loss = model(x).square().mean()
+        before, live.peak = live.now(), 0
+        optimizer.objective(loss)
+    assert depth * matrices < live.peak - before < 3.3 * depth * matrices
 
 
 # In-place operations

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..optimizer import GAPTOptimizer
-from .common import Replacement, scalars, unwrapped
+from .common import Replacement, unwrapped
 
 
 class GAPTCallback(Callback):
@@ -66,7 +66,8 @@ class GAPTCallback(Callback):
         optimizers = _wrapped(trainer)
         for i, optimizer in enumerate(optimizers):
             prefix = "gapt" if len(optimizers) == 1 else f"gapt{i}"
-            pl_module.log_dict(scalars(optimizer.metrics, layers=self.layers, prefix=prefix))
+            if optimizer.metrics is not None:
+                pl_module.log_dict(optimizer.metrics.scalars(layers=self.layers, prefix=prefix))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the held-out loss to the gate."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ..optimizer import GAPTOptimizer
-from .common import Replacement, scalars, unwrapped
+from .common import Replacement, unwrapped
 
 
 class GAPTCallback(TrainerCallback):
@@ -129,10 +129,10 @@ class GAPTCallback(TrainerCallback):
             mean = loss.detach() * n
             entropy = optimizer.objective(mean) - mean
             total = loss + entropy / n if entropy.requires_grad else loss
-            if optimizer._measurement is None:
-                backward(total, **kwargs)
-            else:
+            if optimizer._measures:
                 optimizer._differentiate(total, loss * n, 1 / n)
+            else:
+                backward(total, **kwargs)
 
         return joined
 
@@ -140,6 +140,8 @@ class GAPTCallback(TrainerCallback):
         @wraps(log)
         def joined(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             of_training = "loss" in logs  # not an evaluation's, nor the summary at the end
-            log({**logs, **(scalars(optimizer.metrics, layers=self.layers) if of_training else {})}, *args, **kwargs)
+            if of_training and optimizer.metrics is not None:
+                logs = {**logs, **optimizer.metrics.scalars(layers=self.layers)}
+            log(logs, *args, **kwargs)
 
         return joined

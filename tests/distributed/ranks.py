@@ -1,4 +1,4 @@
-"""Two processes that form a group over gloo and run functions together."""
+"""Processes that form a group over gloo and run functions together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORLD = 2
 _IGNORED = (  # what torch itself says of its own ways
     (".*should not be instantiated", DeprecationWarning),
     ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
@@ -31,7 +30,8 @@ class Ranks:
     may be left waiting for the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: int = 2) -> None:
+        self.world = world
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -42,7 +42,7 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
         deadline, results, failures = time.monotonic() + timeout, {}, []
-        while len(results) < WORLD and not failures and time.monotonic() < deadline:
+        while len(results) < self.world and not failures and time.monotonic() < deadline:
             for rank, pipe in enumerate(self._pipes):
                 if rank in results or not pipe.poll(0.02):
                     continue
@@ -53,19 +53,19 @@ class Ranks:
                 results[rank] = result
                 if not done:
                     failures.append(f"rank {rank}:\n{result}")
-        if failures or len(results) < WORLD:
+        if failures or len(results) < self.world:
             self.close()
-            waiting = [rank for rank in range(WORLD) if rank not in results]
+            waiting = [rank for rank in range(self.world) if rank not in results]
             raise RuntimeError("\n".join(failures) or f"ranks {waiting} did not finish within {timeout} s")
-        return [results[rank] for rank in range(WORLD)]
+        return [results[rank] for rank in range(self.world)]
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
         handle, store = tempfile.mkstemp()
         os.close(handle)
-        for rank in range(WORLD):
+        for rank in range(self.world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, store, there), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
@@ -82,10 +82,10 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
-    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": "0"})
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"})
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

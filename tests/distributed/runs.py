@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook, StepMetrics
@@ -22,6 +24,8 @@ from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
 RESTLESS = GateConfig(patience_memorization=2, patience_compression=2, min_improvement=0.5, spike_tolerance=10.0)
 COMPRESSING = GateConfig(initial_phase="compression", frozen=True)
 BATCH = 8
+SGD = partial(torch.optim.SGD, momentum=0.9)
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.1)
 
 
 class Block(nn.Module):
@@ -36,11 +40,11 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Sequences through three tapped blocks to class scores."""
+    """Sequences through tapped blocks to class scores."""
 
-    def __init__(self, recompute: bool = False) -> None:
+    def __init__(self, recompute: bool = False, depth: int = 3) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.head = nn.Linear(6, 4)
         self.recompute = recompute
 
@@ -63,6 +67,7 @@ class Run:
     dtype: torch.dtype = torch.float64
     compiled: bool = False
     lr: float = 0.05
+    base: Callable[..., Optimizer] = SGD
     validation: bool = False
 
 
@@ -100,8 +105,7 @@ def made(run: Run) -> tuple[nn.Module, nn.Module, GAPTOptimizer]:
     if run.compiled:
         torch._dynamo.reset()
         called = torch.compile(called, backend="aot_eager")
-    base = torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9)
-    return called, model, GAPTOptimizer(base, hook, run.config)
+    return called, model, GAPTOptimizer(run.base(model.parameters(), lr=run.lr), hook, run.config)
 
 
 def train(run: Run) -> list[Seen]:

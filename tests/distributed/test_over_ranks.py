@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -30,12 +32,28 @@ from gapt_optim import (
     AlignmentConfig,
     GAPTConfig,
     GAPTOptimizer,
+    ObjectiveConfig,
     RepresentationHook,
     gradient_alignment,
 )
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import COMPRESSING, Net, Run, Seen, full, made, train, train_step, weights
+from tests.distributed.runs import (
+    ADAMW,
+    COMPRESSING,
+    RESTLESS,
+    SGD,
+    Net,
+    Run,
+    Seen,
+    full,
+    made,
+    train,
+    train_step,
+    weights,
+)
+from tests.distributed.test_training_over_ranks import assert_equal_metrics, assert_equal_runs
 from tests.loops import assert_same
+from tests.training import distance
 
 LAYERS = 3
 
@@ -44,20 +62,20 @@ LAYERS = 3
 
 
 @contextmanager
-def counted_collectives() -> Iterator[list[int]]:
-    """Numbers in each collective of ours."""
-    sizes: list[int] = []
+def counted_collectives() -> Iterator[list[tuple[int, int]]]:
+    """Numbers and bytes of each collective of ours."""
+    sizes: list[tuple[int, int]] = []
     real = dist.all_reduce
 
     def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sizes.append(tensor.numel())
+        sizes.append((tensor.numel(), tensor.nbytes))
         return real(tensor, *args, **options)
 
     with mock.patch("gapt_optim.distributed.dist.all_reduce", counting):
         yield sizes
 
 
-def collectives(run: Run) -> list[list[int]]:
+def collectives(run: Run) -> list[list[tuple[int, int]]]:
     called, model, optimizer = made(run)
     found = []
     for step in range(run.steps):
@@ -67,26 +85,47 @@ def collectives(run: Run) -> list[list[int]]:
     return found
 
 
-# The loss, one entropy per layer and the held-out loss, each with whether it was there.
-PLAIN = 2 * (1 + LAYERS + 1)
+def numbers_per_step(depth: int, activation: bool) -> int:
+    """The loss, one entropy per layer and the held-out loss, each with whether it was there; three sums per layer."""
+    return 2 * (1 + depth + 1) + 3 * depth * activation
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("activation", "numbers"), [(False, PLAIN), (True, PLAIN + 3 * LAYERS)])
-def test_one_collective_per_step(ranks: Ranks, parallel: str, activation: bool, numbers: int) -> None:
-    config = GAPTConfig(gate=COMPRESSING, alignment=AlignmentConfig(activation=activation))
-    run = Run(parallel, config=config, micro_batches=2, steps=3)
-    assert ranks(collectives, run) == [[[numbers]] * 3] * 2
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize(("depth", "micro_batches"), [(12, 1), (3, 4)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)], ids=str)
+def test_one_collective_per_step(
+    ranks: Ranks, parallel: str, activation: bool, depth: int, micro_batches: int, dtype: torch.dtype, size: int
+) -> None:
+    """However many micro-batches the step has."""
+    config = GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(activation=activation))
+    build = partial(Net, depth=depth)
+    run = Run(parallel, config=config, micro_batches=micro_batches, steps=4, build=build, dtype=dtype)
+    numbers = numbers_per_step(depth, activation)
+    assert ranks(collectives, run) == [[[(numbers, size * numbers)]] * 4] * 2
 
 
-def test_collectives_of_a_measured_step(ranks: Ranks) -> None:
-    """One for each parameter's entropy gradient, and one for which parameters there are, per micro-batch."""
-    config = GAPTConfig(gate=COMPRESSING, alignment=AlignmentConfig(activation=False, parameter_every=2))
-    names = dict(Net().named_parameters())
-    blocks = [parameter.numel() for name, parameter in names.items() if name.startswith("blocks")]
-    measured = [3 * len(names), *blocks, PLAIN]
-    for found in ranks(collectives, Run("ddp", config=config, steps=3)):
-        assert found == [measured, [PLAIN], measured]
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("combine", ["sum", "cap"])
+def test_collectives_of_a_measured_step(ranks: Ranks, combine: str, micro_batches: int) -> None:
+    """Per micro-batch, one for which parameters there are and one for each parameter's entropy gradient.
+
+    Where the entropy's part of the gradient is not the weight times that, the loss's own gradients are averaged too.
+    """
+    config = GAPTConfig(
+        gate=COMPRESSING,
+        alignment=AlignmentConfig(activation=False, parameter_every=2),
+        objective=ObjectiveConfig(combine=combine),
+    )
+    parameters = dict(Net().named_parameters())
+    flags = [(3 * len(parameters), 4 * 3 * len(parameters))]
+    reached = [(p.numel(), 8 * p.numel()) for name, p in parameters.items() if name.startswith("blocks")]
+    behind_loss = [] if combine == "sum" else [(p.numel(), 8 * p.numel()) for p in parameters.values()]
+    numbers = numbers_per_step(LAYERS, False)
+    plain = [(numbers, 8 * numbers)]
+    measured = micro_batches * (flags + reached + behind_loss) + plain
+    for found in ranks(collectives, Run("ddp", config=config, steps=3, micro_batches=micro_batches)):
+        assert found == [measured, plain, measured]
 
 
 def made_before_ranks_meet() -> list[str]:
@@ -170,6 +209,100 @@ def test_a_layer_that_rests_on_one_rank(ranks: Ranks) -> None:
         assert seen.metrics.parameter_alignment.shared == 2 * LAYERS
 
 
+class Branching(Net):
+    """The last block is a branch that the loss does not use, unless it is ``joined`` as the error advises."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks[1](self.blocks[0](x))
+        branch = self.blocks[2](h)
+        out = self.head(h).log_softmax(-1)
+        return out + 0 * branch.sum() if self.joined else out
+
+
+def branching(phase: str, options: dict[str, Any], joined: bool) -> Run:
+    gate = RESTLESS.model_copy(update={"initial_phase": phase})
+    return Run("ddp", options, GAPTConfig(gate=gate), build=partial(Branching, joined=joined))
+
+
+def branch_off(run: Run) -> str:
+    called, model, optimizer = made(run)
+    return refused(lambda: train_step(run, 0, called, model, optimizer), RuntimeError)
+
+
+SEARCHING = pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+
+
+@SEARCHING
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_that_the_loss_does_not_use_is_refused_under_ddp(
+    ranks: Ranks, phase: str, activation: bool, option: str
+) -> None:
+    """At the first step of any phase, before ranks could drift apart in compression."""
+    run = branching(phase, {option: True}, False)
+    run = replace(run, config=run.config.model_copy(update={"alignment": AlignmentConfig(activation=activation)}))
+    for message in ranks(branch_off, run):
+        assert 'does not depend on the output of tapped module "blocks.2"' in message
+        assert "adding 0 * output.sum() to what the model returns" in message
+
+
+@SEARCHING
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_made_part_of_the_loss_as_advised(ranks: Ranks, phase: str, option: str) -> None:
+    run = branching(phase, {option: True}, True)
+    expected = train(replace(run, parallel="none"))
+    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
+    assert_equal_runs(ranks(train, run), expected)
+
+
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_where_ddp_looks_for_no_unused_parameters(ranks: Ranks, phase: str) -> None:
+    run = branching(phase, {}, False)
+    expected = train(replace(run, parallel="none"))
+    for of_rank in ranks(train, run):
+        for here, there in zip(of_rank, expected, strict=True):
+            nothing = {name: torch.zeros_like(g) for name, g in here.gradients.items() if name not in there.gradients}
+            assert distance(here.gradients, there.gradients | nothing) < 1e-9
+
+
+class Returning(Branching):
+    """Returns the branch beside its output, and something that is no tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.blocks[1](self.blocks[0](x))
+        return None, self.blocks[2](h), self.head(h).log_softmax(-1)
+
+
+def return_branch(run: Run) -> list[dict[str, Tensor]] | str:
+    called, model, optimizer = made(replace(run, build=partial(Returning, joined=False)))
+
+    def go() -> list[dict[str, Tensor]]:
+        output = lambda x: called(x)[2]  # noqa: E731
+        return [train_step(run, step, output, model, optimizer).gradients for step in range(run.steps)]
+
+    return refused(go, RuntimeError) if run.options.get("static_graph") else go()
+
+
+@SEARCHING
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_that_the_model_returns_and_the_loss_does_not_use(ranks: Ranks, phase: str, option: str) -> None:
+    """DDP sees what is returned where it looks at every step; a static graph has no gradient for it to see."""
+    run = branching(phase, {option: True}, False)
+    found = ranks(return_branch, run)
+    if option == "static_graph":
+        assert all('does not depend on the output of tapped module "blocks.2"' in message for message in found)
+        return
+    expected = [seen.gradients for seen in train(replace(run, parallel="none"))]
+    assert any("blocks.2.linear.weight" in gradients for gradients in expected)
+    for of_rank in found:
+        for here, there in zip(of_rank, expected, strict=True):
+            assert distance(here, there) < 1e-9
+
+
 # The order in which things are put around a model
 
 
@@ -190,33 +323,46 @@ def hooked_first(options: dict[str, Any]) -> list[Seen]:
 
 @pytest.mark.parametrize("reshard", [True, False])
 def test_taps_placed_before_sharding(ranks: Ranks, reshard: bool) -> None:
-    from tests.distributed.test_training_over_ranks import assert_equal_runs
-
     assert_equal_runs(ranks(hooked_first, {"reshard_after_forward": reshard}), train(Run()))
 
 
 # Checkpoints
 
 
-def save_and_go_on(folder: str, run: Run, until: int) -> tuple[list[Seen], dict[str, Tensor]]:
+@dataclass
+class Continued:
+    """A run from its checkpoint on."""
+
+    start: dict[str, Any]
+    """Weights, optimizer state and gate at the checkpoint, whole."""
+    steps: list[Seen]
+    final: dict[str, Tensor]
+
+
+def go_on(run: Run, start: int, called: nn.Module, model: nn.Module, optimizer: GAPTOptimizer) -> Continued:
+    whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    state = {"model": weights(model), "optimizer": copy.deepcopy(whole)}
+    steps = [train_step(run, step, called, model, optimizer) for step in range(start, run.steps)]
+    return Continued(state, steps, weights(model))
+
+
+def save_and_go_on(folder: str, run: Run, until: int) -> Continued:
     called, model, optimizer = made(run)
     for step in range(until):
         train_step(run, step, called, model, optimizer)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder)
-    later = [train_step(run, step, called, model, optimizer) for step in range(until, run.steps)]
-    return later, weights(model)
+    return go_on(run, until, called, model, optimizer)
 
 
-def load_and_go_on(folder: str, run: Run, start: int) -> tuple[list[Seen], dict[str, Tensor]]:
+def load_and_go_on(folder: str, run: Run, start: int) -> Continued:
     torch.manual_seed(5)
     called, model, optimizer = made(replace(run, build=Other))
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(strict=True))
-    later = [train_step(run, step, called, model, optimizer) for step in range(start, run.steps)]
-    return later, weights(model)
+    return go_on(run, start, called, model, optimizer)
 
 
 class Other(Net):
@@ -229,23 +375,39 @@ class Other(Net):
                 parameter.add_(1.0)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 @pytest.mark.parametrize("until", [1, 3, 4])
-def test_a_sharded_checkpoint_goes_on_where_it_was(ranks: Ranks, until: int) -> None:
-    """On the same ranks bit for bit, gate and counters included; and on one process."""
-    run = Run("fsdp", steps=8)
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_sharded_checkpoint_goes_on_where_it_was(ranks: Ranks, base: Any, until: int) -> None:
+    """On the same ranks bit for bit, gate and counters included."""
+    run = Run("fsdp", steps=8, base=base)
     with tempfile.TemporaryDirectory() as folder:
         never_stopped = ranks(save_and_go_on, folder, run, until)
         resumed = ranks(load_and_go_on, folder, run, until)
-        alone = load_and_go_on(folder, replace(run, parallel="none"), until)
-    for (expected, final), (found, found_final) in zip(never_stopped, resumed, strict=True):
-        assert_same(found_final, final)
-        assert [seen.metrics for seen in found] == [seen.metrics for seen in expected]
-    (expected, final), (found, found_final) = never_stopped[0], alone
-    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
-    assert [(s.metrics.step, s.metrics.phase) for s in found] == [(s.metrics.step, s.metrics.phase) for s in expected]
-    for name in final:
-        torch.testing.assert_close(found_final[name], final[name], rtol=1e-9, atol=1e-12)
+    for expected, found in zip(never_stopped, resumed, strict=True):
+        assert_same(found.start, expected.start)
+        assert_same(found.final, expected.final)
+        assert [seen.metrics for seen in found.steps] == [seen.metrics for seen in expected.steps]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_a_sharded_checkpoint_goes_on_at_another_world_size(ranks: Ranks) -> None:
+    """Saved on two ranks; on four, on one and on none the state is the same bit for bit, and the run the same.
+
+    Of four, one rank has no row of the blocks' matrices.
+    """
+    runs = [(Run("fsdp", steps=8, base=base), until) for base in (SGD, ADAMW) for until in (1, 4)]
+    with tempfile.TemporaryDirectory() as folder, closing(Ranks(4)) as four, closing(Ranks(1)) as one:
+        for i, (run, until) in enumerate(runs):
+            where = f"{folder}/{i}"
+            expected = ranks(save_and_go_on, where, run, until)[0]
+            assert {seen.metrics.phase for seen in expected.steps} == {"memorization", "compression"}
+            alone = load_and_go_on(where, replace(run, parallel="none"), until)
+            for found in [*four(load_and_go_on, where, run, until), *one(load_and_go_on, where, run, until), alone]:
+                assert_same(found.start, expected.start)
+                for here, there in zip(found.steps, expected.steps, strict=True):
+                    assert_equal_metrics(here, there, 1e-7)
+                    assert distance(here.gradients, there.gradients) < 1e-7
+                assert distance(found.final, expected.final) < 1e-9
 
 
 # Refusals

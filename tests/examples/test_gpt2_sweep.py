@@ -71,6 +71,22 @@ def test_lengths_of_text_are_settings(tiny: list[str], tmp_path: Path) -> None:
     assert (out / "report.html").read_text().count("<img") == 2
 
 
+def test_sweeps_in_one_folder_share_the_plain_runs(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*tiny, "--compare", "--methods", "plain", "gapt", "--seeds", "1", "--workers", "1"]
+    run([*flags, "--out", str(tmp_path / "out")])
+    first = read_results(tmp_path / "out")["runs"]
+    drawn: list[int] = []
+    draw = Batches.__call__
+    monkeypatch.setattr(Batches, "__call__", lambda self, index: (drawn.append(index), draw(self, index))[1])
+    run([*flags, "--weight", "3", "--out", str(tmp_path / "out")])
+    second = read_results(tmp_path / "out")["runs"]
+    assert drawn == list(range(12))  # one run
+    assert first["plain"] == second["plain"]
+    assert first["gapt"]["entropy"] != second["gapt"]["entropy"]
+
+
 def test_an_interrupted_sweep_goes_on_inside_a_run(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

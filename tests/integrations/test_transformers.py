@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
 import math
+import re
 import socket
 import tempfile
 from collections.abc import Callable
@@ -466,8 +467,12 @@ def test_reentrant_checkpointing_is_refused_inside_a_checkpointed_block(
     seen = Seen()
     trainer = make(tmp_path, layers=layers, seen=seen, max_grad_norm=0.2, **kwargs)
     if refused:
-        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        with pytest.raises(RuntimeError, match="use_reentrant=False") as refusal:
             trainer.train()
+        # The advice names the argument by which this test turned it on.
+        advised = re.search(r'transformers (\w+)=\{"use_reentrant": False\}', str(refusal.value))
+        assert advised is not None
+        assert advised[1] in kwargs
         return
     trainer.train()
     assert [m.loss for m in seen.metrics] == pytest.approx([m.loss for m in plain_run(layers)], rel=1e-4)
