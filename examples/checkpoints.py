@@ -6,16 +6,30 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from errors import UserError
+from parallel import Ranks
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from gapt_optim.report import read_metrics
+from gapt_optim.wrapper import STATE_KEY
+
+# Whole tensors under the names of the plain model, however it is spread: what one run saves, any other can load.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save_checkpoint(
@@ -23,20 +37,26 @@ def save_checkpoint(
     state: dict[str, Any],
     identity: dict[str, Any],
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[LRScheduler],
+    ranks: Ranks,
 ) -> None:
-    """Writes everything that training goes on from; a kill in the middle leaves the previous one whole."""
+    """Writes everything that training goes on from; a kill in the middle leaves the previous one whole.
+
+    All ranks have to call it, since each may hold a part.
+    """
+    weights = get_model_state_dict(model, options=WHOLE)
+    moments = get_optimizer_state_dict(model, optimizers, options=WHOLE)
+    if not ranks.first:
+        return
     partial = path.with_suffix(".tmp")
     torch.save(
         {
             "identity": identity,
             "state": state,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "model": weights,
+            "optimizer": moments,
+            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
         },
         partial,
     )
@@ -46,14 +66,45 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path,
     identity: dict[str, Any],
-    device: torch.device,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[LRScheduler],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Puts a checkpoint back and returns the run's state; refuses one of another model, naming the difference."""
+    saved = ranks.together(lambda: read_checkpoint(path, identity))
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        set_model_state_dict(model, saved["model"], options=WHOLE)
+        restore_optimizers(model, optimizers, saved["optimizer"])
+        for scheduler, values in zip(schedulers, saved["schedulers"], strict=True):
+            scheduler.load_state_dict(values)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"--resume: {path} does not fit this run ({str(error).splitlines()[0]})") from error
+    state: dict[str, Any] = saved["state"]
+    return state
+
+
+def restore_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], saved: dict[str, Any]) -> None:
+    """Puts the state of the optimizers back, and that of the gate.
+
+    torch takes lists apart on the way, to find tensors in them, and loses those that are empty or of another length
+    than in a fresh optimizer. So the gate's plain values go around it.
+    """
+    gate = saved["param_groups"][0].pop(STATE_KEY, None)
+
+    def put_back(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        if gate is not None:
+            state_dict["param_groups"][0][STATE_KEY] = gate
+
+    handle = optimizers[0].register_load_state_dict_pre_hook(put_back)
+    set_optimizer_state_dict(model, optimizers, saved, options=WHOLE)
+    handle.remove()
+
+
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU."""
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["identity"]
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         raise UserError(f"--resume: {path} is not a checkpoint of this script; delete it or pick another --out") from (
@@ -65,17 +116,7 @@ def load_checkpoint(
                 f"--resume: {path} is of another model ({name} {found.get(name)}, this run has {wanted}); "
                 "give the flags it was started with, or another --out"
             )
-    try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"--resume: {path} does not fit this run ({str(error).splitlines()[0]})") from error
-    scheduler.load_state_dict(saved["scheduler"])
-    torch.set_rng_state(saved["rng"].cpu())
-    if saved["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in saved["cuda_rng"]])
-    state: dict[str, Any] = saved["state"]
-    return state
+    return saved
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -89,8 +130,12 @@ def forget_after(path: Path, step: int) -> None:
 
 
 @contextmanager
-def stop_after_step() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into a flag, so that it never tears a step in two; the second one is immediate."""
+def stop_after_step(ranks: Ranks) -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C, or the SIGTERM of a cluster, into a flag, so that it never tears a step in two.
+
+    The second one is immediate. Under torchrun it is not: torchrun passes a Ctrl-C on that the terminal has sent
+    already, and itself ends what takes longer than 30 seconds.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -98,10 +143,15 @@ def stop_after_step() -> Iterator[threading.Event]:
 
     def on_signal(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, previous)
+        if ranks.control is None:
+            restore()
 
-    previous = signal.signal(signal.SIGINT, on_signal)
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

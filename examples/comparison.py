@@ -39,6 +39,7 @@ def table(runs: Runs) -> str:
         rows.append(row(f"MBE {layer}", lambda run, layer=layer: run["layer_entropy"][layer]))  # type: ignore[misc]
     rows.append(["steps in compression", *(f"{run['compression_share']:.0%}" for run in runs.values())])
     rows.append(["phase switches", *(str(run["switches"]) for run in runs.values())])
+    rows.append(["optimizer state (MB)", *(f"{run['optimizer_state_mb']:.1f}" for run in runs.values())])
     rows.append(["tokens/s", *(f"{run['tokens_per_second']:,.0f}" for run in runs.values())])
 
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]

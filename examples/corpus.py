@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -71,7 +72,12 @@ def prepare(source: Source, folder: Path, *, vocabulary: int | None, tokens: int
 
 def load(folder: Path) -> Corpus:
     """The corpus that `prepare` left in ``folder``."""
-    facts = json.loads((folder / "corpus.json").read_text())
+    try:
+        facts = json.loads((folder / "corpus.json").read_text())
+    except FileNotFoundError as error:  # a rank on another machine than the one that prepared it
+        raise UserError(f"--out: {folder} is empty on {platform.node()}; give a folder that all machines share") from (
+            error
+        )
     if "bin" in facts:
         path = Path(facts["bin"])
         if not path.exists() or path.stat().st_size != 2 * (facts["train"] + facts["validation"]):
@@ -254,12 +260,15 @@ class Batches:
 
 
 def validation_batches(
-    tokens: Tokens, context: int, batch_size: int, count: int
+    tokens: Tokens, context: int, batch_size: int, count: int, *, first: int = 0, every: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """``count`` sequences spread evenly over the validation part, the same ones every time."""
+    """``count`` sequences spread evenly over the validation part, the same ones every time.
+
+    Of their batches only every ``every``-th, from number ``first`` on: what one of several ranks takes.
+    """
     windows = (len(tokens) - 1) // context
     chosen = np.unique(np.linspace(0, windows - 1, min(count, windows)).astype(np.int64)) * context
-    for start in range(0, len(chosen), batch_size):
+    for start in range(first * batch_size, len(chosen), every * batch_size):
         yield sequences(tokens, [int(row) for row in chosen[start : start + batch_size]], context)
 
 

@@ -17,18 +17,22 @@ class StoppedError(Exception):
     """The user stopped training. What was done is stored; the message says how to go on."""
 
 
-def exit_code(run: Callable[[], Any]) -> int:
-    """Runs a script: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C."""
+def complain(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def exit_code(run: Callable[[], Any], say: Callable[[str], None] = complain) -> int:
+    """Runs a script: 0 when it finished, 2 for what the user can mend, 130 after Ctrl-C. ``say`` prints why."""
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        print(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"', file=sys.stderr)
+        say(f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"')
         return 2
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        say(str(stopped))
         return 130
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

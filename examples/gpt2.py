@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,7 +98,7 @@ def build(preset: Preset, *, vocabulary: int, separator: int, context: int, drop
     )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only, as GPT-2 is usually trained: gains and biases keep their scale."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [

@@ -5,6 +5,7 @@
     python examples/gpt2_fineweb.py --data corpus.jsonl --weight 0.3 --window 16
     python examples/gpt2_fineweb.py --preset small --out runs/124m            # GPT-2 124M, on a GPU
     python examples/gpt2_fineweb.py --preset small --out runs/124m --resume   # goes on where that one stopped
+    torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel ddp --out runs/124m  # on 8 GPUs
 
 What is written to --out: metrics.jsonl, validation.jsonl, checkpoint.pt, results.json, table.md and pictures. With
 --compare, the metrics and checkpoints of plain AdamW and of the constant penalty lie in sub-folders of these names.
@@ -26,45 +27,53 @@ import sweep
 import torch
 from comparison import changes, table
 from corpus import Corpus, check_length, first_tokens, load, prepare
-from errors import exit_code
+from errors import UserError, exit_code
 from gpt2 import PRESETS
 from gpt2_options import check_flags, make_config, make_parser, settings_to_resume
 from gpt2_sweep import run_sweep
 from methods import METHODS
+from parallel import join, leave
 from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
-from training import TrainConfig, check_layers, pick_device, train
+from training import TrainConfig, check_layers, check_ways, train
 
 from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:
     """The script, from the command line to the results."""
+    ranks = join()
     parser, flags = make_parser()
     given = vars(parser.parse_args(argv))
     out = Path(given.pop("out", "runs/gpt2_fineweb"))
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
+    # How it is run, not what: typed anew when it goes on, which may be elsewhere.
+    launch: dict[str, Any] = {name: given.pop(name) for name in ("parallel", "compile") if name in given}
 
     # Everything that can be refused is refused before anything is computed or replaced.
     check_flags(given, resume, overwrite)
     threads = given.pop("threads", None)
     if "seeds" in given:
-        return run_seeds(given, make_config(given, flags), out, quiet)
-    stored = claim(out, resume=resume, overwrite=overwrite)
+        if ranks.control is not None:
+            raise UserError("--seeds: trains a run in each of its own processes; start it without torchrun")
+        return run_seeds(given, make_config({**given, **launch}, flags), out, quiet)
+    stored = ranks.on_first(lambda: claim(out, resume=resume, overwrite=overwrite))
     given = settings_to_resume(given, stored, flags) if resume else given
-    config = make_config(given, flags)
-    pick_device(config.device)
+    config = make_config({**given, **launch}, flags)
+    check_ways(config, ranks)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
-    corpus = open_corpus(given.get("data", "auto"), config, out / "data", resume)
+    ranks.on_first(lambda: open_corpus(given.get("data", "auto"), config, out / "data", resume))
+    corpus = ranks.together(lambda: load(out / "data"))
     for length in given.get("train_tokens", []):
         corpus = first_tokens(corpus, length)
     check_length(corpus, config.context)
     check_layers(config, corpus)
-    if not resume:
-        clear(out, METHODS)
-    write_json(out / SETTINGS, given)
+    if ranks.first:
+        if not resume:
+            clear(out, METHODS)
+        write_json(out / SETTINGS, given)
 
     print(describe(corpus), flush=True)
     runs: dict[str, dict[str, Any]] = {}
@@ -83,6 +92,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
             folder=folders[method],
             resume=resume,
             progress=not quiet,
+            ranks=ranks,
         )
 
     results = {
@@ -96,6 +106,8 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         "config": config.model_dump(),
         "versions": versions(),
     }
+    if not ranks.first:
+        return results
     lines = table(runs)
     print(f"\n{lines}\n\nUnigram entropy of the corpus: {corpus.unigram_entropy:.3f} nats. Written to {out}.")
     (out / "table.md").write_text(lines + "\n")
@@ -113,9 +125,10 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
 
 def run_seeds(given: dict[str, Any], config: TrainConfig, out: Path, quiet: bool) -> dict[str, Any]:
     """The comparison over seeds, from its flags to its results."""
-    pick_device(config.device)
+    check_ways(config)
     sweep.claim(out)
-    whole = open_corpus(given.get("data", "auto"), config, out / "data", resume=False)
+    open_corpus(given.get("data", "auto"), config, out / "data", resume=False)
+    whole = load(out / "data")
     lengths = given.get("train_tokens", [])
     for corpus in [first_tokens(whole, length) for length in lengths] or [whole]:
         check_length(corpus, config.context)
@@ -147,16 +160,22 @@ def describe(corpus: Corpus) -> str:
     )
 
 
-def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> Corpus:
-    """Tokens for the run; the ones it already has where it is resumed."""
+def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Leaves the tokens for the run in ``folder``; a run that is resumed has them already."""
     if resume and (folder / "corpus.json").exists():
-        return load(folder)
+        return
     source, line = open_source(data)
     print(line, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = config.steps * config.accumulation * config.batch_size * config.context
-    return prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
+    prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
+
+
+def main() -> None:
+    """The script, on each of the processes that torchrun starts."""
+    run()
+    leave()
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(run))
+    sys.exit(exit_code(main, leave))

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 from errors import UserError, explain
 from gpt2 import PRESETS, Preset
 from methods import METHODS
+from optimizers import OPTIMIZERS
+from parallel import PARALLEL
 from pydantic import ValidationError
 from training import TrainConfig
 
@@ -20,7 +22,16 @@ VALIDATION_WEIGHT = 30.0
 VALIDATION_EVERY = 20
 
 # Settings that may differ when a run goes on: they do not change its numbers, or extend it.
-FREE_TO_CHANGE = {"steps", "eval_every", "eval_sequences", "checkpoint_every", "device", "threads"}
+FREE_TO_CHANGE = {
+    "steps",
+    "eval_every",
+    "eval_sequences",
+    "checkpoint_every",
+    "device",
+    "threads",
+    "compile",
+    "parallel",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +73,13 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     add(run, "--overwrite", "overwrite", "replace the run in --out", action="store_true")
     add(run, "--seed", "seed", "of weights and batches (default: 0)", type=int)
     add(run, "--device", "device", "cpu, cuda, ... (default: auto)")
+    add(
+        run,
+        "--parallel",
+        "parallel",
+        "over the processes of torchrun: ddp, or fsdp to divide weights and optimizer state too (default: none)",
+        choices=PARALLEL,
+    )
     add(run, "--threads", "threads", "CPU threads (default: torch's choice)", type=int)
     add(run, "--quiet", "quiet", "no progress bars", action="store_true")
 
@@ -84,6 +102,21 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     add(model, "--clip", "clip", "largest gradient norm (default: 1.0)", type=float)
     add(model, "--dropout", "dropout", "(default: 0.0)", type=float)
     add(model, "--dtype", "dtype", "auto takes bfloat16 autocast on GPUs", choices=["auto", "float32", "bfloat16"])
+    add(
+        model,
+        "--optimizer",
+        "optimizer",
+        "(default: adamw); muon takes adamw for what is no matrix",
+        choices=OPTIMIZERS,
+    )
+    add(
+        model,
+        "--compile",
+        "compile",
+        "torch.compile: a slow start, then fast; recommended on GPUs",
+        action="store_true",
+    )
+    add(model, "--float8", "float8", "8-bit products in the blocks, on Hopper or Ada GPUs", action="store_true")
     add(
         model,
         "--eval-every",

@@ -10,16 +10,21 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from checkpoints import forget_after, load_checkpoint, save_checkpoint, stop_after_step
 from corpus import Batches, Corpus, validation_batches
 from errors import StoppedError, UserError
-from gpt2 import PRESETS, build, parameter_groups, token_loss
+from gpt2 import PRESETS, build, token_loss
 from methods import of_method
+from optimizers import OptimizerName, check_optimizer, make_optimizers, state_bytes
+from parallel import ALONE, Parallel, Ranks, clip_gradients, gradients_meet, spread
 from pydantic import BaseModel, ConfigDict, Field
+from speedups import check_compiler, check_float8, to_float8
 from torch import nn
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
@@ -51,6 +56,10 @@ class TrainConfig(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     layers: str = "transformer.h.*"
+    optimizer: OptimizerName = "adamw"
+    compile: bool = False
+    float8: bool = False
+    parallel: Parallel = "none"
     gapt: GAPTConfig = GAPTConfig()
 
 
@@ -85,34 +94,57 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains one model and returns its results.
+
+    Several ranks train it together: each takes a part of every step's sequences, and the results are those of one
+    process with the same configuration, to the rounding of sums.
 
     Args:
         resume: go on from the checkpoint in ``folder``, if there is one.
         progress: show a progress bar.
         on_step: called after every step.
+        ranks: the processes that call this together.
 
     Raises:
         UserError: the checkpoint to resume from is of another model, or the loss is no longer finite.
         StoppedError: Ctrl-C. A checkpoint of the last whole step is written first.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device, ranks)
+    micro_batches, batch_size = ranks.divide(config.accumulation, config.batch_size)
     torch.manual_seed(seed)
     model = build_model(config, corpus).to(device)
+    if config.float8:
+        to_float8(model)
+    called = spread(model, config.parallel, device, ranks)
     hook = RepresentationHook(model, config.layers)
-    base = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), fused=True
-    )
+    bases = make_optimizers(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2)
     settings = of_method(method, config.gapt)
-    # Plain training gets the bare optimizer: the hook then only measures, at validations.
-    gapt = GAPTOptimizer(base, hook, settings) if settings is not None else None
-    optimizer: torch.optim.Optimizer = base if gapt is None else gapt
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config.steps, config.warmup, config.final_lr)
+    # Plain training gets the bare optimizers: the hook then only measures, at validations.
+    gapt = None if settings is None else GAPTOptimizer(bases[0] if len(bases) == 1 else bases, hook, settings)
+    optimizers = bases if gapt is None else [gapt]
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, config.steps, config.warmup, config.final_lr)
+        )
+        for optimizer in optimizers
+    ]
+    if config.compile:
+        torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept
+        called.compile()
+    batches = Batches(corpus.train, config.context, batch_size, seed)
+    held_out = list(
+        validation_batches(
+            corpus.validation,
+            config.context,
+            config.batch_size,
+            config.eval_sequences,
+            first=ranks.rank,
+            every=ranks.world,
+        )
     )
-    batches = Batches(corpus.train, config.context, config.batch_size, seed)
-    held_out = list(validation_batches(corpus.validation, config.context, config.batch_size, config.eval_sequences))
+    rounds = math.ceil(ranks.sum(torch.tensor(len(held_out))).item() / ranks.world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.dtype, device))
 
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "switches": [], "compression_steps": 0}
@@ -125,42 +157,56 @@ def train(
         "context": config.context,
         "method": method,
         "seed": seed,
+        "optimizer": config.optimizer,
+        "float8": config.float8,
     }
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     if resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint, identity, device, model, optimizer, scheduler)
-    forget_after(folder / "metrics.jsonl", state["step"])
-    forget_after(folder / "validation.jsonl", state["step"] - 1)  # a validation is taken after the step's checkpoint
+        state = load_checkpoint(checkpoint, identity, model, optimizers, schedulers, ranks)
+    if ranks.first:
+        forget_after(folder / "metrics.jsonl", state["step"])
+        # A validation is taken after the step's checkpoint.
+        forget_after(folder / "validation.jsonl", state["step"] - 1)
 
     def save() -> None:
-        save_checkpoint(checkpoint, state, identity, model, optimizer, scheduler)
+        save_checkpoint(checkpoint, state, identity, model, optimizers, schedulers, ranks)
 
     def validate() -> dict[str, Any]:
-        """Loss and entropies on held-out text, written down and told to the gate."""
+        """Loss and entropies on held-out text, of all ranks' batches, written down and told to the gate."""
         model.eval()
         total = 0.0
-        with torch.no_grad(), autocast, hook.measuring(config.gapt.entropy) as measured:
-            for inputs, targets in held_out:
-                total += token_loss(model, inputs.to(device), targets.to(device)).item() * len(inputs)
+        with torch.no_grad(), autocast:
+            with hook.measuring(config.gapt.entropy) as measured:
+                for inputs, targets in held_out:
+                    total += token_loss(model, inputs.to(device), targets.to(device)).item() * len(inputs)
+            if config.parallel == "fsdp" and len(held_out) < rounds:  # the others wait for this rank's shards
+                model(input_ids=torch.zeros(1, config.context, dtype=torch.long, device=device))
         model.train()
-        loss = total / sum(len(inputs) for inputs, _ in held_out)
+        rows, calls = sum(len(inputs) for inputs, _ in held_out), len(held_out)
+        entropies = measured.entropies
+        if ranks.world > 1:
+            sums = [total, rows, calls, *(entropies.get(name, 0.0) * calls for name in hook.names)]
+            total, rows, calls, *parts = ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+            entropies = {name: part / calls for name, part in zip(hook.names, parts, strict=True)}
         record = {
             "step": state["step"],
-            "loss": loss,
-            "entropy": measured.mean,
-            "layer_entropy": measured.entropies,
+            "loss": total / rows,
+            "entropy": sum(entropies.values()) / len(entropies),
+            "layer_entropy": entropies,
         }
-        with (folder / "validation.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if ranks.first:
+            with (folder / "validation.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
         return record
 
     model.train()
-    with (
-        JSONLines(folder / "metrics.jsonl") as metrics_file,
-        ProgressBar(config.steps, initial=state["step"], desc=method, disable=not progress, leave=True) as bar,
-        stop_after_step() as stop,
-    ):
+    with ExitStack() as stack:
+        observers: list[Callable[[StepMetrics], None]] = []
+        if ranks.first:
+            bar = ProgressBar(config.steps, initial=state["step"], desc=method, disable=not progress, leave=True)
+            observers = [stack.enter_context(JSONLines(folder / "metrics.jsonl")), stack.enter_context(bar)]
+        stop = stack.enter_context(stop_after_step(ranks))
         while state["step"] < config.steps:
             step: int = state["step"]
             due = step > 0 and step % config.eval_every == 0
@@ -169,38 +215,43 @@ def train(
                 gapt.record_validation(validation["loss"])
 
             started = time.perf_counter()
+            if config.dropout:
+                seed_dropout(seed, step, ranks.rank)
             losses = []
-            for micro in range(config.accumulation):
-                inputs, targets = batches(step * config.accumulation + micro)
-                with autocast:
-                    loss = token_loss(model, inputs.to(device), targets.to(device))
-                losses.append(loss.detach())
-                if gapt is None:
-                    (loss / config.accumulation).backward()  # type: ignore[no-untyped-call]
-                else:
-                    gapt.backward(loss, scale=1 / config.accumulation)
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            for micro in range(micro_batches):
+                inputs, targets = batches((step * micro_batches + micro) * ranks.world + ranks.rank)
+                with gradients_meet(called, micro == micro_batches - 1):
+                    with autocast:
+                        loss = token_loss(called, inputs.to(device), targets.to(device))
+                    losses.append(loss.detach())
+                    if gapt is None:
+                        (loss / micro_batches).backward()  # type: ignore[no-untyped-call]
+                    else:
+                        gapt.backward(loss, scale=1 / micro_batches)
+            clip_gradients(model, config.clip)
             try:
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
             except FloatingPointError as error:
                 raise UserError(f"{method}: {error}; try a smaller --lr") from error
-            scheduler.step()
-            optimizer.zero_grad()
-            mean_loss = torch.stack(losses).mean().item()
+            for scheduler, optimizer in zip(schedulers, optimizers, strict=True):
+                scheduler.step()
+                optimizer.zero_grad()
+            mean_loss = ranks.mean(torch.stack(losses).mean().item())
             state["step"] = step + 1
             state["seconds"] += time.perf_counter() - started
 
             metrics = gapt.metrics if gapt is not None else plain_metrics(step + 1, mean_loss, validation)
             assert metrics is not None
-            metrics_file(metrics)
-            bar(metrics)
+            for observer in observers:
+                observer(metrics)
             on_step()
             state["compression_steps"] += metrics.phase == "compression"
             if metrics.reason is not None:
                 state["switches"].append({"step": step + 1, "to": metrics.next_phase, "reason": metrics.reason})
             if not math.isfinite(mean_loss) and gapt is None:
                 raise UserError(f"{method}: the loss is {mean_loss} at step {step + 1}; try a smaller --lr")
-            if stop.is_set():
+            if ranks.any(stop.is_set()):
                 save()
                 raise StoppedError(
                     f"{method}: stopped after step {step + 1} of {config.steps}. Go on with the same command and "
@@ -225,6 +276,8 @@ def train(
         "seconds": state["seconds"],
         "tokens_seen": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "optimizer_state_mb": state_bytes(bases) / 1e6,
+        "ranks": ranks.world,
     }
 
 
@@ -250,10 +303,39 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes the first GPU where there is one."""
+def check_ways(config: TrainConfig, ranks: Ranks = ALONE) -> None:
+    """Refuses ways to train that do not fit each other, the ranks or the device."""
+    ranks.check(config.parallel)
+    ranks.divide(config.accumulation, config.batch_size)
+    measured = config.gapt.alignment.parameter_every > 0
+    if measured and config.parallel == "fsdp":
+        raise UserError(
+            "--parameter-alignment-every: shards have no gradient of one loss; give --parallel ddp, or leave it out"
+        )
+    if measured and config.compile:
+        raise UserError("--parameter-alignment-every: a compiled model keeps no graph for it; leave --compile out")
+
+    def check_device() -> None:
+        device = pick_device(config.device, ranks)
+        if config.float8:
+            check_float8(device)
+        check_optimizer(config.optimizer, config.parallel, device)
+        if config.compile:
+            check_compiler("--compile", "leave it out", device)
+
+    ranks.together(check_device)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """A run that is resumed drops what it would have dropped, on any number of ranks, and each rank something else."""
+    torch.manual_seed(int(np.random.default_rng([seed, step, rank]).integers(1 << 62)))
+
+
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """``auto`` takes the first GPU where there is one, and each of several ranks its own."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = ranks.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]

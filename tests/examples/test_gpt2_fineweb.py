@@ -232,6 +232,21 @@ def test_interrupted_run_goes_on_bit_for_bit(
         assert whole[name] == parts[name]
 
 
+def test_sigterm_stops_after_the_step(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cluster sends before it takes the machine away."""
+    draw = Batches.__call__
+
+    def terminated(self: Batches, index: int) -> Any:
+        if index == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(self, index)
+
+    monkeypatch.setattr(Batches, "__call__", terminated)
+    with pytest.raises(StoppedError, match="stopped after step 4 of 12"):
+        run([*tiny, "--out", str(tmp_path / "out")])
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["state"]["step"] == 4
+
+
 def test_killed_comparison_goes_on_bit_for_bit(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +334,10 @@ BAD_VALUES = {
     "--resume": "there is no run in",
     "--layers transformer.x.*": "--layers: ",
     "--data nowhere.txt": "--data nowhere.txt: no such file",
+    "--parallel ddp": "--parallel ddp: found one process without torchrun; start the script by torchrun",
+    "--float8": "--float8: needs a CUDA GPU of compute capability 8.9 or higher",
+    "--compile --parameter-alignment-every 2": "--parameter-alignment-every: a compiled model keeps no graph for it",
+    "--optimizer adam": "argument --optimizer: invalid choice: 'adam'",
     "--context 4000": "training tokens are fewer than one sequence of 4000 + 1",
 }
 
@@ -465,6 +484,7 @@ def test_changes_and_table_without_a_plain_run() -> None:
         "layer_entropy": {"h.0": 1.0},
         "compression_share": 0.25,
         "switches": 3,
+        "optimizer_state_mb": 1.25,
         "tokens_per_second": 1234.5,
     }
     assert changes({"gapt": entry}) == {}
