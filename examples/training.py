@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from speedups import check_compiler, check_float8, to_float8
 from torch import nn
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, Phase, RepresentationHook
 from gapt_optim.metrics import JSONLines, ProgressBar, StepMetrics
 
 
@@ -61,6 +61,9 @@ class TrainConfig(BaseModel):
     float8: bool = False
     parallel: Parallel = "none"
     gapt: GAPTConfig = GAPTConfig()
+    cooldown: float = Field(0.15, ge=0.0, le=1.0)
+    """Share of the steps, at the end, in which a gate on validations starts no compression: it is strong then, and
+    the loss takes some steps to come back."""
 
 
 def check_layers(config: TrainConfig, corpus: Corpus) -> None:
@@ -212,7 +215,10 @@ def train(
             due = step > 0 and step % config.eval_every == 0
             validation = validate() if due else None
             if validation is not None and gapt is not None:
-                gapt.record_validation(validation["loss"])
+                judged = config.gapt.gate.signal == "validation"
+                late = step > (1 - config.cooldown) * config.steps
+                if not (judged and late and gapt.phase is Phase.MEMORIZATION):
+                    gapt.record_validation(validation["loss"])
 
             started = time.perf_counter()
             if config.dropout:

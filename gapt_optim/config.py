@@ -95,7 +95,7 @@ class GateConfig(_Section):
             "signal": "validation",
             "patience_memorization": 3,
             "patience_compression": 2,
-            "min_improvement": 0.002,
+            "min_improvement": 0.0,
             "spike_tolerance": 0.1,
             "smoothing": 0.0,
         }
