@@ -67,6 +67,9 @@ PRESETS = {
     "small": Preset(  # GPT-2, 124M
         12, 768, 12, None, context=1024, batch_size=16, accumulation=16, steps=10000, warmup=500, lr=6e-4
     ),
+    "sprint": Preset(  # the same in 33 million tokens: sized for a comparison in minutes on one H100, with --compile
+        12, 768, 12, None, context=1024, batch_size=32, accumulation=1, steps=1000, warmup=100, lr=6e-4
+    ),
     "medium": Preset(  # GPT-2 medium, 355M
         24, 1024, 16, None, context=1024, batch_size=8, accumulation=32, steps=10000, warmup=500, lr=3e-4
     ),

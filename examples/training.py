@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
-    preset: Literal["nano", "micro", "mini", "small", "medium", "large"] = "micro"
+    preset: Literal["nano", "micro", "mini", "small", "sprint", "medium", "large"] = "micro"
     context: int = Field(ge=2)
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)

@@ -185,6 +185,14 @@ def test_gate_on_validations_has_settings_that_suit_it_unless_given() -> None:
     assert (config.gapt.objective.weight, config.eval_every) == (2.0, 3)
 
 
+def test_gate_on_validations_starts_no_compression_in_the_last_steps(tiny: list[str], tmp_path: Path) -> None:
+    restless = "--signal validation --patience-memorization 1 --patience-compression 1 --min-improvement 0.9"
+    run([*tiny, *restless.split(), "--steps", "40", "--eval-every", "1", "--out", str(tmp_path / "out")])
+    switches = read_results(tmp_path / "out")["runs"]["gapt"]["switch_list"]
+    assert max(s["step"] for s in switches if s["reason"] == "plateau") in (34, 35)  # 85 % of the steps
+    assert switches[-1]["to"] == "memorization"
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".parquet", ".bin"])
 def test_every_kind_of_file(tiny: list[str], tmp_path: Path, suffix: str, documents: list[str]) -> None:
     path = tmp_path / f"corpus{suffix}"
@@ -449,7 +457,7 @@ def test_presets_are_the_published_sizes() -> None:
             )
         assert isinstance(model, GPT2LMHeadModel)
         sizes[name] = sum(p.numel() for p in model.parameters())
-    assert sizes["small"] == 124_439_808
+    assert sizes["small"] == sizes["sprint"] == 124_439_808
     assert sizes["medium"] == 354_823_168
     assert sizes["large"] == 774_030_080
     assert 300_000 < sizes["nano"] < 500_000 < sizes["micro"] < 3_000_000 < sizes["mini"] < 20_000_000
