@@ -26,7 +26,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gapt_optim.report import read_metrics
-from gapt_optim.wrapper import STATE_KEY
 
 # Whole tensors under the names of the plain model, however it is spread: what one run saves, any other can load.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -75,30 +74,13 @@ def load_checkpoint(
     saved = ranks.together(lambda: read_checkpoint(path, identity))
     try:
         set_model_state_dict(model, saved["model"], options=WHOLE)
-        restore_optimizers(model, optimizers, saved["optimizer"])
+        set_optimizer_state_dict(model, optimizers, saved["optimizer"], options=WHOLE)
         for scheduler, values in zip(schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(values)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"--resume: {path} does not fit this run ({str(error).splitlines()[0]})") from error
     state: dict[str, Any] = saved["state"]
     return state
-
-
-def restore_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], saved: dict[str, Any]) -> None:
-    """Puts the state of the optimizers back, and that of the gate.
-
-    torch takes lists apart on the way, to find tensors in them, and loses those that are empty or of another length
-    than in a fresh optimizer. So the gate's plain values go around it.
-    """
-    gate = saved["param_groups"][0].pop(STATE_KEY, None)
-
-    def put_back(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        if gate is not None:
-            state_dict["param_groups"][0][STATE_KEY] = gate
-
-    handle = optimizers[0].register_load_state_dict_pre_hook(put_back)
-    set_optimizer_state_dict(model, optimizers, saved, options=WHOLE)
-    handle.remove()
 
 
 def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ stale. Subclasses say what of their own goes into a state dict.
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -103,12 +104,13 @@ class OptimizerWrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with the gate and counters in its first parameter group.
 
-        Holds plain values and tensors only, so it loads with ``torch.load(weights_only=True)``.
+        Holds plain values and tensors only, so it loads with ``torch.load(weights_only=True)``. What is the wrapper's
+        own is one JSON string: checkpoint tools of ranks take nested values apart and lose some of them.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._wrapped.state_dict()
-        own = {STATE_KEY: self._own_state()}
+        own = {STATE_KEY: json.dumps(self._own_state())}
         if "param_groups" in state_dict:
             first, *rest = state_dict["param_groups"]
             state_dict["param_groups"] = [{**first, **own}, *rest]
@@ -131,7 +133,14 @@ class OptimizerWrapper(Optimizer):
             state_dict = state_dict if replaced is None else dict(replaced)
         if "param_groups" in state_dict:
             state_dict["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
-        own = (state_dict.get("param_groups") or [state_dict])[0].pop(STATE_KEY, None)
+        saved = (state_dict.get("param_groups") or [state_dict])[0].pop(STATE_KEY, None)
+        try:
+            own = None if saved is None else json.loads(saved)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'"{STATE_KEY}" in the state_dict is not what state_dict() has put there ({error}); remove it to start '
+                "the gate fresh"
+            ) from error
         if own is not None:
             self._check_own_state(own)
         self._wrapped.load_state_dict(state_dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_state_of_another_run_is_refused_and_nothing_changes(difference: str, me
         other.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing"])
+@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing", "json", "type"])
 def test_damaged_state_changes_nothing(damage: str) -> None:
     model = make_net()
     optimizer = wrap(model, config=CONFIGS["smoothed"])
@@ -214,15 +215,17 @@ def test_damaged_state_changes_nothing(damage: str) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     run(model, optimizer, range(4, 7))
     before = copy.deepcopy(optimizer.state_dict())
+    own = json.loads(saved["param_groups"][0]["gapt"])
     if damage == "groups":
         saved["param_groups"].append({"params": []})
     elif damage == "sizes":
         saved["param_groups"][0]["params"].pop()
     elif damage == "gate":
-        saved["param_groups"][0]["gapt"]["gate"]["novelty"] = 1
-    else:
-        del saved["param_groups"][0]["gapt"]["steps"]
-    with pytest.raises(ValueError, match=r"group|novelty|steps"):
+        own["gate"]["novelty"] = 1
+    elif damage == "missing":
+        del own["steps"]
+    saved["param_groups"][0]["gapt"] = {"json": json.dumps(own)[:-1], "type": own}.get(damage, json.dumps(own))
+    with pytest.raises(ValueError, match=r"group|novelty|steps|start the gate fresh"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
 
@@ -260,7 +263,7 @@ def started(base: Any, config: GAPTConfig = CONFIGS["smoothed"]) -> tuple[Net, G
 
 
 FLATTENED = pytest.param(
-    True,
+    StateDictOptions(flatten_optimizer_state_dict=True),
     id="flattened",
     marks=pytest.mark.xfail(
         raises=UserWarning, strict=True, reason="torch restores only the keys that the live parameter groups have"
@@ -268,10 +271,15 @@ FLATTENED = pytest.param(
 )
 
 
-@pytest.mark.parametrize("flatten", [pytest.param(False, id="nested"), FLATTENED])
+NESTED = [
+    pytest.param(StateDictOptions(), id="nested"),
+    pytest.param(StateDictOptions(full_state_dict=True), id="nested, of all ranks"),
+]
+
+
+@pytest.mark.parametrize("options", [*NESTED, FLATTENED])
 @pytest.mark.parametrize("base", [adamw, two_groups, sgd, matrices_and_rest])
-def test_distributed_state_dict_keeps_the_gate(base: Any, flatten: bool) -> None:
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+def test_distributed_state_dict_keeps_the_gate(base: Any, options: StateDictOptions) -> None:
     model, optimizer = started(base)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     other_model = make_net(seed=1)
