@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from errors import UserError
+import torch.distributed as dist
+from errors import UserError, first_line
 from parallel import Ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -77,8 +78,10 @@ def load_checkpoint(
         set_optimizer_state_dict(model, optimizers, saved["optimizer"], options=WHOLE)
         for scheduler, values in zip(schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(values)
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"--resume: {path} does not fit this run ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--resume: {path} does not fit this run ({first_line(error)})") from error
     state: dict[str, Any] = saved["state"]
     return state
 

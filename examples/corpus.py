@@ -94,7 +94,10 @@ def first_tokens(corpus: Corpus, count: int) -> Corpus:
     """The same corpus with only its first ``count`` training tokens, to be seen more than once."""
     if count > len(corpus.train):
         raise UserError(f"--train-tokens: {corpus.name} has {len(corpus.train):,} training tokens, found {count:,}")
-    return dataclasses.replace(corpus, train=corpus.train[:count])
+    if count < 1:
+        raise UserError(f"--train-tokens: needs at least 1, found {count}")
+    train = corpus.train[:count]
+    return dataclasses.replace(corpus, train=train, unigram_entropy=_entropy(_count(train, corpus.vocabulary)))
 
 
 def check_length(corpus: Corpus, context: int) -> None:

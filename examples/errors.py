@@ -40,6 +40,12 @@ def exit_code(run: Callable[[], Any], say: Callable[[str], None] = complain) -> 
     return 0
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, short enough for one line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def explain(error: ValidationError, flags: dict[str, str]) -> UserError:
     """A configuration error in terms of the flag that was typed; ``flags`` maps field paths to flags."""
     first = error.errors()[0]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,13 @@ from comparison import changes, table
 from corpus import Corpus, check_length, first_tokens, load, prepare
 from errors import UserError, exit_code
 from gpt2 import PRESETS
-from gpt2_options import check_flags, make_config, make_parser, settings_to_resume
+from gpt2_options import check_flags, compared_methods, make_config, make_parser, settings_to_resume
 from gpt2_sweep import run_sweep
 from methods import METHODS
 from parallel import join, leave
 from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
-from training import TrainConfig, check_layers, check_ways, train
+from training import TrainConfig, check_config, check_layers, train
 
 from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
@@ -45,13 +44,13 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     ranks = join()
     parser, flags = make_parser()
     given = vars(parser.parse_args(argv))
-    out = Path(given.pop("out", "runs/gpt2_fineweb"))
+    out = Path(given.pop("out", "runs/gpt2_seeds" if "seeds" in given else "runs/gpt2_fineweb"))
     resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
     # How it is run, not what: typed anew when it goes on, which may be elsewhere.
     launch: dict[str, Any] = {name: given.pop(name) for name in ("parallel", "compile") if name in given}
 
     # Everything that can be refused is refused before anything is computed or replaced.
-    check_flags(given, resume, overwrite)
+    check_flags({**given, **launch}, resume, overwrite)
     threads = given.pop("threads", None)
     if "seeds" in given:
         if ranks.control is not None:
@@ -60,10 +59,10 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     stored = ranks.on_first(lambda: claim(out, resume=resume, overwrite=overwrite))
     given = settings_to_resume(given, stored, flags) if resume else given
     config = make_config({**given, **launch}, flags)
-    check_ways(config, ranks)
+    methods = compared_methods(given) if given.get("compare") else [given.get("method", "gapt")]
+    check_config(config, ranks)
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     ranks.on_first(lambda: open_corpus(given.get("data", "auto"), config, out / "data", resume))
     corpus = ranks.together(lambda: load(out / "data"))
     for length in given.get("train_tokens", []):
@@ -78,9 +77,6 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     print(describe(corpus), flush=True)
     runs: dict[str, dict[str, Any]] = {}
     folders: dict[str, Path] = {}
-    methods = [given.get("method", "gapt")]
-    if given.get("compare"):
-        methods = in_order(given.get("methods", ("plain", "penalty", "gapt")))
     chosen = methods[-1]
     for method in methods:
         folders[method] = out if method == chosen else out / method
@@ -125,8 +121,11 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
 
 def run_seeds(given: dict[str, Any], config: TrainConfig, out: Path, quiet: bool) -> dict[str, Any]:
     """The comparison over seeds, from its flags to its results."""
-    check_ways(config)
+    methods = compared_methods(given)
+    check_config(config)
     sweep.claim(out)
+    if (out / SETTINGS).exists():
+        raise UserError(f"--out {out}: holds a run of one seed; choose another folder for a comparison of several")
     open_corpus(given.get("data", "auto"), config, out / "data", resume=False)
     whole = load(out / "data")
     lengths = given.get("train_tokens", [])
@@ -139,18 +138,13 @@ def run_seeds(given: dict[str, Any], config: TrainConfig, out: Path, quiet: bool
         config,
         whole,
         out / "data",
-        methods=in_order(given.get("methods", METHODS)),
+        methods=methods,
         seeds=range(first, first + given["seeds"]),
         lengths=lengths,
         out=out,
         workers=given.get("workers", 2),
         quiet=quiet,
     )
-
-
-def in_order(methods: Sequence[str]) -> list[str]:
-    """Plain first: all is compared with it."""
-    return [method for method in METHODS if method in methods]
 
 
 def describe(corpus: Corpus) -> str:

@@ -22,16 +22,8 @@ VALIDATION_WEIGHT = 30.0
 VALIDATION_EVERY = 20
 
 # Settings that may differ when a run goes on: they do not change its numbers, or extend it.
-FREE_TO_CHANGE = {
-    "steps",
-    "eval_every",
-    "eval_sequences",
-    "checkpoint_every",
-    "device",
-    "threads",
-    "compile",
-    "parallel",
-}
+FREE_TO_CHANGE = {"steps", "eval_every", "eval_sequences", "checkpoint_every", "device"}
+JUDGED = {"eval_every", "eval_sequences"}  # by a gate on validations
 
 
 class Parser(argparse.ArgumentParser):
@@ -171,6 +163,10 @@ def check_flags(given: dict[str, Any], resume: bool, overwrite: bool) -> None:
         for flag, typed in (("--resume", resume), ("--overwrite", overwrite)):
             if typed:
                 raise UserError(f"{flag}: a comparison of seeds goes on with the runs that are missing; drop the flag")
+        if "threads" in given:
+            raise UserError("--threads: with --seeds each process has one thread; give --workers")
+        if given.get("parallel", "none") != "none":
+            raise UserError("--parallel: --seeds trains a run in each of its processes; leave one of the two out")
         if "seed" in given:
             raise UserError("--seed: --seeds counts from --first-seed; give that")
     else:
@@ -184,6 +180,20 @@ def check_flags(given: dict[str, Any], resume: bool, overwrite: bool) -> None:
             raise UserError(f"--{name}: needs at least 1, found {given[name]}")
     if given.get("first_seed", 0) < 0:
         raise UserError(f"--first-seed: must not be negative, found {given['first_seed']}")
+
+
+def compared_methods(given: dict[str, Any]) -> list[str]:
+    """What a comparison trains, plain first: all is compared with it."""
+    on_validations = given.get("gapt.gate.signal") == "validation"
+    default = ("plain", "gapt") if on_validations else METHODS if "seeds" in given else ("plain", "penalty", "gapt")
+    chosen = given.get("methods", default)
+    for method in ("penalty", "published"):
+        if on_validations and method in chosen and "gapt.objective.weight" not in given:
+            raise UserError(
+                f"--methods {method}: the weight of {VALIDATION_WEIGHT:g} suits the gate of --signal validation alone; "
+                "give --weight, or leave the method out"
+            )
+    return [method for method in METHODS if method in chosen]
 
 
 def window(text: str) -> int | None:
@@ -227,8 +237,9 @@ def settings_to_resume(given: dict[str, Any], stored: dict[str, Any], flags: dic
     """The settings a run was started with and what was typed now; refuses what would make it another run."""
     merged = {**stored, **given}
     before, after = _flat(stored, flags), _flat(merged, flags)
+    free = FREE_TO_CHANGE - JUDGED if after["gapt.gate.signal"] == "validation" else FREE_TO_CHANGE
     for field in given:
-        if field not in FREE_TO_CHANGE and before.get(field) != after.get(field):
+        if field not in free and before.get(field) != after.get(field):
             raise UserError(
                 f"{flags[field]}: the run to resume has {before.get(field)}, found {after.get(field)}; drop the flag, "
                 "or start a new run in another --out"

@@ -1,18 +1,20 @@
 """GPT-2 with several seeds of every method: means with intervals, curves with bands, and one page of them.
 
-Each run keeps its records in a folder of its own and goes on from its last checkpoint, so an interrupted sweep loses
-little more than the step it was in.
+Each run keeps its records in a folder of its own and goes on from its last checkpoint: Ctrl-C loses nothing, a kill
+what came after that. Two sweeps at the same time need folders of their own.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sweep
 from corpus import Corpus, first_tokens, load
+from errors import UserError
 from methods import of_method
 from results_page import write_page
 from run_folder import versions, write_json
@@ -21,6 +23,7 @@ from sweep_pictures import draw_curves
 from training import TrainConfig, train
 
 from gapt_optim import GAPTConfig
+from gapt_optim.record import mean_or_nan
 from gapt_optim.report import read_metrics
 
 METRICS = ("val_loss", "best_val_loss", "entropy", "train_loss")
@@ -44,14 +47,13 @@ def run_sweep(
         folder: where ``corpus`` was prepared, for the training processes to read.
         lengths: numbers of training tokens, a setting each; empty for all there are.
     """
-    sweep.claim(out)
     settings = [str(length) for length in lengths] or ["all"]
     jobs = {}
     for seed in seeds:  # seed by seed, so that an interrupted sweep has whole comparisons
         for setting in settings:
             for method in methods:
-                # Plain training only measures by it: sweeps over the wrapper's settings in one folder share its runs.
-                wrapper = GAPTConfig(entropy=config.gapt.entropy) if method == "plain" else config.gapt
+                # Only what makes a difference to the method, so that sweeps in one folder share its runs.
+                wrapper = of_method(method, config.gapt) or GAPTConfig(entropy=config.gapt.entropy)
                 what = {
                     "method": method,
                     "seed": seed,
@@ -140,7 +142,6 @@ def train_one(corpus_folder: Path, folder: Path, job: dict[str, Any]) -> dict[st
         progress=False,
         on_step=sweep.advance,
     )
-    (place / "checkpoint.pt").unlink()  # a sweep would leave gigabytes of them
     steps, validations = read_metrics(place / "metrics.jsonl"), read_metrics(place / "validation.jsonl")
     history: dict[str, list[float]] = {"step": [], "val_loss": [], "entropy": [], "train_loss": [], "compression": []}
     start = 0
@@ -150,9 +151,12 @@ def train_one(corpus_folder: Path, folder: Path, job: dict[str, Any]) -> dict[st
         history["step"].append(validation["step"])
         history["val_loss"].append(validation["loss"])
         history["entropy"].append(validation["entropy"])
-        history["train_loss"].append(sum(step["loss"] for step in between) / len(between))
+        history["train_loss"].append(mean_or_nan([step["loss"] for step in between if step["loss"] is not None]))
         history["compression"].append(sum(step["phase"] == "compression" for step in between) / len(between))
+    if not math.isfinite(result["val_loss"]):
+        raise UserError(f"{run_name(job)}: the validation loss is {result['val_loss']}; try a smaller --lr")
     best = min(validations, key=lambda validation: float(validation["loss"]))
+    (place / "checkpoint.pt").unlink(missing_ok=True)  # a sweep would leave gigabytes of them
     return {
         **result,
         "train_loss": history["train_loss"][-1],

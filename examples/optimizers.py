@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from errors import UserError
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OptimizerName = Literal["adamw", "muon", "adamw8bit", "adamw4bit", "adamwfp8"]
 LOW_BIT = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adamwfp8": "AdamWFp8"}
-OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "muon", "adamw8bit", "adamw4bit", "adamwfp8")
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 def make_optimizers(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 Parallel = Literal["none", "ddp", "fsdp"]
-PARALLEL: tuple[Parallel, ...] = ("none", "ddp", "fsdp")
+PARALLEL: tuple[Parallel, ...] = get_args(Parallel)
 T = TypeVar("T")
 
 
@@ -159,7 +159,7 @@ def leave(message: str | None = None) -> None:
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, parallel: Parallel, device: torch.device, ranks: Ranks) -> nn.Module:
+def parallelize(model: nn.Module, parallel: Parallel, device: torch.device, ranks: Ranks) -> nn.Module:
     """The module to call in training. ``model`` stays the one with the plain names; FSDP shards it in place."""
     if parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -172,12 +172,12 @@ def spread(model: nn.Module, parallel: Parallel, device: torch.device, ranks: Ra
 
 
 @contextmanager
-def gradients_meet(called: nn.Module, now: bool) -> Iterator[None]:
-    """Ranks average their gradients in this backward pass, or, if not ``now``, keep their own for one where they do."""
-    if isinstance(called, FSDPModule):
-        called.set_requires_gradient_sync(now)
-    if isinstance(called, DistributedDataParallel) and not now:
-        with called.no_sync():
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether ranks average their gradients in this backward pass, or keep their own for one where they do."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        with model.no_sync():
             yield
     else:
         yield

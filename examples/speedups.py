@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import torch
-from errors import UserError
+from errors import UserError, first_line
 from torch import nn
 
 FLOAT8_CAPABILITY = (8, 9)  # Ada and Hopper are the first with 8-bit tensor cores
@@ -16,7 +16,7 @@ def check_compiler(flag: str, instead: str, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.square() + 1)(torch.ones(2, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each raises its own
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         compiler = "" if shutil.which("c++") or shutil.which("g++") else "; there is no C++ compiler"
         raise UserError(f"{flag}: torch.compile fails on {device} ({reason}{compiler}); mend that, or {instead}") from (
             error
@@ -57,8 +57,7 @@ def use_linear_layers(module: nn.Module) -> None:
 
     for name, child in list(module.named_modules()):
         if isinstance(child, Conv1D):
-            with torch.device(child.weight.device):
-                linear = nn.Linear(child.weight.shape[0], child.weight.shape[1])
+            linear = nn.Linear(child.weight.shape[0], child.weight.shape[1], device=child.weight.device)
             linear.weight = nn.Parameter(child.weight.detach().T.contiguous())
             linear.bias = child.bias
             module.set_submodule(name, linear)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, first_line
 
 FINEWEB = "HuggingFaceFW/fineweb"
 FINEWEB_SUBSET = "sample-10BT"
@@ -66,7 +66,7 @@ def hub_problem() -> str | None:
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except Exception as error:  # whatever the HTTP client in use raises: no answer is no answer
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no answer'}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
@@ -175,7 +175,7 @@ def _parquet(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--data {path}: not a readable Parquet file ({reason}); write it anew") from error
 
 

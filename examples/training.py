@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from checkpoints import forget_after, load_checkpoint, save_checkpoint, stop_after_step
 from corpus import Batches, Corpus, validation_batches
-from errors import StoppedError, UserError
+from errors import StoppedError, UserError, first_line
 from gpt2 import PRESETS, build, token_loss
 from methods import of_method
 from optimizers import OptimizerName, check_optimizer, make_optimizers, state_bytes
-from parallel import ALONE, Parallel, Ranks, clip_gradients, gradients_meet, spread
+from parallel import ALONE, Parallel, Ranks, clip_gradients, gradient_sync, parallelize
 from pydantic import BaseModel, ConfigDict, Field
 from speedups import check_compiler, check_float8, to_float8
 from torch import nn
@@ -115,12 +115,13 @@ def train(
         StoppedError: Ctrl-C. A checkpoint of the last whole step is written first.
     """
     device = pick_device(config.device, ranks)
+    torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     micro_batches, batch_size = ranks.divide(config.accumulation, config.batch_size)
     torch.manual_seed(seed)
     model = build_model(config, corpus).to(device)
     if config.float8:
         to_float8(model)
-    called = spread(model, config.parallel, device, ranks)
+    wrapped_model = parallelize(model, config.parallel, device, ranks)
     hook = RepresentationHook(model, config.layers)
     bases = make_optimizers(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2)
     settings = of_method(method, config.gapt)
@@ -135,7 +136,7 @@ def train(
     ]
     if config.compile:
         torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept
-        called.compile()
+        wrapped_model.compile()
     batches = Batches(corpus.train, config.context, batch_size, seed)
     held_out = list(
         validation_batches(
@@ -165,7 +166,7 @@ def train(
     }
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    if resume and checkpoint.exists():
+    if resume and ranks.on_first(checkpoint.exists):
         state = load_checkpoint(checkpoint, identity, model, optimizers, schedulers, ranks)
     if ranks.first:
         forget_after(folder / "metrics.jsonl", state["step"])
@@ -215,7 +216,7 @@ def train(
             due = step > 0 and step % config.eval_every == 0
             validation = validate() if due else None
             if validation is not None and gapt is not None:
-                judged = config.gapt.gate.signal == "validation"
+                judged = gapt.config.gate.signal == "validation"
                 late = step > (1 - config.cooldown) * config.steps
                 if not (judged and late and gapt.phase is Phase.MEMORIZATION):
                     gapt.record_validation(validation["loss"])
@@ -226,9 +227,9 @@ def train(
             losses = []
             for micro in range(micro_batches):
                 inputs, targets = batches((step * micro_batches + micro) * ranks.world + ranks.rank)
-                with gradients_meet(called, micro == micro_batches - 1):
+                with gradient_sync(wrapped_model, micro == micro_batches - 1):
                     with autocast:
-                        loss = token_loss(called, inputs.to(device), targets.to(device))
+                        loss = token_loss(wrapped_model, inputs.to(device), targets.to(device))
                     losses.append(loss.detach())
                     if gapt is None:
                         (loss / micro_batches).backward()  # type: ignore[no-untyped-call]
@@ -243,7 +244,9 @@ def train(
             for scheduler, optimizer in zip(schedulers, optimizers, strict=True):
                 scheduler.step()
                 optimizer.zero_grad()
-            mean_loss = ranks.mean(torch.stack(losses).mean().item())
+            mean_loss = torch.stack(losses).mean().item()
+            if gapt is None:
+                mean_loss = ranks.mean(mean_loss)
             state["step"] = step + 1
             state["seconds"] += time.perf_counter() - started
 
@@ -309,7 +312,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def check_ways(config: TrainConfig, ranks: Ranks = ALONE) -> None:
+def check_config(config: TrainConfig, ranks: Ranks = ALONE) -> None:
     """Refuses ways to train that do not fit each other, the ranks or the device."""
     ranks.check(config.parallel)
     ranks.divide(config.accumulation, config.batch_size)
@@ -344,7 +347,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         device = ranks.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--device {name}: cannot be used here ({reason}); try --device cpu") from error
     return device
 

@@ -57,7 +57,7 @@ class GateConfig(_Section):
     """Relative fall that counts as an improvement (0.01 = 1 %)."""
 
     spike_tolerance: float = Field(0.2, gt=0.0)
-    """Relative rise of the training loss that ends compression at once (0.2 = 20 %)."""
+    """Relative rise of the training loss that ends compression at the next update (0.2 = 20 %)."""
 
     smoothing: float = Field(0.9, ge=0.0, lt=1.0)
     """Decay of the moving averages per update; its time constant is -1/log(smoothing) updates.
@@ -66,7 +66,7 @@ class GateConfig(_Section):
     signal: Literal["train", "validation"] = "train"
     """The loss that is judged: that of the training steps, or the values given to
     ``optimizer.record_validation``. With `validation`, compression starts when generalization stalls;
-    a spike is still one of the training loss."""
+    with `smoothed`, a spike is still one of the training loss."""
 
     initial_phase: Literal["memorization", "compression"] = "memorization"
     """Phase of the first step."""
@@ -89,8 +89,11 @@ class GateConfig(_Section):
 
     @classmethod
     def validation(cls, **changes: Any) -> GateConfig:
-        """Settings for judging a held-out loss some dozens of times in a run, without smoothing: all of its
-        values come from the same text, so they hardly scatter; ``changes`` override."""
+        """Settings for judging a held-out loss some dozens of times in a run; ``changes`` override.
+
+        Its values come from the same text each time and hardly scatter, so they are not smoothed, and any fall of the
+        loss or of the entropy counts. With a large weight a rise of the training loss soon ends compression.
+        """
         settings: dict[str, Any] = {
             "signal": "validation",
             "patience_memorization": 3,

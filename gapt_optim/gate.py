@@ -37,7 +37,7 @@ class _State:
     loss: float | None = None  # smoothed: moving averages
     entropy: float | None = None
     best: float | None = None  # smoothed: best value of the watched average in this phase
-    training_loss: float | None = None
+    training_loss: float | None = None  # that of ``loss``, unless that is held out
     entry_loss: float | None = None  # smoothed: averaged training loss when this phase began
     stale_memorization: int = 0  # published: s_m
     stale_compression: int = 0  # published: s_c

@@ -110,9 +110,10 @@ class GAPTOptimizer(OptimizerWrapper):
         self._record = StepRecord(hook.names)
         self._measurement: ParameterMeasurement | None = None  # from the first backward of a step that measures
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
-        self._load_own_state(None)
+        self._progress = Progress(config.gate)
         if config.alignment.parameter_every:
             refuse_unmeasurable(self._plan())
+        self._load_own_state(None)  # attaches the hook: nothing may be refused from here on
         # A hook outlives its optimizer; what it captures then would be kept forever.
         weakref.finalize(self, hook._release)
 
@@ -291,7 +292,7 @@ class GAPTOptimizer(OptimizerWrapper):
             warnings.warn(
                 "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         self._prepare_step()
         counts = self._progress.counts

@@ -64,12 +64,12 @@ class Progress:
         counts.unjudged_loss += loss
         counts.unjudged_entropy += entropy
         counts.unjudged_steps += 1
-        if counts.unjudged_steps == _UNJUDGED_STEPS:
+        if counts.unjudged_steps == _UNJUDGED_STEPS == counts.steps - counts.nonfinite_steps:  # none since the start
             warnings.warn(
                 f'{_UNJUDGED_STEPS} steps with signal="validation" and no finite validation loss: the gate stays. '
                 "Call optimizer.record_validation(loss)",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         if math.isfinite(validation):
             mean_loss, mean_entropy = (

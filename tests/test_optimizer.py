@@ -28,6 +28,7 @@ from gapt_optim import (
     Phase,
     PhaseGate,
     RepresentationHook,
+    progress,
 )
 
 from .loops import (
@@ -519,6 +520,29 @@ def test_validation_gate_moves_only_on_validation_losses() -> None:
             assert metrics["reason"] is None
         assert optimizer.phase is twin.phase
     assert twin.switches >= 2
+
+
+def test_validation_gate_without_validations_says_so_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_UNJUDGED_STEPS", 5)
+    model = make_net()
+    optimizer = wrap(model, config=validation_gate())
+    for step in range(8):
+        optimizer.backward(loss_of(model, step))
+        if step == 4:
+            with pytest.warns(UserWarning, match=r"5 steps .*record_validation\(loss\)") as warned:
+                optimizer.step()
+            assert warned[0].filename == __file__
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_validation_gate_that_has_judged_may_do_without_validations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_UNJUDGED_STEPS", 5)
+    model = make_net()
+    optimizer = wrap(model, config=validation_gate())
+    optimizer.record_validation(2.0)
+    run(model, optimizer, range(12))  # a warning would be an error
 
 
 def test_training_gate_reports_validation_losses_and_ignores_them() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, ObjectiveConfig
+from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, ObjectiveConfig, RepresentationHook
 from tests.angles import (
     Pair,
     assert_angle,
@@ -23,7 +23,7 @@ from tests.angles import (
     parameter_gradients,
     sums_of,
 )
-from tests.loops import RESTLESS, adamw, assert_same, gradients, loss_of, make_net, weights, wrap
+from tests.loops import RESTLESS, adamw, assert_same, gradients, loss_of, make_net, run, sgd, weights, wrap
 from tests.memory import Live
 from tests.models import CASES, MLP, Block, Case
 from tests.training import wrapped
@@ -581,6 +581,18 @@ def test_streaming_refuses_a_parameter_that_is_changed_in_the_backward() -> None
     model.head.weight.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(RuntimeError, match=r'"head.weight" has a post-accumulate hook; use parameter_streaming=False'):
         measuring(model, case, alignment={"parameter_streaming": True})
+
+
+def test_hook_is_free_again_after_a_refusal() -> None:
+    model = make_net()
+    model.head.weight.register_post_accumulate_grad_hook(lambda _: None)
+    hook, base = RepresentationHook(model), sgd(model)
+    refused = AlignmentConfig(parameter_every=1, parameter_streaming=True)
+    with pytest.raises(RuntimeError, match="use parameter_streaming=False"):
+        GAPTOptimizer(base, hook, GAPTConfig(alignment=refused))
+    optimizer = GAPTOptimizer(base, hook, GAPTConfig(alignment=AlignmentConfig(parameter_every=1)))
+    run(model, optimizer, range(2))
+    assert optimizer.metrics is not None
 
 
 def test_other_errors_of_the_backward_are_passed_on() -> None:

@@ -173,6 +173,11 @@ def test_published_gate_has_the_papers_settings_unless_given(tiny: list[str]) ->
     assert config.gapt.gate.smoothing == 0.0
 
 
+def test_comparison_on_validations_leaves_out_what_its_weight_does_not_suit(tiny: list[str], tmp_path: Path) -> None:
+    run([*tiny, "--compare", "--signal", "validation", "--out", str(tmp_path / "out")])
+    assert list(read_results(tmp_path / "out")["runs"]) == ["plain", "gapt"]
+
+
 def test_gate_on_validations_has_settings_that_suit_it_unless_given() -> None:
     parser, flags = make_parser()
     config = make_config(vars(parser.parse_args(["--signal", "validation"])), flags)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import training
 from corpus import Batches
 from errors import StoppedError, UserError
 from gpt2_fineweb import run
@@ -71,6 +73,25 @@ def test_lengths_of_text_are_settings(tiny: list[str], tmp_path: Path) -> None:
     assert (out / "report.html").read_text().count("<img") == 2
 
 
+def test_a_sweep_does_not_replace_a_run_of_one_seed(tiny: list[str], tmp_path: Path) -> None:
+    run([*tiny, "--out", str(tmp_path / "out")])
+    before = read_results(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--out .*: holds a run of one seed; choose another folder"):
+        run([*tiny, "--compare", "--seeds", "2", "--out", str(tmp_path / "out")])
+    assert read_results(tmp_path / "out") == before
+
+
+def test_a_run_that_diverges_at_its_end_is_refused_and_kept(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_loss = training.token_loss
+    monkeypatch.setattr(training, "token_loss", lambda *batch: token_loss(*batch) * math.nan)
+    flags = ["--compare", "--methods", "gapt", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="the validation loss is nan; try a smaller --lr"):
+        run([*tiny, *flags])
+    assert list(tmp_path.glob("out/runs/**/checkpoint.pt"))
+
+
 def test_sweeps_in_one_folder_share_the_plain_runs(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +142,11 @@ CONTRADICTIONS = {
     "--compare --seeds 1 --workers 0": "--workers: needs at least 1, found 0",
     "--compare --seeds 1 --first-seed -1": "--first-seed: must not be negative, found -1",
     "--compare --first-seed 1": "--first-seed: is of use with --seeds only",
+    "--compare --seeds 1 --threads 1": "--threads: with --seeds each process has one thread",
+    "--compare --seeds 1 --parallel ddp": "--parallel: --seeds trains a run in each of its processes",
+    "--compare --seeds 1 --signal validation --methods penalty": "--methods penalty: the weight of 30 suits",
+    "--compare --signal validation --methods published": "--methods published: the weight of 30 suits",
+    "--train-tokens -5": "--train-tokens: needs at least 1, found -5",
     "--train-tokens 100 200": "--train-tokens: several numbers need --seeds",
     "--train-tokens 100000000": "--train-tokens: .* has [0-9,]+ training tokens, found 100,000,000",
     "--train-tokens 10": "10 training tokens are fewer than one sequence",
