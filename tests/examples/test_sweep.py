@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +57,52 @@ def test_results_are_kept_when_a_later_job_fails(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad: loss is nan; try a smaller --lr"):
         sweep.run_jobs(train_and_note, [*jobs, bad], tmp_path / "runs", workers=1, quiet=True)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"job-0.json", "job-1.json"}
+
+
+def wait_for_ever(settings: dict[str, Any]) -> dict[str, Any]:
+    (Path(settings["log"]).parent / f"{os.getpid()}.pid").write_text("")
+    time.sleep(600)
+    return {}
+
+
+SWEEP = """
+import sys, pathlib
+sys.path[:0] = {path!r}
+import sweep, test_sweep
+if __name__ == "__main__":
+    folder = pathlib.Path({folder!r})
+    sweep.run_jobs(test_sweep.wait_for_ever, test_sweep.make_jobs(folder, 2), folder / "runs", quiet=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_workers_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    folders = [str(Path(sweep.__file__).parent), str(Path(__file__).parent)]
+    script.write_text(SWEEP.format(path=folders, folder=str(tmp_path)))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(map(alive, workers)))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")  # one that nobody waits for stays as a zombie
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
 
 
 def test_a_result_of_other_settings_is_refused_and_named(tmp_path: Path) -> None:
