@@ -22,7 +22,7 @@ from errors import UserError
 from methods import cosine, gapt_config
 from results_page import write_page
 from run_folder import versions, write_json
-from seed_statistics import compare, table
+from seed_statistics import cell, compare, table
 from sweep_pictures import draw_clouds, draw_tradeoff
 from torch import Tensor, nn
 
@@ -250,15 +250,17 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         clouds = {method: results[0]["clouds"] for method, results in by_method.items()}
         title = f"Hidden representations of {setting} experience (seed {seeds[0]})"
         pictures.append(draw_clouds(clouds, options.out / f"clouds_{setting}.png", title=title))
-    tradeoff = {}
+    tradeoff: dict[str, list[dict[str, Any]]] = {}
     if weights:
-        for method in options.methods:
-            curve = [settings.weight] if method == "plain" else weights
-            tradeoff[method] = [
-                {"weight": weight, **compare({method: results_of("mixed", method, weight)}, TRADEOFF)[0][method]}
-                for weight in curve
-            ]
-        pictures.append(draw_tradeoff(tradeoff, options.out / "tradeoff.png"))
+        plain = results_of("mixed", "plain")
+        for method in (method for method in options.methods if method != "plain"):
+            tradeoff[method] = []
+            for weight in weights:
+                summaries, change = compare({"plain": plain, method: results_of("mixed", method, weight)}, TRADEOFF)
+                tradeoff[method].append({"weight": weight, **summaries[method], "relative": change[method]})
+        tables.append(("trade-off", tradeoff_table(tradeoff)))
+        title = f"What separation costs, over weights of the entropy ({len(seeds)} seeds)"
+        pictures.append(draw_tradeoff(tradeoff, options.out / "tradeoff.png", title=title))
 
     alone = options.settings[0] if len(options.settings) == 1 else None
     results = {
@@ -282,6 +284,17 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
+def tradeoff_table(tradeoff: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a row per method and weight."""
+    lines = [f"| method, weight | {' | '.join(TRADEOFF)} |", "|---|" + "---:|" * len(TRADEOFF)]
+    for method, points in tradeoff.items():
+        for point in points:
+            summaries, changes = {method: point}, {method: point["relative"]}
+            cells = [cell(method, metric, summaries, changes) for metric in TRADEOFF]
+            lines.append(f"| {method}, {point['weight']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Learning from two teachers that disagree, with and without GAPT.")
     parser.add_argument("--settings", nargs="+", default=["mixed"], choices=SETTINGS, help="(default: mixed)")
@@ -297,6 +310,8 @@ def check(options: argparse.Namespace, s: Settings) -> None:
     for name, least in (("steps", 2), ("batch", 2)):
         if getattr(s, name) < least:
             raise UserError(f"--{name}: needs at least {least}, found {getattr(s, name)}")
+    if options.tradeoff and "plain" not in options.methods:
+        raise UserError("--tradeoff: compares with plain; add it to --methods")
     if s.lr <= 0:
         raise UserError(f"--lr: must be positive, found {s.lr}")
     if s.schedule not in SCHEDULES:

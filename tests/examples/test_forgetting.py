@@ -127,6 +127,8 @@ def test_results_of_one_setting(tmp_path: Path) -> None:
         low, high = results["relative"]["penalty"][metric]["ci95"]
         assert low <= results["relative"]["penalty"][metric]["mean"] <= high
     assert [point["weight"] for point in results["tradeoff"]["gapt"]] == list(forgetting.TRADEOFF_WEIGHTS)
+    assert results["tradeoff"]["gapt"][3]["relative"]["separation"] == results["relative"]["gapt"]["separation"]
+    assert "| penalty, 0.03 |" in (tmp_path / "table.md").read_text()
     assert results["configuration"]["steps"] == 24
     assert results["configuration"]["gapt"]["penalty"]["gate"]["frozen"] is True
     assert set(results["versions"]) >= {"python", "torch", "gapt_optim"}
@@ -166,6 +168,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--patience-memorization", "0"], "--patience-memorization: .*found 0"),
         (["--steps", "1"], "--steps: needs at least 2, found 1"),
         (["--lr", "0"], "--lr: must be positive, found 0"),
+        (["--tradeoff", "--methods", "gapt"], "--tradeoff: compares with plain"),
         (["--schedule", "linear"], "--schedule: must be one of constant, cosine, found linear"),
         (["--combine", "add"], "--combine: .*found 'add'"),
         (["--floor", "-1"], "--floor: .*found -1"),
