@@ -35,18 +35,21 @@ def draw_clouds(clouds: Mapping[str, Sequence[Any]], path: Path, *, title: str) 
     flat = {
         method: _on_principal_axes(*(np.asarray(cloud, float) for cloud in pair)) for method, pair in clouds.items()
     }
-    limit = 1.1 * max(np.abs(points).max() for pair in flat.values() for points in pair)
+    right, top = 1.15 * np.abs(np.concatenate([points for pair in flat.values() for points in pair])).max(0)
+    top = max(top, right / 3)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(1, len(clouds), figsize=(3.2 * len(clouds), 3.9), squeeze=False)
+        size = (3.2 * len(clouds), 1.6 + 3.0 * top / right)
+        figure, grid = plt.subplots(1, len(clouds), figsize=size, squeeze=False, sharey=True, layout="constrained")
         for axes, (method, pair) in zip(grid[0], flat.items(), strict=True):
             for points, color, name in zip(pair, CLOUD_COLORS, ("experience P", "experience N"), strict=True):
                 axes.scatter(*points.T, s=9, color=color, alpha=0.6, lw=0, label=name)
             separation = np.linalg.norm(pair[0].mean(0) - pair[1].mean(0))
             axes.set_title(f"{method}: {separation:.1f} apart", fontsize=10, loc="left")
-            axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="first principal axis")
-        grid[0][0].set_ylabel("second principal axis")
-        grid[0][0].legend(fontsize=8, frameon=False, loc="upper right")
-        figure.suptitle(f"{title}; unit: spread within a cloud", x=0.07, y=0.97, ha="left", fontsize=11, weight="bold")
+            axes.set(xlim=(-right, right), ylim=(-top, top), aspect="equal", xlabel="first principal axis")
+        grid[0][0].set_ylabel("second\nprincipal axis")
+        names = grid[0][0].get_legend_handles_labels()
+        figure.legend(*names, fontsize=9, frameon=False, loc="outside lower right", ncols=2, markerscale=1.5)
+        figure.suptitle(f"{title}; unit: spread within a cloud", x=0.01, ha="left", fontsize=11, weight="bold")
         return _save(figure, path)
 
 
