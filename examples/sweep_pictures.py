@@ -113,7 +113,7 @@ def draw_curves(
         for axes, (metric, methods) in zip(grid.ravel(), curves.items(), strict=False):
             for method, seeds in methods.items():
                 values = np.asarray(seeds, float)
-                axes.plot(steps, values.mean(0), color=COLORS[method], lw=1.8, label=method)
+                axes.plot(steps, values.mean(0), **_line(method))
                 if len(values) > 1:
                     low, high = _band(values)
                     axes.fill_between(steps, low, high, color=COLORS[method], alpha=0.15, lw=0)
@@ -147,13 +147,18 @@ def draw_paths(
         figure, axes = plt.subplots(figsize=(7.2, 4.6))
         for method, pair in paths.items():
             x, y = (np.asarray(rows, float).mean(0) for rows in pair)
-            axes.plot(x, y, color=COLORS[method], marker="o", ms=3.5, lw=1.4, label=method)
+            axes.plot(x, y, **_line(method), marker="o", ms=3.5)
             axes.plot(x[-1:], y[-1:], "o", ms=10, mfc="none", color=COLORS[method])
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.legend(frameon=False)
         axes.set_title(title, loc="left", fontweight="bold")
         return _save(figure, path)
+
+
+def _line(method: str) -> Any:
+    """Plain is a broad line, which shows behind a method that trains just as it does."""
+    return {"color": COLORS[method], "label": method, **({"lw": 5, "alpha": 0.5} if method == "plain" else {"lw": 1.6})}
 
 
 def _bars(changes: Sequence[Mapping[str, Any]], unit: float) -> Any:
