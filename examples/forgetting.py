@@ -19,14 +19,14 @@ from typing import Any
 import sweep
 import torch
 from errors import UserError, exit_code
-from methods import gapt_config
+from methods import cosine, gapt_config
 from results_page import write_page
 from run_folder import versions, write_json
-from seed_statistics import compare, table
+from seed_statistics import cell, compare, table
 from sweep_pictures import draw_clouds, draw_tradeoff
 from torch import Tensor, nn
 
-from gapt_optim import EntropyConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim import EntropyConfig, GAPTOptimizer, GateConfig, ObjectiveConfig, RepresentationHook
 
 INPUTS, HIDDEN, OUTPUTS = 10, 20, 10
 TRAINING, TEST = 500, 100
@@ -38,6 +38,7 @@ METRICS = {
     "finetune": ("separation", "entropy", "task_loss", "loss_p", "loss_n", "forgetting", "forgotten_loss"),
 }
 TRADEOFF = METRICS["mixed"][:3]
+SCHEDULES = {"constant": lambda done: 1.0, "cosine": cosine}
 TRADEOFF_WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -48,7 +49,12 @@ class Settings:
     steps: int = 2000
     batch: int = 32
     lr: float = 0.01
+    schedule: str = "constant"
+    """Of the learning rate: constant, or cosine down to a tenth."""
     weight: float = 1.0
+    combine: str = ObjectiveConfig().combine
+    max_ratio: float = ObjectiveConfig().max_ratio
+    floor: float = ObjectiveConfig().floor
     window: int = 8
     patience_memorization: int = GateConfig().patience_memorization
     patience_compression: int = GateConfig().patience_compression
@@ -145,6 +151,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         config = gapt_config(method, s)
         gapt = None if config is None else GAPTOptimizer(base, hook, config)
         optimizer: torch.optim.Optimizer = base if gapt is None else gapt
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULES[s.schedule](step / s.steps))
         for step, (inputs, answers) in enumerate(batches):
             if old is not None and step == s.steps // 2:
                 learned = held_out_loss(student, old)
@@ -154,6 +161,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             else:
                 gapt.backward(loss)
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             if step % 100 == 99:
                 sweep.advance(100)
@@ -242,15 +250,17 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         clouds = {method: results[0]["clouds"] for method, results in by_method.items()}
         title = f"Hidden representations of {setting} experience (seed {seeds[0]})"
         pictures.append(draw_clouds(clouds, options.out / f"clouds_{setting}.png", title=title))
-    tradeoff = {}
+    tradeoff: dict[str, list[dict[str, Any]]] = {}
     if weights:
-        for method in options.methods:
-            curve = [settings.weight] if method == "plain" else weights
-            tradeoff[method] = [
-                {"weight": weight, **compare({method: results_of("mixed", method, weight)}, TRADEOFF)[0][method]}
-                for weight in curve
-            ]
-        pictures.append(draw_tradeoff(tradeoff, options.out / "tradeoff.png"))
+        plain = results_of("mixed", "plain")
+        for method in (method for method in options.methods if method != "plain"):
+            tradeoff[method] = []
+            for weight in weights:
+                summaries, change = compare({"plain": plain, method: results_of("mixed", method, weight)}, TRADEOFF)
+                tradeoff[method].append({"weight": weight, **summaries[method], "relative": change[method]})
+        tables.append(("trade-off", tradeoff_table(tradeoff)))
+        title = f"What separation costs, over weights of the entropy ({len(seeds)} seeds)"
+        pictures.append(draw_tradeoff(tradeoff, options.out / "tradeoff.png", title=title))
 
     alone = options.settings[0] if len(options.settings) == 1 else None
     results = {
@@ -274,6 +284,17 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
+def tradeoff_table(tradeoff: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a row per method and weight."""
+    lines = [f"| method, weight | {' | '.join(TRADEOFF)} |", "|---|" + "---:|" * len(TRADEOFF)]
+    for method, points in tradeoff.items():
+        for point in points:
+            summaries, changes = {method: point}, {method: point["relative"]}
+            cells = [cell(method, metric, summaries, changes) for metric in TRADEOFF]
+            lines.append(f"| {method}, {point['weight']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Learning from two teachers that disagree, with and without GAPT.")
     parser.add_argument("--settings", nargs="+", default=["mixed"], choices=SETTINGS, help="(default: mixed)")
@@ -289,8 +310,12 @@ def check(options: argparse.Namespace, s: Settings) -> None:
     for name, least in (("steps", 2), ("batch", 2)):
         if getattr(s, name) < least:
             raise UserError(f"--{name}: needs at least {least}, found {getattr(s, name)}")
+    if options.tradeoff and "plain" not in options.methods:
+        raise UserError("--tradeoff: compares with plain; add it to --methods")
     if s.lr <= 0:
         raise UserError(f"--lr: must be positive, found {s.lr}")
+    if s.schedule not in SCHEDULES:
+        raise UserError(f"--schedule: must be one of {', '.join(SCHEDULES)}, found {s.schedule}")
     for method in options.methods:
         gapt_config(method, s)
 

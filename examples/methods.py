@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from errors import explain
@@ -12,6 +13,7 @@ from gapt_optim import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, O
 METHODS = ("plain", "penalty", "published", "gapt")
 """No entropy, a constant weight on it, the paper's gate, and the library's."""
 GATE_FIELDS = ("patience_memorization", "patience_compression", "min_improvement", "spike_tolerance", "smoothing")
+OBJECTIVE_FIELDS = ("weight", "combine", "max_ratio", "floor")
 
 
 def of_method(method: str, config: GAPTConfig) -> GAPTConfig | None:
@@ -27,7 +29,7 @@ def of_method(method: str, config: GAPTConfig) -> GAPTConfig | None:
 
 
 def gapt_config(method: str, settings: Any) -> GAPTConfig | None:
-    """`of_method` for ``settings`` with ``weight``, ``window`` and the fields of the gate in ``GATE_FIELDS``.
+    """`of_method` for ``settings`` with ``window`` and the fields in ``GATE_FIELDS`` and ``OBJECTIVE_FIELDS``.
 
     Raises:
         UserError: a setting is impossible.
@@ -36,11 +38,16 @@ def gapt_config(method: str, settings: Any) -> GAPTConfig | None:
         config = GAPTConfig(
             gate=GateConfig(**{name: getattr(settings, name) for name in GATE_FIELDS}),
             entropy=EntropyConfig(window=settings.window),
-            objective=ObjectiveConfig(weight=settings.weight),
+            objective=ObjectiveConfig(**{name: getattr(settings, name) for name in OBJECTIVE_FIELDS}),
             alignment=AlignmentConfig(activation=False),  # of no use here, and a good part of so small a step
         )
     except ValidationError as error:
         raise explain(
-            error, {name: f"--{name.replace('_', '-')}" for name in ("weight", "window", *GATE_FIELDS)}
+            error, {name: f"--{name.replace('_', '-')}" for name in ("window", *OBJECTIVE_FIELDS, *GATE_FIELDS)}
         ) from error
     return of_method(method, config)
+
+
+def cosine(done: float) -> float:
+    """Learning rate over a run: half a cosine from 1 down to a tenth."""
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))

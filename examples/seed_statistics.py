@@ -80,15 +80,16 @@ def table(summaries: Summary, changes: Summary, metrics: Sequence[str]) -> str:
     """Markdown: a row per metric, a column per method, intervals behind the changes."""
     lines = ["| | " + " | ".join(summaries) + " |", "|---|" + "---:|" * len(summaries)]
     for metric in metrics:
-        cells = []
-        for method, summary in summaries.items():
-            cell = f"{summary[metric]['mean']:.4g}"
-            change = changes.get(method, {}).get(metric)
-            if change is not None:
-                cell += f" ({change['mean']:+.1%}"
-                if change["ci95"] is not None:
-                    cell += f"; {change['ci95'][0]:+.1%} to {change['ci95'][1]:+.1%}"
-                cell += ")"
-            cells.append(cell)
+        cells = [cell(method, metric, summaries, changes) for method in summaries]
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(method: str, metric: str, summaries: Summary, changes: Summary) -> str:
+    """One mean, and behind it the change against plain with its interval."""
+    text = f"{summaries[method][metric]['mean']:.4g}"
+    change = changes.get(method, {}).get(metric)
+    if change is None:
+        return text
+    interval = "" if change["ci95"] is None else f"; {change['ci95'][0]:+.1%} to {change['ci95'][1]:+.1%}"
+    return f"{text} ({change['mean']:+.1%}{interval})"

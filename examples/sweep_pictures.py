@@ -35,18 +35,21 @@ def draw_clouds(clouds: Mapping[str, Sequence[Any]], path: Path, *, title: str) 
     flat = {
         method: _on_principal_axes(*(np.asarray(cloud, float) for cloud in pair)) for method, pair in clouds.items()
     }
-    limit = 1.1 * max(np.abs(points).max() for pair in flat.values() for points in pair)
+    right, top = 1.15 * np.abs(np.concatenate([points for pair in flat.values() for points in pair])).max(0)
+    top = max(top, right / 3)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(1, len(clouds), figsize=(3.2 * len(clouds), 3.9), squeeze=False)
+        size = (3.2 * len(clouds), 1.6 + 3.0 * top / right)
+        figure, grid = plt.subplots(1, len(clouds), figsize=size, squeeze=False, sharey=True, layout="constrained")
         for axes, (method, pair) in zip(grid[0], flat.items(), strict=True):
             for points, color, name in zip(pair, CLOUD_COLORS, ("experience P", "experience N"), strict=True):
                 axes.scatter(*points.T, s=9, color=color, alpha=0.6, lw=0, label=name)
             separation = np.linalg.norm(pair[0].mean(0) - pair[1].mean(0))
             axes.set_title(f"{method}: {separation:.1f} apart", fontsize=10, loc="left")
-            axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="first principal axis")
-        grid[0][0].set_ylabel("second principal axis")
-        grid[0][0].legend(fontsize=8, frameon=False, loc="upper right")
-        figure.suptitle(f"{title}; unit: spread within a cloud", x=0.07, y=0.97, ha="left", fontsize=11, weight="bold")
+            axes.set(xlim=(-right, right), ylim=(-top, top), aspect="equal", xlabel="first principal axis")
+        grid[0][0].set_ylabel("second\nprincipal axis")
+        names = grid[0][0].get_legend_handles_labels()
+        figure.legend(*names, fontsize=9, frameon=False, loc="outside lower right", ncols=2, markerscale=1.5)
+        figure.suptitle(f"{title}; unit: spread within a cloud", x=0.01, ha="left", fontsize=11, weight="bold")
         return _save(figure, path)
 
 
@@ -60,26 +63,36 @@ def _on_principal_axes(first: Any, second: Any) -> tuple[Any, Any]:
     return flat[: len(first)], flat[len(first) :]
 
 
-def draw_tradeoff(tradeoff: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """Separation against task loss, a curve per method over the entropy's weight, bars: 95 % intervals."""
+def draw_tradeoff(tradeoff: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> Path:
+    """Change of separation over change of task loss, a curve per method over weights; bars: paired 95 % intervals."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 4.6))
-        for method, points in tradeoff.items():
-            x = [point["task_loss"]["mean"] for point in points]
-            y = [point["separation"]["mean"] for point in points]
-            errors = {
-                f"{axis}err": _bars([point[metric] for point in points])
-                for axis, metric in (("x", "task_loss"), ("y", "separation"))
-            }
-            axes.errorbar(x, y, **errors, color=COLORS[method], marker="o", ms=5, lw=1.6, elinewidth=0.6, label=method)
-            if len(points) > 1:
-                for left, up, point in zip(x, y, points, strict=True):
-                    axes.annotate(f"{point['weight']:g}", (left, up), (5, 4), textcoords="offset points", fontsize=7.5)
-        axes.set_xlabel("task loss on test data (L1); better to the left")
-        axes.set_ylabel("separation; better upwards")
-        axes.legend(frameon=False)
-        axes.set_title("What separation costs, over weights of the entropy", loc="left", fontweight="bold")
+        figure, axes = plt.subplots(figsize=(8.4, 5.2))
+        axes.plot(0, 0, "o", ms=8, color=COLORS["plain"], label="plain")
+        for number, (method, points) in enumerate(tradeoff.items()):
+            changes = [[point["relative"][metric] for point in points] for metric in ("task_loss", "separation")]
+            x, y = ([100 * change["mean"] for change in row] for row in changes)
+            left, up = (_bars(row, 100) for row in changes)
+            bars: Any = {"xerr": left, "yerr": up, "elinewidth": 0.7}
+            axes.errorbar(x, y, **bars, fmt="none", color=COLORS[method], alpha=0.35)
+            axes.plot(x, y, "o-", ms=5, lw=1.8, color=COLORS[method], label=method)
+            place: Any = {"xytext": (-6, 6), "ha": "right"} if number % 2 else {"xytext": (6, -11)}
+            for point, right, high in zip(points, x, y, strict=True):
+                axes.annotate(f"{point['weight']:g}", (right, high), **place, textcoords="offset points",
+                              fontsize=8, color=COLORS[method])  # fmt: skip
+        axes.set_xscale("symlog", linthresh=10, linscale=0.7)
+        ticks = [tick for tick in (-30, -10, -5, 0, 5, 10, 30, 100, 300) if _within(tick, axes.get_xlim())]
+        axes.set_xticks(ticks, [f"{tick:+d} %" if tick else "0" for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f} %" if value else "0")
+        axes.set_xlabel("change of the task loss against plain; better to the left")
+        axes.set_ylabel("change of the separation; better upwards")
+        axes.legend(frameon=False, loc="upper left")
+        axes.set_title(title, loc="left", fontweight="bold")
         return _save(figure, path)
+
+
+def _within(value: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= value <= limits[1]
 
 
 def draw_curves(
@@ -101,7 +114,7 @@ def draw_curves(
         for axes, (metric, methods) in zip(grid.ravel(), curves.items(), strict=False):
             for method, seeds in methods.items():
                 values = np.asarray(seeds, float)
-                axes.plot(steps, values.mean(0), color=COLORS[method], lw=1.8, label=method)
+                axes.plot(steps, values.mean(0), **_line(method))
                 if len(values) > 1:
                     low, high = _band(values)
                     axes.fill_between(steps, low, high, color=COLORS[method], alpha=0.15, lw=0)
@@ -137,7 +150,7 @@ def draw_paths(
         figure, axes = plt.subplots(figsize=(7.2, 4.6))
         for method, pair in paths.items():
             x, y = (np.asarray(rows, float).mean(0) for rows in pair)
-            axes.plot(x, y, color=COLORS[method], marker="o", ms=3.5, lw=1.4, label=method)
+            axes.plot(x, y, **_line(method), marker="o", ms=3.5)
             axes.plot(x[-1:], y[-1:], "o", ms=10, mfc="none", color=COLORS[method])
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
@@ -146,11 +159,16 @@ def draw_paths(
         return _save(figure, path)
 
 
-def _bars(summaries: Sequence[Mapping[str, Any]]) -> Any:
+def _line(method: str) -> Any:
+    """Plain is a broad line, which shows behind a method that trains just as it does."""
+    return {"color": COLORS[method], "label": method, **({"lw": 5, "alpha": 0.5} if method == "plain" else {"lw": 1.6})}
+
+
+def _bars(changes: Sequence[Mapping[str, Any]], unit: float) -> Any:
     """Lengths of error bars below and above the means, None without intervals."""
-    if any(summary["ci95"] is None for summary in summaries):
+    if any(change["ci95"] is None for change in changes):
         return None
-    return np.array([[s["mean"] - s["ci95"][0], s["ci95"][1] - s["mean"]] for s in summaries]).clip(min=0).T
+    return unit * np.array([[c["mean"] - c["ci95"][0], c["ci95"][1] - c["mean"]] for c in changes]).clip(min=0).T
 
 
 def _band(values: Any) -> tuple[Any, Any]:

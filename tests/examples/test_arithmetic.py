@@ -100,6 +100,7 @@ def test_an_exact_answer_needs_every_digit(wrong: bool) -> None:
     result = arithmetic.evaluate(model, hook, problems, EntropyConfig())
     assert result["accuracy"] == (0.5 if wrong else 1.0)
     assert result["digits"] == pytest.approx([0.5, 0.5, 0.5, 0.0] if wrong else [1.0] * 4)
+    assert result["digit_losses"] == pytest.approx([25.0, 25.0, 25.0, 50.0] if wrong else [0.0] * 4, abs=1e-3)
     assert result["calibration"] == pytest.approx(4 / 7 if wrong else 0.0, abs=1e-4)
 
 

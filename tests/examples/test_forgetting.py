@@ -92,6 +92,18 @@ def test_separation_is_the_distance_in_units_of_the_spread() -> None:
     assert result["separation"] == pytest.approx(((p.mean(0) - n.mean(0)).norm() / within.sqrt()).item(), rel=1e-3)
 
 
+def test_a_schedule_and_the_objective_reach_the_run() -> None:
+    constant = train(method="gapt", steps=200)
+    for changes in ({"schedule": "cosine"}, {"combine": "cap", "max_ratio": 0.1}, {"floor": 0.1}):
+        assert train(method="gapt", steps=200, **changes)["task_loss"] != constant["task_loss"]
+    assert train(method="plain", schedule="cosine")["task_loss"] != train(method="plain")["task_loss"]
+
+
+def test_entropy_stays_above_a_floor() -> None:
+    pressed, held = (train(method="penalty", steps=400, floor=floor)["entropy"] for floor in (0.0, 0.1))
+    assert pressed < 0.05 < held
+
+
 @pytest.mark.parametrize(("setting", "old"), [("sequential", "loss_p"), ("finetune", "loss_n")])
 def test_forgetting_is_how_much_the_old_loss_rose(setting: str, old: str) -> None:
     result = train(setting, "plain", steps=200)
@@ -114,6 +126,8 @@ def test_results_of_one_setting(tmp_path: Path) -> None:
         low, high = results["relative"]["penalty"][metric]["ci95"]
         assert low <= results["relative"]["penalty"][metric]["mean"] <= high
     assert [point["weight"] for point in results["tradeoff"]["gapt"]] == list(forgetting.TRADEOFF_WEIGHTS)
+    assert results["tradeoff"]["gapt"][3]["relative"]["separation"] == results["relative"]["gapt"]["separation"]
+    assert "| penalty, 0.03 |" in (tmp_path / "table.md").read_text()
     assert results["configuration"]["steps"] == 24
     assert results["configuration"]["gapt"]["penalty"]["gate"]["frozen"] is True
     assert set(results["versions"]) >= {"python", "torch", "gapt_optim"}
@@ -153,6 +167,10 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--patience-memorization", "0"], "--patience-memorization: .*found 0"),
         (["--steps", "1"], "--steps: needs at least 2, found 1"),
         (["--lr", "0"], "--lr: must be positive, found 0"),
+        (["--tradeoff", "--methods", "gapt"], "--tradeoff: compares with plain"),
+        (["--schedule", "linear"], "--schedule: must be one of constant, cosine, found linear"),
+        (["--combine", "add"], "--combine: .*found 'add'"),
+        (["--floor", "-1"], "--floor: .*found -1"),
         (["--seeds", "0"], "--seeds: needs at least 1, found 0"),
     ],
 )
