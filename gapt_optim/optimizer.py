@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -227,9 +227,25 @@ class GAPTOptimizer(OptimizerWrapper):
     def record_validation(self, loss: float | Tensor) -> None:
         """Give a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
 
-        Several before one step are averaged, and so are those of several ranks; not every rank needs to have one.
+        Several before one step are averaged, and so are those of several ranks; not every rank needs to have one. One
+        that is not finite is left out, with a warning.
+
+        Raises:
+            TypeError, ValueError: ``loss`` is not one number.
         """
-        self._progress.validation.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must be one number, found shape {tuple(loss.shape)}; give its mean")
+            loss = loss.item()
+        if not isinstance(loss, SupportsFloat):
+            raise TypeError(f"loss must be a number or a tensor of one, found {type(loss).__name__}")
+        value = float(loss)
+        if math.isfinite(value):
+            self._progress.validation.append(value)
+        else:
+            warnings.warn(
+                f"a held-out loss of {value} is left out: the gate cannot judge it", UserWarning, stacklevel=2
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""

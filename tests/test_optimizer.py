@@ -545,6 +545,32 @@ def test_validation_gate_that_has_judged_may_do_without_validations(monkeypatch:
     run(model, optimizer, range(12))  # a warning would be an error
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_held_out_loss_that_is_not_finite_is_left_out(bad: Any) -> None:
+    model = make_net()
+    optimizer = wrap(model, config=validation_gate())
+    optimizer.record_validation(1.5)
+    with pytest.warns(UserWarning, match=r"held-out loss of (nan|inf) is left out") as warned:
+        optimizer.record_validation(bad)
+    assert warned[0].filename == __file__
+    run(model, optimizer, range(1))
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.validation_loss == 1.5
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        ("abc", TypeError, "loss must be a number or a tensor of one, found str"),
+        (None, TypeError, "loss must be a number or a tensor of one, found NoneType"),
+        (torch.ones(3), ValueError, r"loss must be one number, found shape \(3,\)"),
+    ],
+)
+def test_held_out_loss_must_be_a_number(loss: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        wrap(make_net()).record_validation(loss)
+
+
 def test_training_gate_reports_validation_losses_and_ignores_them() -> None:
     model, plain = make_net(), make_net()
     optimizer, other = wrap(model, config=GAPTConfig(gate=RESTLESS)), wrap(plain, config=GAPTConfig(gate=RESTLESS))
