@@ -81,7 +81,7 @@ def run_sweep(
             runs[setting][method]["layer_entropy"] = {
                 layer: summarize([row["layer_entropy"][layer] for row in rows]) for layer in rows[0]["layer_entropy"]
             }
-        name = f"{corpus.name}, {int(setting):,} training tokens" if setting != "all" else corpus.name
+        name = Path(corpus.name).name + (f", {int(setting):,} training tokens" if setting != "all" else "")
         tables.append((name, table(runs[setting], changes[setting], METRICS)))
         curves = {
             title: {method: [row["history"][key] for row in rows] for method, rows in by_method.items()}
