@@ -218,7 +218,8 @@ def train(
             if validation is not None and gapt is not None:
                 judged = gapt.config.gate.signal == "validation"
                 late = step > (1 - config.cooldown) * config.steps
-                if not (judged and late and gapt.phase is Phase.MEMORIZATION):
+                cooling = judged and late and gapt.phase is Phase.MEMORIZATION
+                if math.isfinite(validation["loss"]) and not cooling:
                     gapt.record_validation(validation["loss"])
 
             started = time.perf_counter()
