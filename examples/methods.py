@@ -48,6 +48,6 @@ def gapt_config(method: str, settings: Any) -> GAPTConfig | None:
     return of_method(method, config)
 
 
-def cosine(done: float) -> float:
-    """Learning rate over a run: half a cosine from 1 down to a tenth."""
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+def cosine(done: float, final: float = 0.1) -> float:
+    """Learning rate over a run: half a cosine from 1 down to ``final``."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))

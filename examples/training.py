@@ -20,7 +20,7 @@ from checkpoints import forget_after, load_checkpoint, save_checkpoint, stop_aft
 from corpus import Batches, Corpus, validation_batches
 from errors import StoppedError, UserError, first_line
 from gpt2 import PRESETS, build, token_loss
-from methods import of_method
+from methods import cosine, of_method
 from optimizers import OptimizerName, check_optimizer, make_optimizers, state_bytes
 from parallel import ALONE, Parallel, Ranks, clip_gradients, gradient_sync, parallelize
 from pydantic import BaseModel, ConfigDict, Field
@@ -310,7 +310,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+    return cosine(done, final)
 
 
 def check_config(config: TrainConfig, ranks: Ranks = ALONE) -> None:

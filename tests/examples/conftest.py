@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +43,27 @@ def tiny(text_file: Path) -> list[str]:
         "--checkpoint-every 5 --lr 1e-3 --quiet --patience-memorization 2 --patience-compression 2 "
         "--min-improvement 0.1"
     ).split()
+
+
+Interrupting = Callable[[int], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def interrupting() -> Interrupting:
+    """``with interrupting(index):`` Ctrl-C comes as that batch is drawn."""
+    from corpus import Batches
+
+    @contextmanager
+    def at(wanted: int) -> Iterator[None]:
+        draw = Batches.__call__
+
+        def interrupted(self: Batches, index: int) -> Any:
+            if index == wanted:
+                signal.raise_signal(signal.SIGINT)
+            return draw(self, index)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Batches, "__call__", interrupted)
+            yield
+
+    return at

@@ -26,6 +26,7 @@ from training import learning_rate_factor
 
 from gapt_optim import GAPTConfig, GateConfig
 from gapt_optim.report import read_metrics
+from tests.examples.conftest import Interrupting
 
 DATA = Path(os.environ.get("GAPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -221,22 +222,13 @@ def test_every_kind_of_file(tiny: list[str], tmp_path: Path, suffix: str, docume
 
 @pytest.mark.parametrize("method", ["plain", "gapt"])
 def test_interrupted_run_goes_on_bit_for_bit(
-    tiny: list[str], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, method: str, interrupting: Interrupting
 ) -> None:
     flags = [*tiny, "--method", method, "--dropout", "0.1", "--accumulation", "2"]
     run([*flags, "--out", str(tmp_path / "whole")])
 
-    draw = Batches.__call__
-
-    def interrupted(self: Batches, index: int) -> Any:
-        if index == 13:  # inside the seventh step
-            signal.raise_signal(signal.SIGINT)
-        return draw(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__call__", interrupted)
-        with pytest.raises(StoppedError, match="stopped after step 7 of 12"):
-            run([*flags, "--out", str(tmp_path / "parts")])
+    with interrupting(13), pytest.raises(StoppedError, match="stopped after step 7 of 12"):  # inside the seventh step
+        run([*flags, "--out", str(tmp_path / "parts")])
     assert len(read_metrics(tmp_path / "parts" / "metrics.jsonl")) == 7
     run(["--resume", "--quiet", "--out", str(tmp_path / "parts")])
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from corpus import Batches
 from errors import StoppedError, UserError
 from gpt2 import PRESETS, build, token_loss
 from gpt2_fineweb import run
@@ -20,6 +18,7 @@ from speedups import check_float8, to_float8, use_linear_layers
 from torch import nn
 
 from gapt_optim.report import read_metrics
+from tests.examples.conftest import Interrupting
 
 CPU = torch.device("cpu")
 VOCABULARY = 512
@@ -47,21 +46,12 @@ def eager() -> Iterator[None]:
 @pytest.mark.parametrize("method", ["plain", "gapt"])
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 def test_trains_and_goes_on_bit_for_bit(
-    tiny: list[str], tmp_path: Path, optimizer: str, method: str, monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, optimizer: str, method: str, interrupting: Interrupting
 ) -> None:
     flags = [*tiny, "--optimizer", optimizer, "--method", method]
     run([*flags, "--out", str(tmp_path / "whole")])
-    draw = Batches.__call__
-
-    def interrupted(self: Batches, index: int) -> Any:
-        if index == 6:
-            signal.raise_signal(signal.SIGINT)
-        return draw(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__call__", interrupted)
-        with pytest.raises(StoppedError, match="stopped after step 7 of 12"):
-            run([*flags, "--out", str(tmp_path / "parts")])
+    with interrupting(6), pytest.raises(StoppedError, match="stopped after step 7 of 12"):
+        run([*flags, "--out", str(tmp_path / "parts")])
     run(["--resume", "--quiet", "--out", str(tmp_path / "parts")])
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()

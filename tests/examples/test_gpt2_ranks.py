@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import Batches
 from errors import StoppedError, UserError
 from gpt2_fineweb import run
 from parallel import PARALLEL, Ranks
 
 from gapt_optim.report import read_metrics
-from tests.examples.conftest import ROOT
+from tests.examples.conftest import ROOT, Interrupting
 
 SCRIPT = str(ROOT / "examples" / "gpt2_fineweb.py")
 
@@ -177,24 +176,13 @@ def test_interrupted_ranks_go_on_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "gapt"])
-def test_run_goes_on_with_other_ranks(
-    tiny: list[str], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_goes_on_with_other_ranks(tiny: list[str], tmp_path: Path, method: str, interrupting: Interrupting) -> None:
     """One process stops, two ranks of every kind go on; what they leave, one process makes longer."""
     flags = [*tiny, *SHARED, "--method", method, "--out"]
     run([*flags, str(tmp_path / "whole")])
 
-    draw = Batches.__call__
-
-    def interrupted(self: Batches, index: int) -> Any:
-        if index == 19:  # inside the seventh step
-            signal.raise_signal(signal.SIGINT)
-        return draw(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__call__", interrupted)
-        with pytest.raises(StoppedError, match="stopped after step 7 of 12"):
-            run([*flags, str(tmp_path / "parts")])
+    with interrupting(19), pytest.raises(StoppedError, match="stopped after step 7 of 12"):  # inside the seventh step
+        run([*flags, str(tmp_path / "parts")])
     for parallel in ("ddp", "fsdp"):
         shutil.copytree(tmp_path / "parts", tmp_path / parallel)
         finished(start("--resume", "--quiet", "--parallel", parallel, "--out", str(tmp_path / parallel)))
