@@ -10,10 +10,9 @@ from typing import Any
 
 from .config import GateConfig
 from .gate import Phase, PhaseGate
-from .wrapper import STATE_KEY
+from .wrapper import START_FRESH
 
 _UNJUDGED_STEPS = 2000
-_FRESH = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
 
 
 @dataclass
@@ -96,14 +95,18 @@ def refuse_other_state(saved: dict[str, Any], here: dict[str, Any], config: Gate
     """Raises ValueError where a saved state is of other layers, another configuration or another version."""
     unknown = set(saved) ^ set(here)
     if unknown:
-        raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {_FRESH}")
+        raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {START_FRESH}")
     if _bare_names(saved["layers"]) != _bare_names(here["layers"]):
-        raise ValueError(f"state_dict is of the layers {saved['layers']}, this hook has {here['layers']}; {_FRESH}")
+        raise ValueError(
+            f"state_dict is of the layers {saved['layers']}, this hook has {here['layers']}; {START_FRESH}"
+        )
     for section, values in saved["config"].items():
         for name, value in values.items():
             found = here["config"].get(section, {}).get(name)
             if found != value:
-                raise ValueError(f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {_FRESH}")
+                raise ValueError(
+                    f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {START_FRESH}"
+                )
     PhaseGate(config).load_state_dict(saved["gate"])
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from .bases import Bases
 
 STATE_KEY = "gapt"
+START_FRESH = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
 """In the first parameter group of a state dict, where checkpoint tools carry it along."""
 
 
@@ -138,8 +139,7 @@ class OptimizerWrapper(Optimizer):
             own = None if saved is None else json.loads(saved)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f'"{STATE_KEY}" in the state_dict is not what state_dict() has put there ({error}); remove it to start '
-                "the gate fresh"
+                f'"{STATE_KEY}" in the state_dict is not what state_dict() has put there ({error}); {START_FRESH}'
             ) from error
         if own is not None:
             self._check_own_state(own)
