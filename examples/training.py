@@ -24,7 +24,7 @@ from methods import cosine, of_method
 from optimizers import OptimizerName, check_optimizer, make_optimizers, state_bytes
 from parallel import ALONE, Parallel, Ranks, clip_gradients, gradient_sync, parallelize
 from pydantic import BaseModel, ConfigDict, Field
-from speedups import check_compiler, check_float8, to_float8
+from speedups import check_compiler, check_float8, keep_freed_memory, to_float8
 from torch import nn
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, Phase, RepresentationHook
@@ -116,6 +116,8 @@ def train(
     """
     device = pick_device(config.device, ranks)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
+    if device.type == "cpu":
+        keep_freed_memory()
     micro_batches, batch_size = ranks.divide(config.accumulation, config.batch_size)
     torch.manual_seed(seed)
     model = build_model(config, corpus).to(device)
