@@ -12,7 +12,6 @@ interrupted command goes on where it was.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,22 +21,26 @@ import sweep
 import torch
 from errors import UserError, exit_code
 from methods import cosine, gapt_config
+from multiplication import (
+    CONTEXT,
+    PADDING,
+    SYMBOLS,
+    TEST,
+    TRAINING,
+    UNIFORM,
+    VALIDATION,
+    Problems,
+    answer_loss,
+    draw,
+    evaluate,
+)
 from results_page import write_page
 from run_folder import versions, write_json
 from seed_statistics import compare, summarize, table
 from sweep_pictures import draw_curves, draw_paths
-from torch import Tensor, nn
+from torch import nn
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, GateConfig, ObjectiveConfig, RepresentationHook
-
-SYMBOLS = "0123456789x=BEP"  # B, E and P stand for <bos>, <eos> and padding
-IDS = {ord(symbol): number for number, symbol in enumerate(SYMBOLS)}
-PADDING = SYMBOLS.index("P")
-CONTEXT = 2 * 6 + 12 + 4  # two factors of six digits and their product, between <bos>, x, = and <eos>
-IGNORED = -100
-TRAINING, VALIDATION, TEST = range(3)
-UNIFORM = math.log(len(SYMBOLS))
-
 
 METRICS = (
     "id_loss", "ood_loss", "id_accuracy", "ood_accuracy", "id_calibration", "ood_calibration", "entropy",
@@ -68,6 +71,9 @@ class Settings:
     min_improvement: float = GateConfig().min_improvement
     spike_tolerance: float = GateConfig().spike_tolerance
     smoothing: float = GateConfig().smoothing
+    positions: str = "first"
+    """Where in the context a training problem begins: at the first position, or at a random one, which trains the
+    embeddings of the positions that only longer factors reach."""
     evaluate_every: int = 50
     problems: int = 512
     """Problems in each of the validation and test sets."""
@@ -81,103 +87,6 @@ PRESETS = {
         layers=12, width=768, heads=12, steps=20_000, batch=512, lr=3e-4, warmup=1000, evaluate_every=500
     ),
 }
-
-
-# The task
-
-
-def part(a: Tensor, b: Tensor) -> Tensor:
-    """Which set a problem belongs to: a twentieth of all pairs is for validation, a twentieth for tests.
-
-    The pair alone decides, in either order, so no drawing of training problems can meet a test problem.
-    """
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    mixed = (low * 7919 + high * 104_729 + 12_345) % 1_000_003
-    bucket = (mixed * mixed) % 1_000_003 % 20
-    return torch.where(bucket == 0, VALIDATION, torch.where(bucket == 1, TEST, TRAINING))
-
-
-def draw(count: int, digits: tuple[int, int], wanted: int | None, generator: torch.Generator) -> list[tuple[int, int]]:
-    """``count`` problems whose factors each have a number of digits drawn evenly from ``digits``."""
-    found: list[tuple[int, int]] = []
-    while len(found) < count:
-        length = torch.randint(digits[0], digits[1] + 1, (2, 32 * count), generator=generator)
-        least = torch.where(length == 1, 0, 10 ** (length - 1))
-        fraction = torch.rand(length.shape, generator=generator, dtype=torch.float64)
-        factors = least + (fraction * (10**length - least)).long()
-        if wanted is not None:
-            factors = factors[:, part(factors[0], factors[1]) == wanted]
-        found += [(a, b) for a, b in factors.T[: count - len(found)].tolist()]
-    return found
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Problems as the model sees them, padded on the right."""
-
-    ids: Tensor
-    mask: Tensor
-    """1 where a token is not padding."""
-    targets: Tensor
-    """The next token within the answer, <eos> included; ``IGNORED`` elsewhere."""
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[int, int]], device: torch.device) -> Problems:
-        texts = [f"B{a}x{b}={a * b}E" for a, b in pairs]
-        width = max(map(len, texts))
-        ids = torch.tensor([[IDS[ord(c)] for c in text.ljust(width, "P")] for text in texts])
-        start = torch.tensor([[text.index("=")] for text in texts])
-        position = torch.arange(width - 1)
-        answered = (position >= start) & (ids[:, 1:] != PADDING)
-        targets = torch.where(answered, ids[:, 1:], IGNORED)
-        return cls(ids.to(device), (ids != PADDING).long().to(device), targets.to(device))
-
-
-def forward(model: nn.Module, problems: Problems) -> Tensor:
-    """Logits of every answer token (answer tokens, symbols)."""
-    logits: Tensor = model(input_ids=problems.ids, attention_mask=problems.mask).logits[:, :-1]
-    return logits[problems.targets != IGNORED].float()
-
-
-def answer_loss(model: nn.Module, problems: Problems) -> Tensor:
-    """Mean cross-entropy of the answer's tokens, in nats."""
-    return nn.functional.cross_entropy(forward(model, problems), problems.targets[problems.targets != IGNORED])
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, entropy: EntropyConfig) -> dict[str, Any]:
-    """Loss, exact-match accuracy, calibration, loss and accuracy of each digit, and entropy per layer."""
-    model.eval()
-    with hook.measuring(entropy) as measured:
-        logits = forward(model, problems)
-    model.train()
-    answered = problems.targets != IGNORED
-    targets = problems.targets[answered]
-    probability, guess = logits.softmax(-1).max(-1)
-    right = torch.ones_like(answered)
-    right[answered] = guess == targets
-    # Greedy decoding writes the exact answer if and only if every token is right given the right ones before it.
-    exact = right.all(-1).float().mean().item()
-    position = (answered.cumsum(-1) - 1)[answered]
-    hits = (guess == targets).float()
-    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-    counts = torch.bincount(position)
-    return {
-        "loss": losses.mean().item(),
-        "accuracy": exact,
-        "calibration": calibration_error(probability, hits),
-        "digits": (torch.bincount(position, hits) / counts).tolist(),
-        "digit_losses": (torch.bincount(position, losses) / counts).tolist(),
-        "layer_entropy": measured.entropies,
-        "entropy": measured.mean,
-    }
-
-
-def calibration_error(probability: Tensor, hits: Tensor, bins: int = 10) -> float:
-    """Mean gap between how sure the model is of its best symbol and how often that is right."""
-    bucket = (probability * bins).long().clamp(max=bins - 1)
-    gap = torch.bincount(bucket, probability - hits, minlength=bins).abs()
-    return (gap.sum() / len(hits)).item()
 
 
 # One run
@@ -220,8 +129,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             optimizer, lambda step: min((step + 1) / (s.warmup + 1), cosine(step / s.steps))
         )
         model.train()
+        starts = torch.Generator().manual_seed(seed + 1_000_003) if s.positions == "random" else None
         for step in range(s.steps):
-            loss = answer_loss(model, Problems.of(draw(s.batch, (1, 3), TRAINING, generator), device))
+            loss = answer_loss(model, Problems.of(draw(s.batch, (1, 3), TRAINING, generator), device, starts))
             if gapt is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
@@ -240,16 +150,28 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                 entropy = EntropyConfig(window=s.window)
                 measured = {name: evaluate(model, hook, problems, entropy) for name, problems in sets.items()}
                 history.append({"step": step + 1, **measured})
-    best = min(history, key=lambda record: record["validation"]["loss"])
+    result = {"history": history}
     return {
-        **scores(history[-1]),
-        **{f"best_{name}": value for name, value in scores(best).items()},
+        **scores(last(result)),
+        **{f"best_{name}": value for name, value in scores(best(result)).items()},
         "ood_loss_area": sum(record["ood"]["loss"] for record in history) / len(history),
         "compression_share": compression_steps / s.steps,
         "switches": len(switches),
         "switch_list": switches,
-        "history": history,
+        **result,
     }
+
+
+def last(result: dict[str, Any]) -> dict[str, Any]:
+    """A run's evaluation after its last step."""
+    record: dict[str, Any] = result["history"][-1]
+    return record
+
+
+def best(result: dict[str, Any]) -> dict[str, Any]:
+    """A run's evaluation where its loss on validation problems, in distribution, was lowest."""
+    record: dict[str, Any] = min(result["history"], key=lambda record: record["validation"]["loss"])
+    return record
 
 
 def scores(record: dict[str, Any]) -> dict[str, float]:
@@ -284,11 +206,12 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     )
     by_method = {method: [done[jobs[method, seed].name] for seed in seeds] for method in options.methods}
     runs, changes = compare(by_method, METRICS)
+    layers = list(by_method[options.methods[0]][0]["history"][-1]["id"]["layer_entropy"])
     for method, rows in by_method.items():
-        runs[method]["layer_entropy"] = {
-            layer: summarize([row["history"][-1]["id"]["layer_entropy"][layer] for row in rows])
-            for layer in rows[0]["history"][-1]["id"]["layer_entropy"]
-        }
+        for name, record_of in (("layer_entropy", last), ("best_layer_entropy", best)):
+            runs[method][name] = {
+                layer: summarize([record_of(row)["id"]["layer_entropy"][layer] for row in rows]) for layer in layers
+            }
         for name in ("id", "ood"):
             for measure in ("digits", "digit_losses"):
                 runs[method][f"{name}_{measure}"] = mean_over_seeds([row["history"][-1][name][measure] for row in rows])
@@ -305,6 +228,13 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         "matrix entropy, mean over layers (nats)": over_training("id", "entropy"),
         "calibration error in distribution": over_training("id", "calibration"),
         "calibration error on 4-6 digits": over_training("ood", "calibration"),
+    }
+    by_layer = {
+        f"matrix entropy of {layer} (nats)": {
+            method: [[point["id"]["layer_entropy"][layer] for point in row["history"]] for row in rows]
+            for method, rows in by_method.items()
+        }
+        for layer in layers
     }
     steps = [point["step"] for point in by_method[options.methods[0]][0]["history"]]
     level = {"answer CE on 4-6 digits (nats)": (UNIFORM, f"uniform guessing {UNIFORM:.2f}")}
@@ -327,6 +257,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     labels = ("answer CE in distribution (nats); training goes left", "answer CE on 4-6 digits (nats)")
     pictures = [
         draw_curves(curves, steps, options.out / "curves.png", levels=level),
+        draw_curves(by_layer, steps, options.out / "layers.png"),
         draw_paths(
             paths, options.out / "paths.png", labels=labels, title="Longer factors, at equal loss on short ones"
         ),
@@ -361,6 +292,8 @@ def check(options: argparse.Namespace, s: Settings) -> None:
             raise UserError(f"--{name.replace('_', '-')}: needs at least 1, found {getattr(s, name)}")
     if s.width % s.heads:
         raise UserError(f"--width: must be a multiple of --heads {s.heads}, found {s.width}")
+    if s.positions not in ("first", "random"):
+        raise UserError(f"--positions: must be first or random, found {s.positions}")
     if not s.lr > 0:
         raise UserError(f"--lr: must be positive, found {s.lr}")
     try:

@@ -10,8 +10,20 @@ from typing import Any
 import arithmetic
 import pytest
 import torch
-from arithmetic import SYMBOLS, TEST, TRAINING, VALIDATION, Problems, calibration_error, draw, part
 from errors import UserError
+from multiplication import (
+    CONTEXT,
+    SYMBOLS,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    Problems,
+    answer_loss,
+    calibration_error,
+    draw,
+    evaluate,
+    part,
+)
 from torch import nn
 
 TINY = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "6", "--batch", "8", "--problems", "16",
@@ -63,15 +75,48 @@ def test_only_the_answer_and_its_end_are_targets() -> None:
     texts = ["".join(SYMBOLS[i] for i in row.tolist()) for row in problems.ids]
     assert texts == ["B12x34=408E", "B7x8=56EPPP"]
     assert problems.mask.sum(-1).tolist() == [11, 8]
-    assert len(f"B999999x999999={999_999 * 999_999}E") == arithmetic.CONTEXT
+    assert len(f"B999999x999999={999_999 * 999_999}E") == CONTEXT
 
 
 def test_padding_does_not_change_the_loss() -> None:
     torch.manual_seed(0)
     model = arithmetic.build(arithmetic.Settings(**SMALL))
-    alone = [arithmetic.answer_loss(model, Problems.of([pair], torch.device("cpu"))) for pair in ((3, 4), (12, 12))]
-    together = arithmetic.answer_loss(model, Problems.of([(3, 4), (12, 12)], torch.device("cpu")))
+    alone = [answer_loss(model, Problems.of([pair], torch.device("cpu"))) for pair in ((3, 4), (12, 12))]
+    together = answer_loss(model, Problems.of([(3, 4), (12, 12)], torch.device("cpu")))
     assert together.item() == pytest.approx((3 * alone[0].item() + 4 * alone[1].item()) / 7, rel=1e-5)
+
+
+def test_problems_begin_anywhere_in_the_context_or_at_its_start() -> None:
+    pairs = draw(500, (1, 3), TRAINING, generator())
+    fixed, moved = (Problems.of(pairs, torch.device("cpu"), starts) for starts in (None, generator()))
+    width = fixed.ids.shape[1]
+    assert torch.equal(fixed.positions, torch.arange(width).expand(500, width))
+    starts = moved.positions[:, 0]
+    assert torch.equal(moved.positions - starts[:, None], fixed.positions)
+    assert set(starts.tolist()) == set(range(CONTEXT - width + 1))
+    assert torch.equal(fixed.ids, moved.ids)
+
+
+def test_random_positions_train_the_embeddings_that_only_longer_factors_reach() -> None:
+    """The share of each position's embedding that moved is read off a model that is trained without weight decay."""
+    built: list[nn.Module] = []
+    build = arithmetic.build
+
+    def remember(settings: arithmetic.Settings) -> nn.Module:
+        built.append(build(settings))
+        return built[-1]
+
+    moved = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "build", remember)
+        for positions in ("first", "random"):
+            train("plain", positions=positions, weight_decay=0.0, steps=12)
+            trained = built[-1].get_parameter("transformer.wpe.weight")
+            torch.manual_seed(0)
+            start = build(arithmetic.Settings(**SMALL)).get_parameter("transformer.wpe.weight")
+            moved[positions] = (trained != start).any(-1)
+    assert not moved["first"][17:].any()
+    assert moved["random"][:-1].all()  # no token follows the last one, so it is never a step of the loss
 
 
 class Knowing(nn.Module):
@@ -82,7 +127,7 @@ class Knowing(nn.Module):
         self.layer = nn.Identity()
         self.wrong = wrong
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> Any:
         following = input_ids.roll(-1, dims=1)
         one_hot = nn.functional.one_hot(following, len(SYMBOLS)).float()
         if self.wrong:
@@ -97,7 +142,7 @@ def test_an_exact_answer_needs_every_digit(wrong: bool) -> None:
     model = Knowing(wrong)
     hook = RepresentationHook(model, "layer")
     problems = Problems.of([(12, 34), (7, 8)], torch.device("cpu"))
-    result = arithmetic.evaluate(model, hook, problems, EntropyConfig())
+    result = evaluate(model, hook, problems, EntropyConfig())
     assert result["accuracy"] == (0.5 if wrong else 1.0)
     assert result["digits"] == pytest.approx([0.5, 0.5, 0.5, 0.0] if wrong else [1.0] * 4)
     assert result["digit_losses"] == pytest.approx([25.0, 25.0, 25.0, 50.0] if wrong else [0.0] * 4, abs=1e-3)
@@ -133,9 +178,10 @@ def test_results(tmp_path: Path) -> None:
         assert len(results["runs"]["gapt"][metric]["values"]) == 2
     low, high = results["relative"]["gapt"]["ood_loss"]["ci95"]
     assert low <= results["relative"]["gapt"]["ood_loss"]["mean"] <= high
-    assert set(results["runs"]["plain"]["layer_entropy"]) == {"transformer.h.0"}
+    for measured in ("layer_entropy", "best_layer_entropy"):
+        assert set(results["runs"]["plain"][measured]) == {"transformer.h.0"}
     assert results["configuration"]["gapt"]["published"]["gate"]["rule"] == "published"
-    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 2
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3
 
 
 def test_a_preset_can_be_changed_by_flags() -> None:
@@ -148,6 +194,7 @@ def test_a_preset_can_be_changed_by_flags() -> None:
     [
         (["--width", "10", "--heads", "4"], "--width: must be a multiple of --heads 4, found 10"),
         (["--steps", "0"], "--steps: needs at least 1, found 0"),
+        (["--positions", "last"], "--positions: must be first or random, found last"),
         (["--device", "nowhere"], "--device nowhere: cannot be used here"),
         (["--smoothing", "1.0"], "--smoothing: .*found 1.0"),
     ],
