@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from multiplication import (
 from results_page import write_page
 from run_folder import versions, write_json
 from seed_statistics import compare, summarize, table
+from speedups import keep_freed_memory
 from sweep_pictures import draw_curves, draw_paths
 from torch import nn
 
@@ -115,6 +116,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "id": Problems.of(draw(s.problems, (1, 3), TEST, generator), device),
         "ood": Problems.of(draw(s.problems, (4, 6), None, generator), device),
     }
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(seed)
     model = build(s).to(device)
     base = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay, fused=True)
@@ -238,7 +241,11 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     }
     steps = [point["step"] for point in by_method[options.methods[0]][0]["history"]]
     level = {"answer CE on 4-6 digits (nats)": (UNIFORM, f"uniform guessing {UNIFORM:.2f}")}
-    tables = [("multiplication", table(runs, changes, METRICS))]
+    tables = [
+        ("multiplication", table(runs, changes, METRICS)),
+        ("right digits, 1-3 digit factors", digit_table(runs, "id")),
+        ("right digits, 4-6 digit factors", digit_table(runs, "ood")),
+    ]
     results = {
         "experiment": "arithmetic",
         "seeds": seeds,
@@ -272,6 +279,14 @@ def mean_over_seeds(rows: Sequence[Sequence[float]]) -> list[float]:
     """A measure of each digit from the front; test sets of different seeds may differ in their longest answer."""
     length = min(map(len, rows))
     return [sum(row[i] for row in rows) / len(rows) for i in range(length)]
+
+
+def digit_table(runs: Mapping[str, Any], part: str) -> str:
+    """Markdown: how often each token of the answer is right, from the front, given the right ones before it."""
+    lines = ["| token of the answer | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
+    for place, shares in enumerate(zip(*(run[f"{part}_digits"] for run in runs.values()), strict=True), start=1):
+        lines.append(f"| {place} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+    return "\n".join(lines)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

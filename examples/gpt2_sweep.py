@@ -19,7 +19,7 @@ from methods import of_method
 from results_page import write_page
 from run_folder import versions, write_json
 from seed_statistics import compare, summarize, table
-from sweep_pictures import draw_curves
+from sweep_pictures import draw_curves, draw_paths
 from training import TrainConfig, train
 
 from gapt_optim import GAPTConfig
@@ -94,6 +94,14 @@ def run_sweep(
         }
         steps = done[jobs[setting, methods[0], seeds[0]].name]["history"]["step"]
         pictures.append(draw_curves(curves, steps, out / f"curves_{setting}.png", title=name))
+        # A model that is held back has learned less by heart: what a method adds to that shows at equal training loss.
+        paths = {
+            method: tuple([row["history"][key] for row in rows] for key in ("train_loss", "val_loss"))
+            for method, rows in by_method.items()
+        }
+        labels = ("training CE (nats); training goes left", "validation CE (nats)")
+        title = f"{name}: validation at equal training CE"
+        pictures.append(draw_paths(paths, out / f"paths_{setting}.png", labels=labels, title=title))
 
     alone = settings[0] if len(settings) == 1 else None
     results = {

@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLORS = {"plain": "#7d8590", "penalty": "#d9822b", "published": "#8250df", "gapt": "#1f6feb"}
+from gapt_optim.charts import COLORS
+
 CLOUD_COLORS = ("#1f6feb", "#cf222e")
 STYLE: Any = {
     "font.size": 10,
@@ -136,7 +137,7 @@ def draw_curves(
 
 
 def draw_paths(
-    paths: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]],
+    paths: Mapping[str, Sequence[Sequence[Sequence[float]]]],
     path: Path,
     *,
     labels: tuple[str, str],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,51 @@ def compression_spans(steps: Iterable[Record]) -> list[tuple[int, int]]:
         else:
             spans.append((step, step))
     return spans
+
+
+def values_of(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    """(step, value) where there is a value."""
+    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
+
+
+def cosines_of(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    return [
+        (record["step"], record[key]["cosine"])
+        for record in records
+        if record.get(key) is not None and record[key].get("cosine") is not None
+    ]
+
+
+def sign_changes(steps: Sequence[Record]) -> list[int]:
+    """The steps at which the activation cosine has another sign than on the step before."""
+    cosines = cosines_of(steps, "alignment")
+    return [int(step) for (_, before), (step, after) in pairwise(cosines) if before * after < 0]
+
+
+def last_value(run: RunHistory, key: str) -> float | None:
+    """The final held-out value, or the average of the last training steps where none was held out."""
+    held_out = values_of(run.validations, key)
+    if held_out:
+        return held_out[-1][1]
+    steps = smoothed(values_of(run.steps, key))
+    return steps[-1][1] if steps else None
+
+
+def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Exponential average over a fiftieth of the run, without the bias of its first value."""
+    decay = 1 - 1 / max(1.0, len(points) / 50)
+    mean, weight = 0.0, 0.0
+    smooth = []
+    for step, value in points:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        smooth.append((step, mean / weight))
+    return smooth
+
+
+def layer_rows(run: RunHistory) -> list[tuple[float, dict[str, float]]]:
+    """Layer entropies over steps: of the training steps, or of the validations where those have none."""
+    for records in (run.steps, run.validations):
+        rows = [(record["step"], record["layer_entropy"]) for record in records if record.get("layer_entropy")]
+        if rows:
+            return rows
+    return []

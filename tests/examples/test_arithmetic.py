@@ -182,6 +182,10 @@ def test_results(tmp_path: Path) -> None:
         assert set(results["runs"]["plain"][measured]) == {"transformer.h.0"}
     assert results["configuration"]["gapt"]["published"]["gate"]["rule"] == "published"
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3
+    digits = results["runs"]["plain"]["ood_digits"]
+    assert (
+        f"| 1 | {digits[0]:.0%} |" in (tmp_path / "table.md").read_text().split("## right digits, 4-6 digit factors")[1]
+    )
 
 
 def test_a_preset_can_be_changed_by_flags() -> None:

@@ -43,7 +43,7 @@ def test_seeds_are_compared_in_pairs(tiny: list[str], tmp_path: Path, capsys: py
     assert set(results["configuration"]["gapt"]) == {"penalty", "published", "gapt"}
 
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 1
+    assert page.count("<img") == 2
     assert "95 % interval" in page
     assert (out / "curves_all.png").stat().st_size > 10_000
     assert "| best_val_loss |" in (out / "table.md").read_text()
@@ -70,7 +70,7 @@ def test_lengths_of_text_are_settings(tiny: list[str], tmp_path: Path) -> None:
     assert set(results["relative"]) == {"100", "400"}
     short, long = (results["runs"][length]["plain"]["train_loss"]["mean"] for length in ("100", "400"))
     assert short < long  # seen more often, remembered better
-    assert (out / "report.html").read_text().count("<img") == 2
+    assert (out / "report.html").read_text().count("<img") == 4
 
 
 def test_a_sweep_does_not_replace_a_run_of_one_seed(tiny: list[str], tmp_path: Path) -> None:
