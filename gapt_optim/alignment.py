@@ -14,7 +14,7 @@ from .distributed import refuse_sharded
 
 _PIECE = 2**18
 
-Parameters: TypeAlias = Iterable[Tensor | tuple[str, Tensor]]
+Parameters: TypeAlias = Tensor | Iterable[Tensor | tuple[str, Tensor]]
 """Tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them."""
 
 
@@ -113,8 +113,8 @@ def gradient_alignment(loss_a: Tensor, loss_b: Tensor, parameters: Parameters) -
 
     Args:
         loss_a, loss_b: scalars.
-        parameters: tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them. Those that do not
-            require a gradient are passed over.
+        parameters: a tensor, tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them. Those that
+            do not require a gradient are passed over.
 
     Returns:
         Cosine, norms and projection of b's gradient on a's, over the parameters that both losses reach and for each.
@@ -187,6 +187,7 @@ def _gradients(name: str, loss: Tensor, named: dict[str, Tensor]) -> tuple[Tenso
 
 
 def _named(parameters: Parameters) -> dict[str, Tensor]:
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     pairs = [(str(i), item) if isinstance(item, Tensor) else item for i, item in enumerate(list(parameters))]
     named = {name: parameter for name, parameter in pairs if parameter.requires_grad}
     if not named:

@@ -96,7 +96,7 @@ class GateConfig(_Section):
         """
         settings: dict[str, Any] = {
             "signal": "validation",
-            "patience_memorization": 3,
+            "patience_memorization": 2,
             "patience_compression": 2,
             "min_improvement": 0.0,
             "spike_tolerance": 0.1,

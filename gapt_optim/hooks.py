@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import EntropyConfig
-from .outputs import hidden_tensor, replace_tensor
+from .outputs import hidden_tensor, padded, replace_tensor
 from .tap import PROBE_SIZE, Grams, Tap, TapMode, entropies_of, grams_of, live_rows, window_shape
 
 MOST_WAITING = 64
@@ -87,7 +87,8 @@ class Capture:
             self.warned_waiting = True
             warnings.warn(
                 f"{MOST_WAITING} calls of the model in training mode with gradients on, and no optimizer.backward(); "
-                "what they captured is forgotten. Evaluate under torch.no_grad() or hook.measuring()",
+                "what they captured is forgotten. Evaluate under torch.no_grad() or hook.measuring(); where one loss "
+                "is of more calls than that, the entropy is of the last ones: divide it into losses of fewer",
                 UserWarning,
                 stacklevel=4,
             )
@@ -118,7 +119,8 @@ class ModuleTap:
             with torch.no_grad():
                 h = self.hidden(output)
                 config = capture.measurement.config
-                values, _ = entropies_of([grams_of(h, self.mask_for(h, False), config)], config, with_kernels=False)
+                h, mask = padded(h) if h.is_nested else (h, self.mask_for(h, False))
+                values, _ = entropies_of([grams_of(h, mask, config)], config, with_kernels=False)
                 capture.measurement.add(self.name, values[0])
             return None
         mode = capture.mode

@@ -69,7 +69,8 @@ class GAPTOptimizer(OptimizerWrapper):
     ) -> None:
         if not isinstance(hook, RepresentationHook):
             raise TypeError(
-                f"hook must be a RepresentationHook, found {type(hook).__name__}: RepresentationHook(model)"
+                f"hook must be a RepresentationHook, found {type(hook).__name__}; one hook watches any number of "
+                "layers: RepresentationHook(model, [...])"
             )
         if not isinstance(config, GAPTConfig | None):
             raise TypeError(f"config must be a GAPTConfig, found {type(config).__name__}: GAPTConfig(...)")
@@ -97,7 +98,7 @@ class GAPTOptimizer(OptimizerWrapper):
         observers: Sequence[Observer],
     ) -> None:
         self._wrap(bases)
-        self.config = config
+        self._config = config
         self._hook = hook
         self._process_group = process_group
         self._observers = list(observers)
@@ -145,6 +146,11 @@ class GAPTOptimizer(OptimizerWrapper):
         return self._metrics
 
     @property
+    def config(self) -> GAPTConfig:
+        """The settings; to change them, make a new optimizer."""
+        return self._config
+
+    @property
     def hook(self) -> RepresentationHook:
         """The hook whose layers are watched."""
         return self._hook
@@ -161,7 +167,7 @@ class GAPTOptimizer(OptimizerWrapper):
             A scalar of the loss's dtype. Its value in memorization is the loss's own.
 
         Raises:
-            TypeError, ValueError: ``loss`` is no floating-point scalar.
+            TypeError, ValueError: ``loss`` is no floating-point scalar, or is detached.
             RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
         if not isinstance(loss, Tensor):
@@ -172,9 +178,12 @@ class GAPTOptimizer(OptimizerWrapper):
                 "reduce it first, for example with loss.mean()"
             )
         self._forget_skipped_step()
+        calls = self._hook._take(loss)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError("loss requires no gradient, so only the entropy would be followed; pass it undetached")
         total, entropies, self._mean_entropy = build_objective(
             loss,
-            self._hook._take(loss),
+            calls,
             self.config,
             self._counted,
             self._shares,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,16 @@ def hidden_tensor(output: Any) -> Any:
     if isinstance(output, tuple | list) and output:
         return output[0]
     return None
+
+
+def padded(h: Tensor) -> tuple[Tensor, Tensor]:
+    """A nested tensor as (batch, seq, d) with zeros behind the shorter sequences, and the mask of what is not padding.
+
+    In evaluation ``nn.TransformerEncoder`` packs masked sequences into one.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in h.unbind()], device=h.device)
+    rows = torch.nested.to_padded_tensor(h, 0.0)
+    return rows, torch.arange(rows.shape[1], device=h.device) < lengths[:, None]
 
 
 def replace_tensor(output: Any, old: Tensor, new: Tensor, name: str) -> Any:

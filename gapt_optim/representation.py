@@ -47,7 +47,11 @@ class RepresentationHook:
         mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
             model's call. By default ``attention_mask`` where the call has one of that shape.
 
+    Attributes:
+        names: of the tapped modules, in the order of ``model.named_modules()``, which is taken for that of depth.
+
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: nothing matches, or the automatic choice is ambiguous; the message lists candidates.
     """
 
@@ -61,6 +65,9 @@ class RepresentationHook:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+        for argument, value in (("output", output), ("mask", mask)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
         modules = select_layers(model, layers)
         self.names: list[str] = list(modules)
         self._model = weakref.ref(model)
@@ -100,12 +107,15 @@ class RepresentationHook:
         optimizer. ``entropy`` defaults to the optimizer's settings, or to ``EntropyConfig()``.
 
         Raises:
+            TypeError: ``entropy`` is no EntropyConfig.
             RuntimeError: the hook was removed, or is measuring already.
         """
         if self.removed:
             raise RuntimeError("this RepresentationHook was removed; make a new one to measure")
         if self._capture.measurement is not None:
             raise RuntimeError("hook.measuring() is already open; use the measurement of the outer with block")
+        if not isinstance(entropy, EntropyConfig | None):
+            raise TypeError(f"entropy must be an EntropyConfig, found {type(entropy).__name__}: EntropyConfig(...)")
         mode = self._capture.mode
         config = entropy if entropy is not None else mode.entropy if mode is not None else EntropyConfig()
         self._capture.measurement = Measurement(config)
@@ -201,6 +211,8 @@ class RepresentationHook:
             return "the RepresentationHook was removed; make a new hook and optimizer, or step the base optimizer"
         if self._model() is None:
             return "the model of this RepresentationHook no longer exists; make a hook on the model that is trained"
+        if self._capture.measurement is not None:
+            return "hook.measuring() is open, and captures nothing for the optimizer; train outside its with block"
         name = missing[0]
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         if name in self._capture.ever_ran - self._capture.without_grad - self._capture.evaluated:

@@ -40,8 +40,10 @@ def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
 
 def _matches(name: str, pattern: str) -> bool:
+    if name in (pattern, ""):  # no glob means the model as a whole
+        return name == pattern
     parts, patterns = name.split("."), pattern.split(".")
-    return name == pattern or (len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns)))
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:
@@ -63,8 +65,9 @@ def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
     length = max(map(len, lists.values()), default=0)
     longest = [name for name, module in lists.items() if len(module) == length]
     if len(longest) == 1:
-        prefix = f"{longest[0]}." if longest[0] else ""
-        return {f"{prefix}{i}": child for i, child in enumerate(lists[longest[0]])}
+        within = set(lists[longest[0]])
+        # named_modules has a module that stands in several places once, and so it has one tap.
+        return {name: module for name, module in model.named_modules() if module in within}
     if not longest:
         names = ", ".join(f'"{name}"' for name, _ in model.named_children())
         raise ValueError(

@@ -128,6 +128,13 @@ def test_gradient_alignment_of_parts() -> None:
     assert_angle(found, sums_of(*zip(g, d, strict=True)), 1e-6)
 
 
+def test_gradient_alignment_of_one_tensor() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    a, b = weight.square().sum(), weight.abs().sum()
+    assert gradient_alignment(a, b, weight).cosine == gradient_alignment(a, b, [weight]).cosine
+    assert gradient_cosines([a, b], weight) == gradient_cosines([a, b], [weight])
+
+
 def test_gradient_alignment_leaves_everything_as_it_was() -> None:
     case = CASES["gpt2"]
     model, inputs = case.model(), case.inputs()

@@ -618,6 +618,21 @@ def test_wrong_losses_are_refused(loss: Any, error: type[Exception], message: st
         optimizer.backward(loss)
 
 
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_detached_loss_is_refused(phase: str) -> None:
+    """In compression it would train on the entropy alone."""
+    model = make_net()
+    optimizer = wrap(model, config=GAPTConfig(gate=GateConfig(initial_phase=phase, frozen=True)))
+    with pytest.raises(ValueError, match="loss requires no gradient"):
+        optimizer.backward(loss_of(model, 0).detach())
+
+
+def test_the_configuration_of_an_optimizer_is_not_replaced() -> None:
+    optimizer = wrap(make_net())
+    with pytest.raises(AttributeError, match="config"):
+        optimizer.config = GAPTConfig()  # type: ignore[misc]
+
+
 def test_loss_of_one_element_is_a_scalar() -> None:
     bare_model, model = make_net(), make_net()
     loss_of(bare_model, 0).backward()
@@ -663,7 +678,7 @@ def test_removed_hook_is_refused() -> None:
         ("optimizer", None, "optimizer must be a torch.optim.Optimizer"),
         ("optimizer", torch.optim.AdamW, "optimizer must be"),
         ("hook", None, "hook must be a RepresentationHook"),
-        ("hook", "layers.*", r"hook must be.*RepresentationHook\(model\)"),
+        ("hook", "layers.*", r"hook must be a RepresentationHook, found str.*RepresentationHook\(model, \["),
         ("config", {"gate": {}}, "config must be a GAPTConfig"),
         ("config", GateConfig(), "config must be a GAPTConfig"),
     ],

@@ -73,6 +73,17 @@ def test_names_and_globs(layers: Any, names: list[str]) -> None:
     assert RepresentationHook(Nest(), layers).names == names
 
 
+def test_no_glob_means_the_model_as_a_whole() -> None:
+    assert RepresentationHook(Nest(), "*").names == ["encoder", "decoder"]
+    assert RepresentationHook(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), "?").names == ["0", "1"]
+
+
+def test_layers_that_are_one_module_have_one_tap() -> None:
+    model, block = nn.Module(), Block(4)
+    model.layers = nn.ModuleList([block, block, Block(4)])
+    assert RepresentationHook(model).names == RepresentationHook(model, "layers.*").names == ["layers.0", "layers.2"]
+
+
 def test_modules_and_mixed_lists() -> None:
     model = Nest()
     assert RepresentationHook(model, model.encoder[1]).names == ["encoder.1"]
@@ -799,9 +810,41 @@ def test_measuring_a_convolution() -> None:
     assert list(measured.entropies.values()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("named", [False, True], ids=["default mask", "mask="])
+def test_measuring_the_packed_sequences_of_an_encoder(named: bool) -> None:
+    """In evaluation nn.TransformerEncoder packs masked sequences into a nested tensor."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2)
+    x, padding = torch.randn(3, 11, 8), torch.arange(11) >= torch.tensor([11, 4, 9])[:, None]
+    hook = RepresentationHook(encoder, "layers.*", mask=(lambda call: ~call["src_key_padding_mask"]) if named else None)
+    with recorded(list(encoder.layers)) as calls, torch.enable_grad():  # with gradients on, nothing is packed
+        encoder(x, src_key_padding_mask=padding)
+    expected = [float(reference_layer_entropy(h.detach(), mask=~padding)) for (h,) in calls]
+    encoder.eval()
+    with hook.measuring() as measured, torch.no_grad():
+        encoder(x, src_key_padding_mask=padding)
+    assert list(measured.entropies.values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_while_measuring_is_refused() -> None:
+    model = MLP()
+    optimizer = wrapped(model, "blocks.*")
+    with optimizer.hook.measuring(), pytest.raises(RuntimeError, match="train outside its with block"):
+        optimizer.backward(loss_of(model, torch.randn(3, 6)))
+
+
+@pytest.mark.parametrize("argument", ["output", "mask"])
+def test_what_picks_must_be_a_function(argument: str) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be a function or None, found str"):
+        RepresentationHook(MLP(), "blocks.*", **{argument: "hidden"})
+
+
 def test_misuse_of_measuring_is_refused() -> None:
     model = MLP()
     hook = RepresentationHook(model, "blocks.*")
+    with pytest.raises(TypeError, match="entropy must be an EntropyConfig, found float"), hook.measuring(2.0):  # type: ignore[arg-type]
+        pass
     with hook.measuring() as empty:
         pass
     with pytest.raises(RuntimeError, match="no tapped module ran"):
