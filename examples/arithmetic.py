@@ -12,18 +12,19 @@ interrupted command goes on where it was.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import gpt2
 import sweep
 import torch
 from errors import UserError, exit_code
 from methods import cosine, gapt_config
 from multiplication import (
     CONTEXT,
-    PADDING,
     SYMBOLS,
     TEST,
     TRAINING,
@@ -95,15 +96,7 @@ PRESETS = {
 
 def build(s: Settings) -> nn.Module:
     """GPT-2 with random weights, drawn from torch's global generator."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(SYMBOLS), n_positions=CONTEXT, n_embd=s.width, n_layer=s.layers, n_head=s.heads,
-            activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            bos_token_id=SYMBOLS.index("B"), eos_token_id=SYMBOLS.index("E"), pad_token_id=PADDING, use_cache=False,
-        )
-    )  # fmt: skip
+    return gpt2.build(s, vocabulary=len(SYMBOLS), separator=SYMBOLS.index("E"), context=CONTEXT, dropout=0.0)
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +212,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
             for measure in ("digits", "digit_losses"):
                 runs[method][f"{name}_{measure}"] = mean_over_seeds([row["history"][-1][name][measure] for row in rows])
         runs[method]["compression_share"] = summarize([row["compression_share"] for row in rows])
-        runs[method]["switches"] = [row["switches"] for row in rows]
+        runs[method]["switches"] = summarize([row["switches"] for row in rows])
 
     def over_training(part: str, metric: str) -> dict[str, list[list[float]]]:
         return {m: [[point[part][metric] for point in row["history"]] for row in rows] for m, rows in by_method.items()}
@@ -242,7 +235,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     steps = [point["step"] for point in by_method[options.methods[0]][0]["history"]]
     level = {"answer CE on 4-6 digits (nats)": (UNIFORM, f"uniform guessing {UNIFORM:.2f}")}
     tables = [
-        ("multiplication", table(runs, changes, METRICS)),
+        ("multiplication", table(runs, changes, (*METRICS, "compression_share", "switches"))),
         ("right digits, 1-3 digit factors", digit_table(runs, "id")),
         ("right digits, 4-6 digit factors", digit_table(runs, "ood")),
     ]
@@ -309,8 +302,11 @@ def check(options: argparse.Namespace, s: Settings) -> None:
         raise UserError(f"--width: must be a multiple of --heads {s.heads}, found {s.width}")
     if s.positions not in ("first", "random"):
         raise UserError(f"--positions: must be first or random, found {s.positions}")
-    if not s.lr > 0:
+    if not 0 < s.lr < math.inf:
         raise UserError(f"--lr: must be positive, found {s.lr}")
+    for name in ("warmup", "weight_decay"):
+        if not 0 <= getattr(s, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: must not be negative, found {getattr(s, name)}")
     try:
         torch.empty(1, device=s.device)
     except (RuntimeError, AssertionError) as error:

@@ -12,6 +12,7 @@ pictures, and a file per run in runs/, so that an interrupted command goes on wh
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from errors import UserError, exit_code
 from methods import cosine, gapt_config
 from results_page import write_page
 from run_folder import versions, write_json
-from seed_statistics import cell, compare, table
+from seed_statistics import cell, compare, summarize, table
 from sweep_pictures import draw_clouds, draw_tradeoff
 from torch import Tensor, nn
 
@@ -246,7 +247,11 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     for setting in options.settings:
         by_method = {method: results_of(setting, method) for method in options.methods}
         runs[setting], changes[setting] = compare(by_method, METRICS[setting])
-        tables.append((setting, table(runs[setting], changes[setting], METRICS[setting])))
+        for method, rows in by_method.items():
+            for name in ("compression_share", "switches"):
+                runs[setting][method][name] = summarize([row[name] for row in rows])
+        shown = (*METRICS[setting], "compression_share", "switches")
+        tables.append((setting, table(runs[setting], changes[setting], shown)))
         clouds = {method: results[0]["clouds"] for method, results in by_method.items()}
         title = f"Hidden representations of {setting} experience (seed {seeds[0]})"
         pictures.append(draw_clouds(clouds, options.out / f"clouds_{setting}.png", title=title))
@@ -312,7 +317,7 @@ def check(options: argparse.Namespace, s: Settings) -> None:
             raise UserError(f"--{name}: needs at least {least}, found {getattr(s, name)}")
     if options.tradeoff and "plain" not in options.methods:
         raise UserError("--tradeoff: compares with plain; add it to --methods")
-    if s.lr <= 0:
+    if not 0 < s.lr < math.inf:
         raise UserError(f"--lr: must be positive, found {s.lr}")
     if s.schedule not in SCHEDULES:
         raise UserError(f"--schedule: must be one of {', '.join(SCHEDULES)}, found {s.schedule}")

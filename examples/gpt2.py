@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -79,7 +79,18 @@ PRESETS = {
 }
 
 
-def build(preset: Preset, *, vocabulary: int, separator: int, context: int, dropout: float) -> nn.Module:
+class Size(Protocol):
+    """What makes a GPT-2 large or small."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+
+
+def build(size: Size, *, vocabulary: int, separator: int, context: int, dropout: float) -> nn.Module:
     """A `GPT2LMHeadModel` with random weights, drawn from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -87,9 +98,9 @@ def build(preset: Preset, *, vocabulary: int, separator: int, context: int, drop
         GPT2Config(
             vocab_size=vocabulary,
             n_positions=context,
-            n_embd=preset.width,
-            n_layer=preset.layers,
-            n_head=preset.heads,
+            n_embd=size.width,
+            n_layer=size.layers,
+            n_head=size.heads,
             activation_function="gelu_pytorch_tanh",  # GPT-2's own (gelu_new) as one kernel
             resid_pdrop=dropout,
             embd_pdrop=dropout,

@@ -76,13 +76,13 @@ def run_sweep(
         runs[setting], changes[setting] = compare(by_method, METRICS)
         for method, rows in by_method.items():
             runs[setting][method]["compression_share"] = summarize([row["compression_share"] for row in rows])
-            runs[setting][method]["switches"] = [row["switches"] for row in rows]
+            runs[setting][method]["switches"] = summarize([row["switches"] for row in rows])
             runs[setting][method]["best_step"] = [row["best_step"] for row in rows]
             runs[setting][method]["layer_entropy"] = {
                 layer: summarize([row["layer_entropy"][layer] for row in rows]) for layer in rows[0]["layer_entropy"]
             }
         name = Path(corpus.name).name + (f", {int(setting):,} training tokens" if setting != "all" else "")
-        tables.append((name, table(runs[setting], changes[setting], METRICS)))
+        tables.append((name, table(runs[setting], changes[setting], (*METRICS, "compression_share", "switches"))))
         curves = {
             title: {method: [row["history"][key] for row in rows] for method, rows in by_method.items()}
             for title, key in (

@@ -31,7 +31,7 @@ def write_page(
     seeds = results["seeds"]
     note = (
         f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''} ({seeds[0]} to {seeds[-1]}). In parentheses: change "
-        "against plain, and its 95 % interval (bootstrap over seeds, in pairs)."
+        "against plain, and its 95 % interval (bootstrap over seeds, in pairs). Bands: 95 % interval of the mean."
     )
     body = [f"<h1>{html.escape(title)}</h1><p>{note}</p>"]
     body += [f"<h2>{html.escape(name)}</h2>{_html_table(text)}" for name, text in tables]

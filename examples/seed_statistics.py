@@ -37,7 +37,10 @@ def relative(values: Sequence[float], plain: Sequence[float]) -> dict[str, Any] 
     if not rows[:, 1].mean() > 0:
         return None
     ratios = [float(a / b - 1) if b else None for a, b in rows]
-    return {"mean": float(change(rows)), "ci95": bootstrap(change, rows), "values": ratios}
+    interval = bootstrap(change, rows)
+    if interval is not None and (rows >= 0).all():
+        interval = [max(bound, -1.0) for bound in interval]  # widened, it may go beyond what is possible
+    return {"mean": float(change(rows)), "ci95": interval, "values": ratios}
 
 
 def bootstrap(

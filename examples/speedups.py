@@ -18,7 +18,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep memory that it frees, for the next step on a CPU.
 
     Each step allocates tensors of the same sizes. glibc gives the large ones back to the system as they are freed, and
-    to be handed them again, cleared, takes a third of a step of the small presets. No effect with another C library.
+    to be handed them again, cleared, takes a tenth to a third of a step of the small presets. No effect with another C
+    library.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
         allocator = ctypes.CDLL(None)

@@ -115,7 +115,8 @@ def draw_curves(
         for axes, (metric, methods) in zip(grid.ravel(), curves.items(), strict=False):
             for method, seeds in methods.items():
                 values = np.asarray(seeds, float)
-                axes.plot(steps, values.mean(0), **_line(method))
+                dots = {"marker": "o", "ms": 3.5} if len(steps) < 4 else {}  # a line of one point shows nothing
+                axes.plot(steps, values.mean(0), **_line(method), **dots)
                 if len(values) > 1:
                     low, high = _band(values)
                     axes.fill_between(steps, low, high, color=COLORS[method], alpha=0.15, lw=0)

@@ -198,6 +198,8 @@ def test_a_preset_can_be_changed_by_flags() -> None:
     [
         (["--width", "10", "--heads", "4"], "--width: must be a multiple of --heads 4, found 10"),
         (["--steps", "0"], "--steps: needs at least 1, found 0"),
+        (["--warmup", "-1"], "--warmup: must not be negative, found -1"),
+        (["--weight-decay", "nan"], "--weight-decay: must not be negative, found nan"),
         (["--positions", "last"], "--positions: must be first or random, found last"),
         (["--device", "nowhere"], "--device nowhere: cannot be used here"),
         (["--smoothing", "1.0"], "--smoothing: .*found 1.0"),

@@ -167,6 +167,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--patience-memorization", "0"], "--patience-memorization: .*found 0"),
         (["--steps", "1"], "--steps: needs at least 2, found 1"),
         (["--lr", "0"], "--lr: must be positive, found 0"),
+        (["--lr", "nan"], "--lr: must be positive, found nan"),
         (["--tradeoff", "--methods", "gapt"], "--tradeoff: compares with plain"),
         (["--schedule", "linear"], "--schedule: must be one of constant, cosine, found linear"),
         (["--combine", "add"], "--combine: .*found 'add'"),

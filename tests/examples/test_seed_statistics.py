@@ -39,6 +39,16 @@ def test_one_seed_has_no_interval() -> None:
     assert (change["mean"], change["ci95"]) == (-0.5, None)
 
 
+def test_nothing_falls_by_more_than_all_of_it() -> None:
+    """Few seeds that differ much: the widened interval would go below -100 %."""
+    change = relative([0.001, 0.1], [0.1, 0.1])
+    assert change is not None
+    assert change["ci95"][0] == -1.0
+    signed = relative([-0.5, 0.1], [0.1, 0.1])
+    assert signed is not None
+    assert signed["ci95"][0] < -1.0
+
+
 def test_there_is_no_ratio_to_nothing() -> None:
     assert relative([1.0, 2.0], [0.0, 0.0]) is None
     assert relative([1.0, 2.0], [-1.0, 0.5]) is None
