@@ -130,9 +130,9 @@ def draw_curves(
             axes.set_visible(False)
         for axes in grid[-1]:
             axes.set_xlabel("step")
-        grid[0][0].legend(frameon=False, fontsize=8)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.suptitle(title, x=0.01, y=1.0, ha="left", va="bottom", fontsize=11)
+        names = grid[0][0].get_legend_handles_labels()
+        figure.legend(*names, loc="lower right", bbox_to_anchor=(1, 0.985), ncols=len(names[0]), frameon=False)
         figure.tight_layout()
         return _save(figure, path)
 
@@ -154,10 +154,11 @@ def draw_paths(
             x, y = (np.asarray(rows, float).mean(0) for rows in pair)
             axes.plot(x, y, **_line(method), marker="o", ms=3.5)
             axes.plot(x[-1:], y[-1:], "o", ms=10, mfc="none", color=COLORS[method])
+        axes.plot([], [], "o", ms=10, mfc="none", color="#656d76", label="last step")
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.legend(frameon=False)
-        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         return _save(figure, path)
 
 
