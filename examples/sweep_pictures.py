@@ -180,7 +180,7 @@ def _band(values: Any) -> tuple[Any, Any]:
     drawn = values[np.random.default_rng(0).integers(count, size=(2000, count))].mean(1)
     widened = values.mean(0) + (drawn - values.mean(0)) * np.sqrt(count / (count - 1))
     low, high = np.quantile(widened, [0.025, 0.975], axis=0)
-    return low, high
+    return (low.clip(min=0), high) if (values >= 0).all() else (low, high)
 
 
 def _save(figure: Any, path: Path) -> Path:
