@@ -47,6 +47,7 @@ from gapt_optim import EntropyConfig, GAPTOptimizer, GateConfig, ObjectiveConfig
 METRICS = (
     "id_loss", "ood_loss", "id_accuracy", "ood_accuracy", "id_calibration", "ood_calibration", "entropy",
     "best_id_loss", "best_ood_loss", "best_id_accuracy", "best_ood_accuracy", "best_entropy", "ood_loss_area",
+    "compression_share", "switches",
 )  # fmt: skip
 
 
@@ -96,7 +97,10 @@ PRESETS = {
 
 def build(s: Settings) -> nn.Module:
     """GPT-2 with random weights, drawn from torch's global generator."""
-    return gpt2.build(s, vocabulary=len(SYMBOLS), separator=SYMBOLS.index("E"), context=CONTEXT, dropout=0.0)
+    separator = SYMBOLS.index("E")
+    return gpt2.build(
+        s.layers, s.width, s.heads, vocabulary=len(SYMBOLS), separator=separator, context=CONTEXT, dropout=0.0
+    )
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -146,28 +150,20 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                 entropy = EntropyConfig(window=s.window)
                 measured = {name: evaluate(model, hook, problems, entropy) for name, problems in sets.items()}
                 history.append({"step": step + 1, **measured})
-    result = {"history": history}
     return {
-        **scores(last(result)),
-        **{f"best_{name}": value for name, value in scores(best(result)).items()},
+        **scores(history[-1]),
+        **{f"best_{name}": value for name, value in scores(best(history)).items()},
         "ood_loss_area": sum(record["ood"]["loss"] for record in history) / len(history),
         "compression_share": compression_steps / s.steps,
         "switches": len(switches),
         "switch_list": switches,
-        **result,
+        "history": history,
     }
 
 
-def last(result: dict[str, Any]) -> dict[str, Any]:
-    """A run's evaluation after its last step."""
-    record: dict[str, Any] = result["history"][-1]
-    return record
-
-
-def best(result: dict[str, Any]) -> dict[str, Any]:
-    """A run's evaluation where its loss on validation problems, in distribution, was lowest."""
-    record: dict[str, Any] = min(result["history"], key=lambda record: record["validation"]["loss"])
-    return record
+def best(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation at which the loss on validation problems, in distribution, was lowest."""
+    return min(history, key=lambda record: float(record["validation"]["loss"]))
 
 
 def scores(record: dict[str, Any]) -> dict[str, float]:
@@ -204,15 +200,15 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     runs, changes = compare(by_method, METRICS)
     layers = list(by_method[options.methods[0]][0]["history"][-1]["id"]["layer_entropy"])
     for method, rows in by_method.items():
-        for name, record_of in (("layer_entropy", last), ("best_layer_entropy", best)):
+        ends = {"layer_entropy": [row["history"][-1] for row in rows]}
+        ends["best_layer_entropy"] = [best(row["history"]) for row in rows]
+        for name, records in ends.items():
             runs[method][name] = {
-                layer: summarize([record_of(row)["id"]["layer_entropy"][layer] for row in rows]) for layer in layers
+                layer: summarize([record["id"]["layer_entropy"][layer] for record in records]) for layer in layers
             }
         for name in ("id", "ood"):
             for measure in ("digits", "digit_losses"):
                 runs[method][f"{name}_{measure}"] = mean_over_seeds([row["history"][-1][name][measure] for row in rows])
-        runs[method]["compression_share"] = summarize([row["compression_share"] for row in rows])
-        runs[method]["switches"] = summarize([row["switches"] for row in rows])
 
     def over_training(part: str, metric: str) -> dict[str, list[list[float]]]:
         return {m: [[point[part][metric] for point in row["history"]] for row in rows] for m, rows in by_method.items()}
@@ -235,7 +231,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     steps = [point["step"] for point in by_method[options.methods[0]][0]["history"]]
     level = {"answer CE on 4-6 digits (nats)": (UNIFORM, f"uniform guessing {UNIFORM:.2f}")}
     tables = [
-        ("multiplication", table(runs, changes, (*METRICS, "compression_share", "switches"))),
+        ("multiplication", table(runs, changes, METRICS)),
         ("right digits, 1-3 digit factors", digit_table(runs, "id")),
         ("right digits, 4-6 digit factors", digit_table(runs, "ood")),
     ]
@@ -303,10 +299,10 @@ def check(options: argparse.Namespace, s: Settings) -> None:
     if s.positions not in ("first", "random"):
         raise UserError(f"--positions: must be first or random, found {s.positions}")
     if not 0 < s.lr < math.inf:
-        raise UserError(f"--lr: must be positive, found {s.lr}")
+        raise UserError(f"--lr: must be positive and finite, found {s.lr}")
     for name in ("warmup", "weight_decay"):
         if not 0 <= getattr(s, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')}: must not be negative, found {getattr(s, name)}")
+            raise UserError(f"--{name.replace('_', '-')}: must be finite and not negative, found {getattr(s, name)}")
     try:
         torch.empty(1, device=s.device)
     except (RuntimeError, AssertionError) as error:

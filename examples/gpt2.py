@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +32,11 @@ class Preset:
     lr: float
     patience_compression: int | None = None
     """Of the gate, in steps, where the library's is long for a run of a few hundred steps."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Layers, width and heads."""
+        return self.layers, self.width, self.heads
 
 
 PRESETS = {
@@ -79,18 +84,9 @@ PRESETS = {
 }
 
 
-class Size(Protocol):
-    """What makes a GPT-2 large or small."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-
-
-def build(size: Size, *, vocabulary: int, separator: int, context: int, dropout: float) -> nn.Module:
+def build(
+    layers: int, width: int, heads: int, *, vocabulary: int, separator: int, context: int, dropout: float
+) -> nn.Module:
     """A `GPT2LMHeadModel` with random weights, drawn from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -98,9 +94,9 @@ def build(size: Size, *, vocabulary: int, separator: int, context: int, dropout:
         GPT2Config(
             vocab_size=vocabulary,
             n_positions=context,
-            n_embd=size.width,
-            n_layer=size.layers,
-            n_head=size.heads,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
             activation_function="gelu_pytorch_tanh",  # GPT-2's own (gelu_new) as one kernel
             resid_pdrop=dropout,
             embd_pdrop=dropout,

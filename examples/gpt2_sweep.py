@@ -26,7 +26,7 @@ from gapt_optim import GAPTConfig
 from gapt_optim.record import mean_or_nan
 from gapt_optim.report import read_metrics
 
-METRICS = ("val_loss", "best_val_loss", "entropy", "train_loss")
+METRICS = ("val_loss", "best_val_loss", "entropy", "train_loss", "compression_share", "switches")
 
 
 def run_sweep(
@@ -75,14 +75,12 @@ def run_sweep(
         by_method = {method: [done[jobs[setting, method, seed].name] for seed in seeds] for method in methods}
         runs[setting], changes[setting] = compare(by_method, METRICS)
         for method, rows in by_method.items():
-            runs[setting][method]["compression_share"] = summarize([row["compression_share"] for row in rows])
-            runs[setting][method]["switches"] = summarize([row["switches"] for row in rows])
             runs[setting][method]["best_step"] = [row["best_step"] for row in rows]
             runs[setting][method]["layer_entropy"] = {
                 layer: summarize([row["layer_entropy"][layer] for row in rows]) for layer in rows[0]["layer_entropy"]
             }
         name = Path(corpus.name).name + (f", {int(setting):,} training tokens" if setting != "all" else "")
-        tables.append((name, table(runs[setting], changes[setting], (*METRICS, "compression_share", "switches"))))
+        tables.append((name, table(runs[setting], changes[setting], METRICS)))
         curves = {
             title: {method: [row["history"][key] for row in rows] for method, rows in by_method.items()}
             for title, key in (
@@ -96,10 +94,10 @@ def run_sweep(
         pictures.append(draw_curves(curves, steps, out / f"curves_{setting}.png", title=name))
         # A model that is held back has learned less by heart: what a method adds to that shows at equal training loss.
         paths = {
-            method: tuple([row["history"][key] for row in rows] for key in ("train_loss", "val_loss"))
+            method: ([row["history"]["train_loss"] for row in rows], [row["history"]["val_loss"] for row in rows])
             for method, rows in by_method.items()
         }
-        labels = ("training CE (nats); training goes left", "validation CE (nats)")
+        labels = ("training CE since the last validation (nats); training goes left", "validation CE (nats)")
         title = f"{name}: validation at equal training CE"
         pictures.append(draw_paths(paths, out / f"paths_{setting}.png", labels=labels, title=title))
 

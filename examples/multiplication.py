@@ -73,7 +73,7 @@ class Problems:
         first = torch.zeros(len(ids), 1, dtype=torch.long)
         if starts is not None:
             first = torch.randint(CONTEXT - width + 1, first.shape, generator=starts)
-        return cls(*(part.to(device) for part in (ids, (ids != PADDING).long(), targets, first + place)))
+        return cls(*(tensor.to(device) for tensor in (ids, (ids != PADDING).long(), targets, first + place)))
 
 
 def forward(model: nn.Module, problems: Problems) -> Tensor:

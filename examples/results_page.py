@@ -29,10 +29,12 @@ def write_page(
     """Writes report.html and table.md. ``tables`` are names and tables in Markdown."""
     (folder / "table.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in tables) + "\n")
     seeds = results["seeds"]
-    note = (
-        f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''} ({seeds[0]} to {seeds[-1]}). In parentheses: change "
-        "against plain, and its 95 % interval (bootstrap over seeds, in pairs). Bands: 95 % interval of the mean."
-    )
+    note = f"Seed {seeds[0]}. In parentheses: change against plain."
+    if len(seeds) > 1:
+        note = (
+            f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}). In parentheses: change against plain, and its 95 % "
+            "interval (bootstrap over seeds, in pairs). Bands around curves: 95 % interval of the mean."
+        )
     body = [f"<h1>{html.escape(title)}</h1><p>{note}</p>"]
     body += [f"<h2>{html.escape(name)}</h2>{_html_table(text)}" for name, text in tables]
     body += [f'<img alt="{picture.stem}" src="{_embedded(picture)}">' for picture in pictures]

@@ -138,7 +138,7 @@ def draw_curves(
 
 
 def draw_paths(
-    paths: Mapping[str, Sequence[Sequence[Sequence[float]]]],
+    paths: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]],
     path: Path,
     *,
     labels: tuple[str, str],

@@ -79,7 +79,7 @@ def check_layers(config: TrainConfig, corpus: Corpus) -> None:
 def build_model(config: TrainConfig, corpus: Corpus) -> nn.Module:
     """The preset's GPT-2, for the vocabulary of the corpus."""
     return build(
-        PRESETS[config.preset],
+        *PRESETS[config.preset].size,
         vocabulary=corpus.vocabulary,
         separator=corpus.separator,
         context=config.context,

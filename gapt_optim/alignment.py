@@ -15,7 +15,7 @@ from .distributed import refuse_sharded
 _PIECE = 2**18
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor | tuple[str, Tensor]]
-"""Tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them."""
+"""A tensor, tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Capture:
             warnings.warn(
                 f"{MOST_WAITING} calls of the model in training mode with gradients on, and no optimizer.backward(); "
                 "what they captured is forgotten. Evaluate under torch.no_grad() or hook.measuring(); where one loss "
-                "is of more calls than that, the entropy is of the last ones: divide it into losses of fewer",
+                "is of more calls than that, the entropy is of the last ones: call backward more often",
                 UserWarning,
                 stacklevel=4,
             )
@@ -119,7 +119,12 @@ class ModuleTap:
             with torch.no_grad():
                 h = self.hidden(output)
                 config = capture.measurement.config
-                h, mask = padded(h) if h.is_nested else (h, self.mask_for(h, False))
+                mask: Tensor | None = None
+                if h.is_nested:
+                    picked = capture.masks[-1] if capture.masks else None
+                    h, mask = padded(h, 0 if picked is None else picked.shape[1])
+                given = self.mask_for(h, False)
+                mask = given if mask is None else mask if given is None else mask & given
                 values, _ = entropies_of([grams_of(h, mask, config)], config, with_kernels=False)
                 capture.measurement.add(self.name, values[0])
             return None
@@ -133,6 +138,11 @@ class ModuleTap:
         if recomputing and self.name not in capture.ever_ran and not capture.calls[self.name]:
             raise RuntimeError(f'tapped module "{self.name}" {WITHOUT_GRAD}')
         h = self.hidden(output)
+        if h.is_nested:
+            raise TypeError(
+                f'module "{self.name}" returned a nested tensor, which has no taps in training; tap a module with '
+                "padded sequences in its output, and pass mask="
+            )
         mask = self.mask_for(h, recomputing)
         if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
             if not recomputing:

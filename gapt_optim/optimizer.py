@@ -167,7 +167,7 @@ class GAPTOptimizer(OptimizerWrapper):
             A scalar of the loss's dtype. Its value in memorization is the loss's own.
 
         Raises:
-            TypeError, ValueError: ``loss`` is no floating-point scalar, or is detached.
+            TypeError, ValueError: ``loss`` is no floating-point scalar, or is detached from a pass with gradients on.
             RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
         if not isinstance(loss, Tensor):
@@ -178,12 +178,11 @@ class GAPTOptimizer(OptimizerWrapper):
                 "reduce it first, for example with loss.mean()"
             )
         self._forget_skipped_step()
-        calls = self._hook._take(loss)
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("loss requires no gradient, so only the entropy would be followed; pass it undetached")
+        if torch.is_grad_enabled() and not loss.requires_grad and self._hook._has_captured:
+            raise ValueError("loss requires no gradient; pass the loss of the forward pass itself, not detached")
         total, entropies, self._mean_entropy = build_objective(
             loss,
-            calls,
+            self._hook._take(loss),
             self.config,
             self._counted,
             self._shares,

@@ -23,14 +23,15 @@ def hidden_tensor(output: Any) -> Any:
     return None
 
 
-def padded(h: Tensor) -> tuple[Tensor, Tensor]:
-    """A nested tensor as (batch, seq, d) with zeros behind the shorter sequences, and the mask of what is not padding.
+def padded(h: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """A nested tensor as (batch, seq, d) with zeros behind its sequences, and the mask of what is not padding.
 
-    In evaluation ``nn.TransformerEncoder`` packs masked sequences into one.
+    In evaluation ``nn.TransformerEncoder`` packs masked sequences into one. ``length`` is the least that they get.
     """
-    lengths = torch.tensor([len(sequence) for sequence in h.unbind()], device=h.device)
-    rows = torch.nested.to_padded_tensor(h, 0.0)
-    return rows, torch.arange(rows.shape[1], device=h.device) < lengths[:, None]
+    lengths = torch.tensor([len(sequence) for sequence in h.unbind()])
+    length = max(length, int(lengths.max()))
+    rows = torch.nested.to_padded_tensor(h, 0.0, output_size=(len(lengths), length, h.size(-1)))
+    return rows, (torch.arange(length) < lengths[:, None]).to(h.device)
 
 
 def replace_tensor(output: Any, old: Tensor, new: Tensor, name: str) -> Any:

@@ -40,10 +40,9 @@ def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if name in (pattern, ""):  # no glob means the model as a whole
-        return name == pattern
     parts, patterns = name.split("."), pattern.split(".")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    fits = len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    return name == pattern or (fits and name != "")  # no glob means the model as a whole
 
 
 def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:

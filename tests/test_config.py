@@ -121,6 +121,8 @@ def test_published_gate_has_the_settings_of_the_paper() -> None:
 def test_validation_gate_judges_held_out_losses_one_by_one() -> None:
     gate = GateConfig.validation()
     assert (gate.signal, gate.rule, gate.smoothing) == ("validation", "smoothed", 0.0)
+    assert (gate.patience_memorization, gate.patience_compression) == (2, 2)
+    assert (gate.min_improvement, gate.spike_tolerance) == (0.0, 0.1)
     assert GateConfig.validation(patience_memorization=9) == gate.model_copy(update={"patience_memorization": 9})
     with pytest.raises(ValidationError, match="spike_tolerance"):
         GateConfig.validation(spike_tolerance=-1)

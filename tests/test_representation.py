@@ -811,20 +811,31 @@ def test_measuring_a_convolution() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("named", [False, True], ids=["default mask", "mask="])
-def test_measuring_the_packed_sequences_of_an_encoder(named: bool) -> None:
+@pytest.mark.parametrize("picked", [None, "not padding", "some of that"])
+def test_measuring_the_packed_sequences_of_an_encoder(picked: str | None) -> None:
     """In evaluation nn.TransformerEncoder packs masked sequences into a nested tensor."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2)
     x, padding = torch.randn(3, 11, 8), torch.arange(11) >= torch.tensor([11, 4, 9])[:, None]
-    hook = RepresentationHook(encoder, "layers.*", mask=(lambda call: ~call["src_key_padding_mask"]) if named else None)
+    live = ~padding & (torch.arange(11) % 3 > 0) if picked == "some of that" else ~padding
+    hook = RepresentationHook(encoder, "layers.*", mask=None if picked is None else lambda _: live)
     with recorded(list(encoder.layers)) as calls, torch.enable_grad():  # with gradients on, nothing is packed
         encoder(x, src_key_padding_mask=padding)
-    expected = [float(reference_layer_entropy(h.detach(), mask=~padding)) for (h,) in calls]
+    expected = [float(reference_layer_entropy(h.detach(), mask=live)) for (h,) in calls]
     encoder.eval()
     with hook.measuring() as measured, torch.no_grad():
         encoder(x, src_key_padding_mask=padding)
     assert list(measured.entropies.values()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_output_is_refused_in_training(layout: torch.layout) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = wrapped(model, "0")
+    with pytest.raises(TypeError, match=r'module "0" returned a nested tensor.*padded sequences'):
+        model(torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout))
+    assert captured(optimizer.hook) == 0
 
 
 def test_training_while_measuring_is_refused() -> None:

@@ -103,7 +103,11 @@ def test_plain_is_untouched_by_measuring(tiny: list[str], tmp_path: Path) -> Non
     corpus = gpt2_fineweb.load(tmp_path / "out" / "data")
     torch.manual_seed(0)
     model = build(
-        PRESETS["nano"], vocabulary=corpus.vocabulary, separator=corpus.separator, context=config.context, dropout=0.0
+        *PRESETS["nano"].size,
+        vocabulary=corpus.vocabulary,
+        separator=corpus.separator,
+        context=config.context,
+        dropout=0.0,
     )
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -446,7 +450,7 @@ def test_presets_are_the_published_sizes() -> None:
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             model = build(
-                preset,
+                *preset.size,
                 vocabulary=preset.vocabulary or 50257,
                 separator=0,
                 context=preset.context,

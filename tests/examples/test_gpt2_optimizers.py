@@ -26,7 +26,7 @@ VOCABULARY = 512
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return build(PRESETS["nano"], vocabulary=VOCABULARY, separator=0, context=16, dropout=0.0)
+    return build(*PRESETS["nano"].size, vocabulary=VOCABULARY, separator=0, context=16, dropout=0.0)
 
 
 def tokens() -> tuple[torch.Tensor, torch.Tensor]:
