@@ -167,7 +167,7 @@ class GAPTOptimizer(OptimizerWrapper):
             A scalar of the loss's dtype. Its value in memorization is the loss's own.
 
         Raises:
-            TypeError, ValueError: ``loss`` is no floating-point scalar, or is detached from a pass with gradients on.
+            TypeError, ValueError: ``loss`` is no floating-point scalar.
             RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
         if not isinstance(loss, Tensor):
@@ -178,8 +178,6 @@ class GAPTOptimizer(OptimizerWrapper):
                 "reduce it first, for example with loss.mean()"
             )
         self._forget_skipped_step()
-        if torch.is_grad_enabled() and not loss.requires_grad and self._hook._has_captured:
-            raise ValueError("loss requires no gradient; pass the loss of the forward pass itself, not detached")
         total, entropies, self._mean_entropy = build_objective(
             loss,
             self._hook._take(loss),

@@ -130,10 +130,6 @@ class RepresentationHook:
     def _attached(self) -> bool:
         return self._capture.mode is not None
 
-    @property
-    def _has_captured(self) -> bool:
-        return any(self._capture.calls.values())
-
     def _set_mode(self, mode: TapMode, compressing: Iterable[str]) -> None:
         self._capture.mode, self._capture.compressing = mode, set(compressing)
 

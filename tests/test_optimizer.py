@@ -618,17 +618,6 @@ def test_wrong_losses_are_refused(loss: Any, error: type[Exception], message: st
         optimizer.backward(loss)
 
 
-@pytest.mark.parametrize("phase", ["memorization", "compression"])
-def test_a_detached_loss_is_refused(phase: str) -> None:
-    """In compression it would train on the entropy alone."""
-    model = make_net()
-    optimizer = wrap(model, config=GAPTConfig(gate=GateConfig(initial_phase=phase, frozen=True)))
-    loss = loss_of(model, 0)
-    with pytest.raises(ValueError, match="loss requires no gradient"):
-        optimizer.backward(loss.detach())
-    optimizer.backward(loss)  # nothing was lost by it
-
-
 def test_the_configuration_of_an_optimizer_is_not_replaced() -> None:
     optimizer = wrap(make_net())
     with pytest.raises(AttributeError, match="config"):
