@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from gapt_optim.charts import COLORS
+from gapt_optim.charts import COLORS, FAINT
 
 CLOUD_COLORS = ("#1f6feb", "#cf222e")
 STYLE: Any = {
@@ -122,9 +122,9 @@ def draw_curves(
                     axes.fill_between(steps, low, high, color=COLORS[method], alpha=0.15, lw=0)
             if levels and metric in levels:
                 level, name = levels[metric]
-                axes.axhline(level, color="#656d76", lw=0.9, ls="--")
+                axes.axhline(level, color=FAINT, lw=0.9, ls="--")
                 axes.annotate(name, (1, level), (0, 3), xycoords=("axes fraction", "data"),
-                              textcoords="offset points", ha="right", fontsize=8, color="#656d76")  # fmt: skip
+                              textcoords="offset points", ha="right", fontsize=8, color=FAINT)  # fmt: skip
             axes.set_title(metric, loc="left", fontsize=10, fontweight="bold")
         for axes in grid.ravel()[len(curves) :]:
             axes.set_visible(False)
@@ -154,7 +154,7 @@ def draw_paths(
             x, y = (np.asarray(rows, float).mean(0) for rows in pair)
             axes.plot(x, y, **_line(method), marker="o", ms=3.5)
             axes.plot(x[-1:], y[-1:], "o", ms=10, mfc="none", color=COLORS[method])
-        axes.plot([], [], "o", ms=10, mfc="none", color="#656d76", label="last step")
+        axes.plot([], [], "o", ms=10, mfc="none", color=FAINT, label="last step")
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.legend(frameon=False)
