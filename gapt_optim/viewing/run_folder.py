@@ -12,18 +12,23 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .._version import __version__
-from .flags import UserError
 
 MARKER, SETTINGS, RESULTS = "run.json", "settings.json", "results.json"
 METRICS, VALIDATION, CHECKPOINT = "metrics.jsonl", "validation.jsonl", "checkpoint/latest.json"
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _SHARD = re.compile(r"__\d+_\d+\.distcp|\.metadata|\.metadata\.tmp")  # what torch.distributed.checkpoint writes
 _ANEW = "start the run anew with --overwrite, or in another folder"
+
+
+class UserError(Exception):
+    """Says in one line what was found and what to change. Scripts print it and end with code 2."""
 
 
 class RunFolderError(UserError):
@@ -62,8 +67,8 @@ class RunFolder:
             self._files, self._checksums = list(files), dict(checksums)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunFolderError(
-                f"{self.path / MARKER}: is no marker of a run (empty, damaged or of another program), so nothing in its "
-                "folder is touched; choose another folder, or delete this one yourself"
+                f"{self.path / MARKER}: is no marker of a run (empty, damaged or of another program), so what is "
+                "beside it stays; choose another folder, or delete this one yourself"
             ) from error
 
     @classmethod
@@ -155,6 +160,24 @@ class RunFolder:
         self._check_file(name)
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
+    def begin(self, settings: dict[str, Any], *, free: Collection[str] = ()) -> None:
+        """Stores the settings of a run, and refuses others than those of the run that is resumed.
+
+        Args:
+            settings: nested tables; ``free`` names those that may change, as paths like ``config.steps``.
+
+        Raises:
+            RunFolderError: names a setting that differs, and both values.
+        """
+        if SETTINGS in self._files and (self.path / SETTINGS).exists():
+            was, now = _flat(self.read_json(SETTINGS)), _flat(json.loads(json.dumps(_plain(settings))))
+            for name in (name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)):
+                raise RunFolderError(
+                    f"--{name.removeprefix('config.').replace('_', '-')}: the run to resume has {was.get(name)}, found "
+                    f"{now.get(name)}; drop the flag, or choose another folder"
+                )
+        self.write_json(SETTINGS, settings)
+
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Adds a line to a ``.jsonl`` file."""
         with self.file(name).open("a", encoding="utf-8") as file:
@@ -195,8 +218,8 @@ class RunFolder:
         list(_records(self.path / VALIDATION))
         if len(records) < step or [record["step"] for record in records[:step]] != list(range(1, step + 1)):
             raise RunFolderError(
-                f"{self.path / METRICS}: is damaged (not every step up to {step}, that of the checkpoint, is in it once "
-                f"and in order); {_ANEW}"
+                f"{self.path / METRICS}: is damaged (not every step up to {step}, that of the checkpoint, is in it "
+                f"in order); {_ANEW}"
             )
         for name in self._children():
             if (self.path / name / MARKER).exists():
@@ -210,6 +233,30 @@ class RunFolder:
                 kept = [record for record in _records(path) if record["step"] <= last]
                 _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
 
+    @contextmanager
+    def recording(self, done: int, steps: int, *, name: str, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+        """Writes each step's metrics to ``metrics.jsonl`` and moves a progress bar, on the first rank.
+
+        Args:
+            done: steps of the run that were taken before; the records of later ones are dropped.
+            steps: of the whole run.
+            name: of the bar, which is shown in a terminal unless ``quiet``.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            yield lambda metrics: None
+            return
+        from ..metrics import JSONLines, ProgressBar
+
+        self.rewind(done)
+        bar = ProgressBar(steps, initial=done, desc=name, disable=quiet or None, leave=False)
+        with bar, JSONLines(self.file(METRICS), resume=True) as log:
+
+            def record(metrics: Any) -> None:
+                log(metrics)
+                bar(metrics)
+
+            yield record
+
     # Checkpoints
 
     def checkpoint_step(self) -> int:
@@ -220,11 +267,19 @@ class RunFolder:
         """
         return 0 if (latest := self._latest()) is None else int(latest["step"])
 
-    def save_checkpoint(self, step: int, state: dict[str, Any], *, say: Callable[[str], object] = print) -> bool:
-        """Writes ``state`` by `torch.distributed.checkpoint`, in shards where it is spread; all ranks call it together.
+    def save_checkpoint(
+        self, step: int, model: Any, optimizer: Any, schedule: Any, *, say: Callable[[str], object] = print
+    ) -> bool:
+        """Writes all that training goes on from by `torch.distributed.checkpoint`, in shards where the model is spread.
 
-        The checkpoint before stays until this one is whole. Where it cannot be written, as on a full disk, that is said
-        in one line, what was begun is deleted, and training can go on.
+        All ranks call it together. The checkpoint before stays until this one is whole. Where it cannot be written, as
+        on a full disk, that is said in one line, what was begun is deleted, and training can go on.
+
+        Args:
+            step: optimizer steps that are done.
+            model: the module with the plain names, not one that wraps it.
+            optimizer: of all its parameters.
+            schedule: a scheduler of ``torch.optim.lr_scheduler``.
 
         Returns:
             Whether it was written.
@@ -232,9 +287,10 @@ class RunFolder:
         import torch.distributed as dist
         import torch.distributed.checkpoint as dcp
 
+        state = _state(model, optimizer, schedule)
         first = not dist.is_initialized() or dist.get_rank() == 0
         name = f"checkpoint/step-{step}"
-        before = self._latest() if first else None
+        before = self._latest(check=False)
         if before is not None and before["step"] == step:
             name += "-again"
         try:
@@ -264,26 +320,32 @@ class RunFolder:
             self._drop_shards(before["folder"])
         return True
 
-    def load_checkpoint(self, state: dict[str, Any]) -> None:
-        """Reads the last checkpoint into ``state``, in place; all ranks call it together.
+    def load_checkpoint(self, model: Any, optimizer: Any, schedule: Any) -> int:
+        """Reads the last checkpoint, in place, and returns its step; 0 without one. All ranks call it together.
 
         Raises:
-            RunFolderError: it is damaged, or of another model.
+            RunFolderError: it is of another model.
         """
         import torch.distributed.checkpoint as dcp
+        import torch.distributed.checkpoint.state_dict as shards
 
         latest = self._latest(check=False)
         if latest is None:
-            raise RunFolderError(f"{self.path}: has no checkpoint; {_ANEW}")
+            return 0
+        state = _state(model, optimizer, schedule)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load(state, checkpoint_id=self.path / latest["folder"])
+            shards.set_model_state_dict(model, state["model"])
+            shards.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
         except (dcp.CheckpointException, OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise RunFolderError(
                 f"{self.path / latest['folder']}: does not fit this run ({reason}); {_ANEW}"
             ) from error
+        return int(latest["step"])
 
     def _latest(self, check: bool = True) -> dict[str, Any] | None:
         path = self.path / CHECKPOINT
@@ -354,6 +416,14 @@ class RunFolder:
         _replace(self.path / MARKER, json.dumps(marker, indent=2) + "\n")
 
 
+def _state(model: Any, optimizer: Any, schedule: Any) -> dict[str, Any]:
+    """What a checkpoint holds. Of a new optimizer its state is made first, so that there is something to read into."""
+    import torch.distributed.checkpoint.state_dict as shards
+
+    moments = shards.get_optimizer_state_dict(model, optimizer)
+    return {"model": shards.get_model_state_dict(model), "optimizer": moments, "schedule": schedule.state_dict()}
+
+
 def _is_inside(name: Any) -> bool:
     """A relative path that does not leave its folder."""
     if not isinstance(name, str) or not name or "\0" in name:
@@ -410,7 +480,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity; a configuration may."""
+    """JSON has no infinity and no dataclasses; what is written may."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -418,3 +490,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
