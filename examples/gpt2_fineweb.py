@@ -92,13 +92,6 @@ from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, Objectiv
 from gapt_optim import viewing as view
 
 
-def method_config(method: str, gapt: GAPTConfig) -> GAPTConfig:
-    """One loop trains them all: plain is a gate that never opens, a constant penalty one that never closes."""
-    penalty = GateConfig(initial_phase="compression", frozen=True)
-    gates = {"plain": GateConfig(frozen=True), "penalty": penalty, "published": GateConfig.published()}
-    return gapt.model_copy(update={"gate": gates.get(method, gapt.gate)})
-
-
 def build_model(config: Config, vocabulary: int) -> nn.Module:
     """GPT-2 with random weights, drawn from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -197,7 +190,9 @@ def train(
     for block in (*model.get_submodule("transformer.h").children(), model) if config.parallel == "fsdp" else ():
         fully_shard(block)
     hook = RepresentationHook(model, config.layers)
-    optimizer = GAPTOptimizer(make_optimizers(config, model), hook, method_config(method, gapt))
+    optimizer = GAPTOptimizer(
+        make_optimizers(config, model), hook, view.config_of(method, gapt)
+    )  # plain: a frozen gate
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
     if config.compile:
         torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept

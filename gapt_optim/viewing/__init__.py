@@ -3,6 +3,7 @@
 from .run_folder import RunFolder, RunFolderError, UserError
 from .scripts import (
     StoppedError,
+    config_of,
     on_first_rank,
     open_run,
     pick_device,
@@ -19,6 +20,7 @@ __all__ = [
     "StoppedError",
     "UserError",
     "conclude",
+    "config_of",
     "figures",
     "on_first_rank",
     "open_run",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-from ..config import GAPTConfig
+from ..config import GAPTConfig, GateConfig
 from .run_folder import SETTINGS, RunFolder, UserError
 
 T = TypeVar("T")
@@ -100,6 +100,25 @@ def open_run(
     if unknown:
         raise UserError(f"{unknown[0]}: there is no such flag; see --help and --gapt.help")
     return config, gapt, folder
+
+
+def config_of(method: str, gapt: GAPTConfig) -> GAPTConfig:
+    """The configuration of one of the methods that are compared, so that one loop trains them all.
+
+    ``plain`` is a gate that never opens, which is training with the bare optimizer, bit for bit; ``penalty`` is one that
+    never closes, a constant weight on the entropy; ``published`` is the rule of arXiv 2505.08727; ``gapt`` is ``gapt``.
+
+    Example:
+        >>> config_of("plain", GAPTConfig()).gate.frozen
+        True
+    """
+    gates = {
+        "plain": GateConfig(frozen=True),
+        "penalty": GateConfig(initial_phase="compression", frozen=True),
+        "published": GateConfig.published(),
+        "gapt": gapt.gate,
+    }
+    return gapt.model_copy(update={"gate": gates[method]})
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
