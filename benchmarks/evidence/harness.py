@@ -148,7 +148,9 @@ def estimate(runs: Sequence[Run], finished: Iterable[Record] = ()) -> float:
 
 def _kind(task: str, settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """Runs of one kind take about the same time: what differs is the seed, the method or its settings."""
-    cost = {name: value for name, value in settings.items() if name not in ("seed", "weight", "gate", "kernel", "center")}
+    cost = {
+        name: value for name, value in settings.items() if name not in ("seed", "weight", "gate", "kernel", "center")
+    }
     return (task, json.dumps(cost, sort_keys=True))
 
 
@@ -248,7 +250,9 @@ def write_results(name: str, records: Sequence[Record], command: str, folder: Pa
 def read_results(name: str, folder: Path = RESULTS) -> list[Record]:
     """The records of a committed file."""
     content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return [Record(run["task"], run["settings"], run["result"], run["seconds"], run["commit"]) for run in content["runs"]]
+    return [
+        Record(run["task"], run["settings"], run["result"], run["seconds"], run["commit"]) for run in content["runs"]
+    ]
 
 
 def thin(result: Result, points: int = 60) -> Result:

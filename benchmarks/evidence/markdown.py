@@ -23,7 +23,9 @@ def group(records: Iterable[Record], *names: str) -> Groups:
 def _hashable(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return ", ".join(f"{name} {item:g}" if isinstance(item, float | int) else f"{name} {item}" for name, item in value.items())
+    return ", ".join(
+        f"{name} {item:g}" if isinstance(item, float | int) else f"{name} {item}" for name, item in value.items()
+    )
 
 
 def values(records: Sequence[Record], name: str, part: str = "final") -> list[float]:

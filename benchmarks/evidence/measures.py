@@ -1,13 +1,13 @@
 """What can hide in an entropy, measured by a few lines of torch that share no code with the library.
 
-    linear            order-2 entropy of the raw Gram matrix of a window (nats)
-    cosine            the same with rows of unit length
-    centred_cosine    the same about the mean of the window
-    centred_linear    about the mean of the window, rows as they are
-    norm_ratio        largest over median row norm, all tokens of the batch together
-    window_norm_ratio the same within a window, mean over windows
-    mean_share        share of the squared norm that lies in the vector common to all tokens of the batch
-    window_mean_share the same within a window, mean over windows
+linear            order-2 entropy of the raw Gram matrix of a window (nats)
+cosine            the same with rows of unit length
+centred_cosine    the same about the mean of the window
+centred_linear    about the mean of the window, rows as they are
+norm_ratio        largest over median row norm, all tokens of the batch together
+window_norm_ratio the same within a window, mean over windows
+mean_share        share of the squared norm that lies in the vector common to all tokens of the batch
+window_mean_share the same within a window, mean over windows
 """
 
 from __future__ import annotations

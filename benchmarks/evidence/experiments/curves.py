@@ -95,11 +95,15 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
 
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     plain = [r for r in records if r.settings["method"] == "plain"]
-    for (method, _), found in group([r for r in records if r.settings["method"] != "plain"], "method", "weight").items():
+    for (method, _), found in group(
+        [r for r in records if r.settings["method"] != "plain"], "method", "weight"
+    ).items():
         x, y = versus(found, plain, "centred_cosine"), versus(found, plain, "loss")
         if x is None or y is None:
             continue
-        entropies = [a / b for a, b in zip(values(found, "centred_cosine"), values(plain, "centred_cosine"), strict=False)]
+        entropies = [
+            a / b for a, b in zip(values(found, "centred_cosine"), values(plain, "centred_cosine"), strict=False)
+        ]
         losses = [a - b for a, b in zip(values(found, "loss"), values(plain, "loss"), strict=False)]
         points.setdefault(method, []).append(
             (100 * (1 + x.change.mean), 100 * y.change.mean, 100 * spread(entropies), 100 * spread(losses))

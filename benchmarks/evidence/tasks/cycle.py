@@ -35,7 +35,7 @@ def train(s: Settings) -> dict[str, Any]:
     model = text.build(s)
     blocks = list(model.get_submodule("transformer.h").children())
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=True)
+    optimizer = text.adamw(model, s)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: text.schedule(s, step))
     batches = torch.Generator().manual_seed(s.seed + 1_000_003)
     offsets = torch.arange(s.context + 1)

@@ -1,8 +1,8 @@
 """Multiplication of numbers of 1 to 3 digits, tested on longer ones, in three forms.
 
-    author    problems packed to a stream, spaces, rotary positions, loss over all tokens, no pair held out
-    held out  the same, but pairs of factors are held out and only the answer's tokens count in the loss
-    padded    one problem a row, learned positions, no spaces, pairs held out, loss on the answer
+author    problems packed to a stream, spaces, rotary positions, loss over all tokens, no pair held out
+held out  the same, but pairs of factors are held out and only the answer's tokens count in the loss
+padded    one problem a row, learned positions, no spaces, pairs held out, loss on the answer
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ SETS = {"in": (1, 3), "four": (4, 4), "long": (5, 6), "ood": (4, 6)}
 """Digits of the factors: as in training; for choosing; for testing; the author's."""
 
 
-def draw(count: int, digits: tuple[int, int], held_out: bool | None, generator: torch.Generator) -> list[tuple[int, int]]:
+def draw(
+    count: int, digits: tuple[int, int], held_out: bool | None, generator: torch.Generator
+) -> list[tuple[int, int]]:
     """``count`` problems; the length of each factor is drawn evenly, then the factor among those of that length.
 
     Args:
@@ -192,15 +194,15 @@ def train(s: Settings) -> dict[str, Any]:
     if s.form not in ("author", "held out", "padded"):
         raise ValueError(f"form must be author, held out or padded, found {s.form!r}")
     testing = Problems(s, torch.Generator().manual_seed(s.seed + 2_000_003))
-    tests = {name: testing.rows(s.evaluate_tokens, digits, True if name == "in" else None) for name, digits in SETS.items()}
+    tests = {
+        name: testing.rows(s.evaluate_tokens, digits, True if name == "in" else None) for name, digits in SETS.items()
+    }
     problems = Problems(s, torch.Generator().manual_seed(s.seed + 1_000_003))
     torch.manual_seed(s.seed)
     model = build(s)
     layers = "transformer.h" if s.form == "padded" else "model.layers"
     blocks = list(model.get_submodule(layers).children())
-    base = torch.optim.AdamW(
-        model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay, fused=True
-    )
+    base = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay, fused=True)
     hook = RepresentationHook(model, f"{layers}.*")
     optimizer = None if s.method == "published often" else GAPTOptimizer(base, hook, s.config())
     gate = PhaseGate(s.config().gate)

@@ -50,11 +50,8 @@ class TaskSettings:
             alignment=AlignmentConfig(activation=False),  # of no use here, and a good part of so small a step
         )
 
-
     def kernel_settings(self) -> dict[str, Any]:
         """Keywords of `matrix_entropy` and `EntropyConfig`."""
-        if "kernel" not in EntropyConfig.model_fields:
-            return {}
         return {"kernel": self.kernel, "center": self.center}
 
 

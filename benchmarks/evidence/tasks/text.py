@@ -56,7 +56,7 @@ class Settings(TaskSettings):
     """Share of the steps at the end in which training is plain, whatever the gate says."""
 
 
-SMALL = Settings(corpus="fineweb", width=64, heads=2, context=64, batch=16, lr=4e-3)
+SMALL = Settings(corpus="fineweb", width=64, heads=2, context=64, batch=16, warmup=50)
 """For a first look: half a minute a run."""
 PAPER = Settings(corpus="fineweb", blocks=4, width=128, heads=4, batch=16, steps=1500)
 """The setting of the first measurements: plain training ends 1.3 nats below the entropy of single bytes."""
@@ -121,6 +121,14 @@ def build(s: Settings) -> nn.Module:
     )
 
 
+def adamw(model: nn.Module, s: Settings) -> torch.optim.AdamW:
+    """Weight decay for matrices only."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
+
+
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
     """Mean cross-entropy of the next byte, in nats, of (batch, context + 1)."""
     logits: Tensor = model(input_ids=rows[:, :-1]).logits
@@ -147,14 +155,7 @@ def train(s: Settings, probe: Callable[[nn.Module, Tensor], dict[str, Any]] | No
     model = build(s)
     averaged = copy.deepcopy(model).eval() if s.ema else None
     blocks = list(model.get_submodule("transformer.h").children())
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    base = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=s.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    base = adamw(model, s)
     hook = RepresentationHook(model, "transformer.h.*")
     # The author's gate is called per micro-batch, which the wrapper does not do: that run is written out below.
     optimizer = None if s.method == "published often" else GAPTOptimizer(base, hook, s.config())
@@ -226,15 +227,15 @@ def plain_loss(hook: RepresentationHook, model: nn.Module, rows: Tensor) -> Tens
         return loss_of(model, rows)
 
 
-def often(
-    model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGate, s: Settings
-) -> tuple[float, float]:
+def often(model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGate, s: Settings) -> tuple[float, float]:
     """A step whose gate judges each micro-batch: mean loss, and the share of micro-batches in compression."""
     total, compressed = 0.0, 0
     parts = rows.chunk(min(MICRO_BATCHES, len(rows)))
     for part in parts:
         hidden: list[Tensor] = []
-        handles = [b.register_forward_hook(lambda m, i, o: hidden.append(o[0] if isinstance(o, tuple) else o)) for b in blocks]
+        handles = [
+            b.register_forward_hook(lambda m, i, o: hidden.append(o[0] if isinstance(o, tuple) else o)) for b in blocks
+        ]
         loss = loss_of(model, part)
         for handle in handles:
             handle.remove()
