@@ -4,8 +4,8 @@
 
 Prints milliseconds per step and the ratio to bare AdamW with its interval, peak memory, graph breaks, and whether
 anything of ours makes the host wait (`torch.cuda.set_sync_debug_mode("error")` between forward and the end of
-backward). `--profile DIR` keeps a trace. It has been run by us on a CPU only, at a tiny size (`--tiny --device cpu`), which
-tells that it works and nothing of speed.
+backward). `--profile DIR` keeps a trace. It has been run by us on a CPU only, at a tiny size (`--tiny --device cpu`),
+which tells that it works and nothing of speed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from torch.nn import functional as F
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, GateConfig, ObjectiveConfig, RepresentationHook
 
 from .table import ratio_with_interval
+
+Way = Literal["bare", "memorization", "compression"]
+PHASES: tuple[Way, ...] = ("bare", "memorization", "compression")
 
 
 @dataclass
@@ -64,17 +67,18 @@ class Trained:
         self.finish()
 
 
-def build(phase: Literal["bare", "memorization", "compression"], o: Options) -> Trained:
+def build(phase: Way, o: Options) -> Trained:
     """A model of its own, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     size: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 256} if o.tiny else {}
     config = GPT2Config(
         **size, n_positions=o.context, use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh", attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
+        activation_function="gelu_pytorch_tanh", bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: nn.Module = GPT2LMHeadModel(config).to(o.device)
+    model: nn.Module = GPT2LMHeadModel(config)
+    model.to(o.device)
     tokens = torch.randint(config.vocab_size, (o.batch, o.context + 1), device=o.device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     base = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -128,12 +132,13 @@ def timed(step: Callable[[], None], device: str) -> float:
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    last: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     first.record()
     step()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000
+    return float(first.elapsed_time(last)) / 1000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,10 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         print("error: --device cuda: this torch finds no GPU; --tiny --device cpu tries the script", file=sys.stderr)
         return 2
     torch.set_float32_matmul_precision("high")
-    ways: dict[str, Trained] = {}
-    figures: dict[str, dict[str, Any]] = {}
-    phases: tuple[Literal["bare", "memorization", "compression"], ...] = ("bare", "memorization", "compression")
-    for phase in phases:
+    ways: dict[Way, Trained] = {}
+    figures: dict[Way, dict[str, Any]] = {}
+    for phase in PHASES:
         torch._dynamo.utils.counters.clear()
         if torch.device(o.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -163,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         figures[phase] = {"graph_breaks": breaks, "waits": False}
         if torch.device(o.device).type == "cuda":
             figures[phase]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    seconds: dict[str, list[float]] = {phase: [] for phase in ways}
+    seconds: dict[Way, list[float]] = {phase: [] for phase in ways}
     for _ in range(o.steps):
         for phase, way in ways.items():
             seconds[phase].append(timed(way.step, o.device))

@@ -28,7 +28,11 @@ from .table import time_rounds
 from .workloads import BARE, Size, bare, wrapped
 
 BASE = Size(layers=4, width=256, tokens=256, vocabulary=512)
-SIZES: dict[str, tuple[int, ...]] = {"layers": (2, 4, 8, 16), "width": (128, 256, 512, 768), "tokens": (128, 256, 512, 1024)}
+SIZES: dict[str, tuple[int, ...]] = {
+    "layers": (2, 4, 8, 16),
+    "width": (128, 256, 512, 768),
+    "tokens": (128, 256, 512, 1024),
+}
 OURS = "compression"
 
 

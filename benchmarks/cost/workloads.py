@@ -146,7 +146,8 @@ def entropy_by_eigenvalues(hidden: Tensor, window: int | None = 8) -> Tensor:
     z = windows_of(hidden, window)
     p = torch.linalg.eigvalsh(torch.bmm(z, z.mT))
     p = p / p.sum(-1, keepdim=True)
-    return -p.square().sum(-1).log().mean()
+    value: Tensor = -p.square().sum(-1).log().mean()
+    return value
 
 
 def _forward(model: nn.Module, tokens: Tensor, entropy: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

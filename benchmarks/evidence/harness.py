@@ -133,7 +133,7 @@ def train_run(run: Run) -> Record:
 
 
 def estimate(runs: Sequence[Run], finished: Iterable[Record] = ()) -> float:
-    """CPU seconds that ``runs`` will take: from finished runs of their kind, or from a few steps of one of each kind."""
+    """CPU seconds that ``runs`` will take: from finished runs of their kind, or from a few steps of one."""
     known: dict[tuple[Any, ...], list[float]] = {}
     for record in finished:
         known.setdefault(_kind(record.task, record.settings), []).append(record.seconds)
@@ -177,10 +177,10 @@ def _outcomes(
         waiting = {pool.submit(train, run): run for run in runs}
         try:
             for future in as_completed(waiting):
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise RunFailedError("a training process ended by itself; finished runs are kept") from error
-                yield waiting[future], error if isinstance(error, Exception) else future.result()
+                raised = future.exception()
+                if isinstance(raised, BrokenProcessPool):
+                    raise RunFailedError("a training process ended by itself; finished runs are kept") from raised
+                yield waiting[future], raised if isinstance(raised, Exception) else future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -225,7 +225,7 @@ def _brief(record: Record) -> str:
 # Result files
 
 
-def write_results(name: str, records: Sequence[Record], command: str, folder: Path = RESULTS) -> Path:
+def write_results(name: str, records: Sequence[Record], command: str, folder: Path | None = None) -> Path:
     """Write the committed file of an experiment: settings, versions, command, values and thinned curves."""
     unique = list({json.dumps([r.task, r.settings], sort_keys=True): r for r in records}.values())
     content = {
@@ -240,6 +240,7 @@ def write_results(name: str, records: Sequence[Record], command: str, folder: Pa
             for r in unique
         ],
     }
+    folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     lines = json.dumps(content, indent=1).splitlines()
@@ -247,9 +248,9 @@ def write_results(name: str, records: Sequence[Record], command: str, folder: Pa
     return path
 
 
-def read_results(name: str, folder: Path = RESULTS) -> list[Record]:
+def read_results(name: str, folder: Path | None = None) -> list[Record]:
     """The records of a committed file."""
-    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    content = json.loads(((folder or RESULTS) / f"{name}.json").read_text(encoding="utf-8"))
     return [
         Record(run["task"], run["settings"], run["result"], run["seconds"], run["commit"]) for run in content["runs"]
     ]

@@ -85,7 +85,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns:
 
 def kernel_name(settings: Mapping[str, Any]) -> str:
     """`cosine, centred`."""
-    return settings["kernel"] + (", centred" if settings["center"] else "")
+    return f"{settings['kernel']}{', centred' if settings['center'] else ''}"
 
 
 def seeds_line(records: Sequence[Record]) -> str:

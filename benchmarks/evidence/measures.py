@@ -66,12 +66,14 @@ def entropy(z: Tensor) -> Tensor:
 
 
 @contextmanager
-def watching(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of ``modules`` in one forward pass, in the order in which they run."""
+def watching(modules: Sequence[nn.Module], *, graph: bool = False) -> Iterator[list[Tensor]]:
+    """The outputs of ``modules`` in one forward pass, in the order in which they run; with ``graph``, to be
+    differentiated."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen.append((output if isinstance(output, Tensor) else output[0]).detach())
+        h = output if isinstance(output, Tensor) else output[0]
+        seen.append(h if graph else h.detach())
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:

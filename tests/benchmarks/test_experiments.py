@@ -39,6 +39,8 @@ def miniature() -> Any:
 
     def of(name: str) -> list[Record]:
         runs = load(name).runs(True, [300])
+        if len(runs) > 30:  # a grid: some points of it
+            runs = [run for i, run in enumerate(runs) if run.settings.method == "plain" or i % 9 == 0]
         found = []
         for run in map(small, runs):
             if run.key not in trained:
@@ -59,7 +61,7 @@ def test_an_experiment_in_miniature(name: str, miniature: Any, tmp_path: Path) -
     assert tables
     for text in tables.values():
         rows = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(rows) >= 3
+        assert len(rows) >= 2
         assert len({line.count("|") for line in rows}) == 1, "a row has another number of cells than the header"
     for path in experiment.pictures(read, tmp_path):
         assert path.stat().st_size > 1000
@@ -97,7 +99,7 @@ def test_every_method_trains_and_starts_alike(task: str, method: str) -> None:
 def test_the_gate_per_micro_batch_moves_several_times_a_step() -> None:
     from benchmarks.evidence.tasks import conflict, text
 
-    gate = {"patience_memorization": 3, "patience_compression": 100, "min_improvement": 0.5}
+    gate = {"patience_memorization": 3, "patience_compression": 100, "min_improvement": 0.99}
     for module, task, calls in ((text, "text", 8), (conflict, "conflict", 2)):
         steps = 6
         s = module.Settings(**{**TINY[task], "steps": steps}, method="published often", weight=0.1, gate=gate)
@@ -132,7 +134,7 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
 def test_the_command_runs_what_is_asked_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness.write_results, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     conflict = load("conflict")
     few = [small(run) for run in conflict.runs(True, [300])][:3]
     monkeypatch.setattr(conflict, "runs", lambda first_look, seeds: few)

@@ -55,8 +55,8 @@ def tables(records: list[Record]) -> dict[str, str]:
     s = records[0].settings
     text_ = (
         f"Plain training on bytes of text, {seeds_line(records)}, {s['steps']} steps, measured every "
-        f"{s['measure_every']} from {s['micro_batches']} micro-batches. Clear reversals: from beyond two standard errors "
-        "on one side of 0 to beyond two on the other.\n\n"
+        f"{s['measure_every']} from {s['micro_batches']} micro-batches. Clear reversals: from beyond two standard "
+        "errors on one side of 0 to beyond two on the other.\n\n"
     )
     return {"cycle": text_ + table(header, rows, text_columns=2)}
 

@@ -35,12 +35,10 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     found = []
     for seed in seeds or ([0] if first_look else range(5)):
         for task, settings in tasks.items():
-            found.append(Run(task, replace(settings, seed=seed)))  # type: ignore[arg-type]
+            found.append(Run(task, replace(settings, seed=seed)))
             for weight in WEIGHTS[task][: 2 if first_look else None]:
                 for gate in GATES:
-                    found.append(
-                        Run(task, replace(settings, method="gapt", seed=seed, weight=weight, gate=gate))  # type: ignore[arg-type]
-                    )
+                    found.append(Run(task, replace(settings, method="gapt", seed=seed, weight=weight, gate=gate)))
     return found
 
 

@@ -77,10 +77,10 @@ def tuning_runs(first_look: bool, seeds: Sequence[int] = TUNING_SEEDS) -> list[R
     return found
 
 
-def best_settings(first_look: bool, folder: Path = harness.RESULTS) -> dict[tuple[str, str], dict[str, Any]] | None:
+def best_settings(first_look: bool, folder: Path | None = None) -> dict[tuple[str, str], dict[str, Any]] | None:
     """Of each method, the grid's point with the lowest final loss on the tuning seeds; None before tuning."""
     name = "text-tuning" + ("-first-look" if first_look else "")
-    if not (folder / f"{name}.json").exists():
+    if not ((folder or harness.RESULTS) / f"{name}.json").exists():
         return None
     found = {}
     for (method,), records in group(harness.read_results(name, folder), "method").items():

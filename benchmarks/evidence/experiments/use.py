@@ -67,8 +67,8 @@ def tables(records: list[Record]) -> dict[str, str]:
         rows.append(row)
     text_ = (
         f"Bytes of text, {seeds_line(records)}, {records[0].settings['steps']} steps. Nats that an operation on the "
-        "outputs of all blocks, or on their weights, adds to the held-out loss. In brackets: less what it adds to plain "
-        "training at the point of its run where that has the same loss; negative is better than plain.\n\n"
+        "outputs of all blocks, or on their weights, adds to the held-out loss. In brackets: less what it adds to "
+        "plain training at the point of its run where that has the same loss; negative is better than plain.\n\n"
     )
     return {"use": text_ + table(header, rows)}
 
@@ -81,7 +81,7 @@ def _title(key: tuple[object, ...]) -> str:
 
 
 def at_equal_loss(found: list[Record], plain: dict[int, Record], operation: str) -> tuple[list[float], list[float]]:
-    """What an operation costs each run, and plain training of its seed at the same loss (at its end, if that is lower)."""
+    """What an operation costs each run, and plain training of its seed at the same loss (or at its lowest)."""
     ours, theirs = [], []
     for record in found:
         other = plain.get(record.settings["seed"])
@@ -114,6 +114,6 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
                 axis.plot(curve["loss"], cost, color=color, alpha=0.6, lw=1.2, label=label)
         axis.invert_xaxis()
         axis.set(title=OPERATIONS[operation], xlabel="held-out loss; training goes right", ylabel="nats added")
-        axis.set_yscale("log")
+        axis.set_yscale("symlog", linthresh=1e-3)
     axes[0].legend(frameon=False, fontsize=7)
     return [save(made, folder / "use.png")]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gapt_optim import matrix_entropy
 
+from ..measures import watching
 from . import text
 
 
@@ -68,14 +69,9 @@ def measure(
     """Leaves the step's gradient in ``.grad`` and returns cosines with their errors."""
     gradients: list[list[Tensor]] = []  # of the loss, then of each entropy; one flat vector per micro-batch
     for part in rows.chunk(s.micro_batches):
-        hidden: list[Tensor] = []
-        handles = [
-            b.register_forward_hook(lambda m, i, o: hidden.append(o[0] if isinstance(o, tuple) else o)) for b in blocks
-        ]
-        loss = text.loss_of(model, part)
-        for handle in handles:
-            handle.remove()
-        windows = [h.unflatten(1, (-1, s.window)) for h in hidden]
+        with watching(blocks, graph=True) as hidden:
+            loss = text.loss_of(model, part)
+        windows = [text.in_windows(h, s.window) for h in hidden]
         scalars = [loss] + [
             torch.stack([matrix_entropy(w, **kernel).mean() for w in windows]).mean() for kernel in KERNELS.values()
         ]

@@ -20,6 +20,7 @@ from gapt_optim import GAPTOptimizer, Phase, PhaseGate, RepresentationHook, matr
 
 from ..measures import mean_measures, watching
 from .settings import TaskSettings
+from .text import in_windows
 
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -151,7 +152,6 @@ def build(s: Settings) -> nn.Module:
                 bos_token_id=None,
                 eos_token_id=None,
                 use_cache=False,
-                attn_implementation="sdpa",
             )
         )
     return LlamaForCausalLM(
@@ -166,7 +166,6 @@ def build(s: Settings) -> nn.Module:
             bos_token_id=None,
             eos_token_id=None,
             use_cache=False,
-            attn_implementation="sdpa",
         )
     )
 
@@ -252,19 +251,15 @@ def often(
     model: nn.Module, blocks: list[nn.Module], rows: Tensor, targets: Tensor, gate: PhaseGate, s: Settings, parts: int
 ) -> tuple[Tensor, float]:
     """A micro-batch that the gate judges: its loss, and 1 / parts if it ran in compression."""
-    hidden: list[Tensor] = []
-    handles = [
-        b.register_forward_hook(lambda m, i, o: hidden.append(o[0] if isinstance(o, tuple) else o)) for b in blocks
-    ]
-    loss = loss_of(model, rows, targets, s)
-    for handle in handles:
-        handle.remove()
-    count = hidden[0].shape[1] // s.window * s.window
-    windows = [h[:, :count].unflatten(1, (-1, s.window)) for h in hidden]
-    live = None if s.form != "padded" else (rows[:, :count] != SYMBOLS.index("P")).unflatten(1, (-1, s.window))
+    with watching(blocks, graph=True) as hidden:
+        loss = loss_of(model, rows, targets, s)
+    windows = [in_windows(h, s.window) for h in hidden]
+    live = None
+    if s.form == "padded":
+        live = in_windows((rows[:, :-1, None] != SYMBOLS.index("P")), s.window).squeeze(-1)
     entropy = torch.stack([matrix_entropy(w, mask=live, **s.kernel_settings()).mean() for w in windows]).mean()
     compressing = gate.phase is Phase.COMPRESSION
-    ((loss + s.weight * entropy if compressing else loss) / parts).backward()
+    ((loss + s.weight * entropy if compressing else loss) / parts).backward()  # type: ignore[no-untyped-call]
     gate.update(loss.item(), entropy.item())
     return loss.detach(), compressing / parts
 

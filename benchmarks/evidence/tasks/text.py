@@ -116,7 +116,6 @@ def build(s: Settings) -> nn.Module:
             bos_token_id=None,
             eos_token_id=None,
             use_cache=False,
-            attn_implementation="sdpa",
         )
     )
 
@@ -232,14 +231,9 @@ def often(model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGa
     total, compressed = 0.0, 0
     parts = rows.chunk(min(MICRO_BATCHES, len(rows)))
     for part in parts:
-        hidden: list[Tensor] = []
-        handles = [
-            b.register_forward_hook(lambda m, i, o: hidden.append(o[0] if isinstance(o, tuple) else o)) for b in blocks
-        ]
-        loss = loss_of(model, part)
-        for handle in handles:
-            handle.remove()
-        windows = [h.unflatten(1, (-1, s.window)) for h in hidden]
+        with watching(blocks, graph=True) as hidden:
+            loss = loss_of(model, part)
+        windows = [in_windows(h, s.window) for h in hidden]
         entropy = torch.stack([matrix_entropy(w, **s.kernel_settings()).mean() for w in windows]).mean()
         compressing = gate.phase is Phase.COMPRESSION
         compressed += compressing
@@ -248,6 +242,17 @@ def often(model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGa
         gate.update(loss.item(), entropy.item())
         total += loss.item()
     return total / len(parts), compressed / len(parts)
+
+
+def in_windows(h: Tensor, window: int) -> Tensor:
+    """(batch, tokens, d) as (batch, windows, window, d), without a shorter tail."""
+    count = h.shape[1] // window
+    return h[:, : count * window].reshape(len(h), count, window, h.shape[-1])
+
+
+def batches_of(rows: Tensor, size: int = 16) -> list[Tensor]:
+    """For evaluation."""
+    return list(torch.split(rows, size))
 
 
 @torch.no_grad()
@@ -260,7 +265,7 @@ def average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
 @torch.no_grad()
 def evaluate_loss(model: nn.Module, rows: Tensor) -> float:
     """Mean loss of held-out rows."""
-    losses = [loss_of(model, part).item() * len(part) for part in rows.split(16)]
+    losses = [loss_of(model, part).item() * len(part) for part in batches_of(rows)]
     return sum(losses) / len(rows)
 
 
@@ -269,7 +274,7 @@ def evaluate(model: nn.Module, blocks: list[nn.Module], rows: Tensor, window: in
     """Held-out loss, and all measures as the mean of the blocks, from the same passes."""
     model.eval()
     total, parts = 0.0, []
-    for part in rows.split(16):
+    for part in batches_of(rows):
         with watching(blocks) as hidden:
             total += loss_of(model, part).item() * len(part)
         parts.append(list(hidden))

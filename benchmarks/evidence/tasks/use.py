@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..measures import watching
 from . import text
 
 BITS = (8, 4)
@@ -59,7 +60,8 @@ def rounded(h: Tensor, *, bits: int, per: str) -> Tensor:
     """Symmetric rounding to 2^bits - 1 levels, with one scale for each token or for all."""
     levels = 2 ** (bits - 1) - 1
     scale = (h.abs().amax(-1, keepdim=True) if per == "token" else h.abs().max()).clamp(min=1e-12) / levels
-    return (h / scale).round() * scale
+    near: Tensor = (h / scale).round() * scale
+    return near
 
 
 def projected(h: Tensor, *, mean: Tensor, basis: Tensor) -> Tensor:
@@ -79,12 +81,13 @@ def leading_directions(h: Tensor) -> tuple[Tensor, Tensor]:
 def truncated(weights: Tensor, r: int) -> Tensor:
     """The best approximation of rank r."""
     u, sizes, v = torch.linalg.svd(weights, full_matrices=False)
-    return (u[:, :r] * sizes[:r]) @ v[:r]
+    smaller: Tensor = (u[:, :r] * sizes[:r]) @ v[:r]
+    return smaller
 
 
 def outputs(model: nn.Module, blocks: list[nn.Module], rows: Tensor) -> list[Tensor]:
     """Of every block."""
-    with text.watching(blocks) as hidden:
+    with watching(blocks) as hidden:
         model(input_ids=rows[:, :-1])
     return list(hidden)
 
