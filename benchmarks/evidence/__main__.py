@@ -34,6 +34,8 @@ class Train:
     """Processes of one thread each."""
     estimate: bool = False
     """Say how long it takes, and train nothing."""
+    collect: bool = False
+    """Train nothing, and write the results of the runs that are finished."""
     runs: Path = RUNS
     """Where a file per finished run is kept."""
 
@@ -103,8 +105,8 @@ def train(options: Train, command: str) -> int:
     from .experiments import load
 
     experiment = load(options.experiment)
-    runs = [run for run in experiment.runs(options.first_look, options.seeds or None) if _wanted(run, options.only)]
-    runs = runs[: options.limit]
+    planned = experiment.runs(options.first_look, options.seeds or None)
+    runs = [run for run in planned if _wanted(run, options.only)][: options.limit]
     if not runs:
         raise ValueError(f"--only {' '.join(options.only)} leaves no run of {options.experiment}")
     if options.estimate:
@@ -115,11 +117,16 @@ def train(options: Train, command: str) -> int:
     # An experiment of several stages names the one that is due before it is run.
     name = getattr(experiment, "stage", lambda first_look: options.experiment)(options.first_look)
     name += FIRST_LOOK if options.first_look else ""
-    try:
-        records = harness.train_missing(runs, folder, workers=options.workers, say=harness.log)
-    except harness.RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if not options.collect:
+        try:
+            harness.train_missing(runs, folder, workers=options.workers, say=harness.log)
+        except harness.RunFailedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    # All that is there, so that a sweep in parts (--only, --limit) ends with the whole.
+    records = harness.finished(planned, folder)
+    if not records:
+        raise ValueError(f"{folder} holds no finished run of {name}")
     print(f"Written: {harness.write_results(name, records, command)}")
     for text in experiment.tables(records).values():
         print(f"\n{text}")

@@ -120,6 +120,12 @@ def train_missing(
     return [records[run.key] for run in runs]
 
 
+def finished(runs: Sequence[Run], folder: Path) -> list[Record]:
+    """The records of those runs that have a file in ``folder``, in order."""
+    unique = {run.key: run for run in runs}
+    return [record for run in unique.values() if (record := _stored(folder, run)) is not None]
+
+
 def train_run(run: Run) -> Record:
     """Train one run in this process, with one thread."""
     import torch

@@ -24,7 +24,7 @@ GATES: tuple[dict[str, Any], ...] = (
     {"smoothing": 0.8},
     {"spike_tolerance": 0.05},
 )
-WEIGHTS = {"text": (0.05, 0.1, 0.02), "multiplication": (0.05, 0.1, 0.02), "conflict": (1.0, 0.3)}
+WEIGHTS = {"text": (0.02, 0.05, 0.1), "multiplication": (0.02, 0.05, 0.1), "conflict": (1.0, 0.3)}
 COLLAPSED = 0.1
 """Of plain's centred cosine entropy."""
 
