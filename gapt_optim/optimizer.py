@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._torch.bases import Bases
+from ._torch.wrapper import OptimizerWrapper
 from .alignment import activation_alignment
-from .bases import Bases
 from .config import GAPTConfig
 from .distributed import group_of
 from .gate import Phase
@@ -26,7 +27,6 @@ from .progress import Progress, refuse_other_state
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
 from .tap import TapMode
-from .wrapper import OptimizerWrapper
 
 _SILENT_STEPS = 10
 
