@@ -23,7 +23,7 @@ from .layers import counted, schedule_shares
 from .metrics import Observer, StepMetrics
 from .objective import build_objective
 from .parameter_alignment import ParameterMeasurement, Plan, named_parameters, refuse_unmeasurable
-from .progress import Progress, refuse_other_state
+from .progress import Progress, checked_state
 from .record import Reading, StepRecord, mean_or_nan
 from .representation import RepresentationHook
 from .tap import TapMode
@@ -405,8 +405,8 @@ class GAPTOptimizer(OptimizerWrapper):
             "config": self.config.model_dump(),
         }
 
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        refuse_other_state(own, self._own_state(), self.config.gate)
+    def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
+        return checked_state(own, self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._progress = Progress(self.config.gate)
