@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ._capture import RepresentationHook, store_of
 from ._objective import build_objective
-from ._step import StepState, notify, warn_of_another_model
+from ._step import StepState, checked_state, notify, warn_of_another_model
 from ._torch.bases import Bases
 from ._torch.wrapper import OptimizerWrapper
 from .config import GAPTConfig

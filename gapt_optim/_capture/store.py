@@ -178,9 +178,9 @@ class CaptureStore:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         if name in self._dropped:
             return (
-                f'the outputs of tapped module "{name}"{more} for this loss are gone: several forward passes ran before '
-                "the first backward, which took its own and dropped the others. Call optimizer.backward(loss) after "
-                "each forward pass, or once for the sum: optimizer.backward(loss_a + loss_b)"
+                f'the outputs of tapped module "{name}"{more} for this loss are gone: several forward passes ran '
+                "before the first backward, which took its own and dropped the others. Call optimizer.backward(loss) "
+                "after each forward pass, or once for the sum: optimizer.backward(loss_a + loss_b)"
             )
         if name in self.ran - self.without_grad - self.evaluated:
             return (

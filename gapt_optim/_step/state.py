@@ -16,7 +16,7 @@ from .._plan import StepPlan
 from ..alignment import activation_alignment
 from ..config import GAPTConfig
 from ..gate import Phase
-from ..metrics import Measures, StepMetrics
+from ..metrics import Measures, Observer, StepMetrics
 from .evasion import EvasionWatch
 from .parameter_alignment import Comparison, ParameterMeasurement, refuse_unmeasurable
 from .progress import Progress
@@ -224,7 +224,7 @@ class StepState:
         self.begin()
 
 
-def notify(observers: list[Callable[[StepMetrics], None]], metrics: StepMetrics) -> None:
+def notify(observers: list[Observer], metrics: StepMetrics) -> None:
     """Call each observer; one that raises is dropped with a warning."""
     for observer in list(observers):
         try:
