@@ -1,6 +1,6 @@
 """The hooks that sit on a model's modules, and what those of one RepresentationHook share.
 
-They refer to no module, so that they never keep a model alive, and a copy of the model gets inert ones.
+They refer to no module, so that they never keep a model alive, and a copy of the model does not have them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._torch.unsaved import Unsaved
 from .config import EntropyConfig
 from .outputs import hidden_tensor, padded, replace_tensor
 from .tap import PROBE_SIZE, Grams, Tap, TapMode, entropies_of, grams_of, live_rows, window_shape
@@ -100,7 +101,7 @@ class Capture:
             calls.clear()
 
 
-class ModuleTap:
+class ModuleTap(Unsaved):
     """Forward hook of one tapped module."""
 
     def __init__(
@@ -210,11 +211,8 @@ class ModuleTap:
             )
         return mask.to(device=h.device, dtype=torch.bool)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()  # the copy of a model does not feed this hook
 
-
-class ModelCall:
+class ModelCall(Unsaved):
     """Forward pre-hook of the model, or of a module around the taps that takes an attention_mask: keeps the mask."""
 
     def __init__(self, capture: Capture, parameters: list[str], *, is_model: bool) -> None:
@@ -250,11 +248,8 @@ class ModelCall:
             raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
         return mask
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
 
-
-class ModelReturn:
+class ModelReturn(Unsaved):
     """Forward hook to a :class:`ModelCall`: a module called by itself afterwards has no mask."""
 
     def __init__(self, call: ModelCall) -> None:
@@ -264,16 +259,6 @@ class ModelReturn:
         masks = self.call.capture.masks
         if self.call.kept and self.call.kept.pop() and masks:
             masks.pop()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
-
-
-class _Inert:
-    """What a copied or unpickled model has in place of a tap."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 def _in_backward() -> bool:

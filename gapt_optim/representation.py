@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ._torch.unsaved import leave_out
 from .config import EntropyConfig
 from .hooks import (
     MEASURE_ONLY,
@@ -75,8 +76,10 @@ class RepresentationHook:
         self._capture = Capture(self.names, mask)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._taps = {name: ModuleTap(name, self._capture, output, device) for name in self.names}
-        handles = [module.register_forward_hook(self._taps[name]) for name, module in modules.items()]
+        handles: list[RemovableHandle | leave_out] = [leave_out(module) for module in modules.values()]
+        handles += [module.register_forward_hook(self._taps[name]) for name, module in modules.items()]
         for module in masked_modules(model, modules) if mask is None else [model]:
+            handles.append(leave_out(module))
             call = ModelCall(self._capture, argument_names(module), is_model=module is model)
             handles.append(module.register_forward_pre_hook(call, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(ModelReturn(call), always_call=True))
@@ -240,7 +243,7 @@ class RepresentationHook:
         return f"RepresentationHook({self.names})"
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[RemovableHandle | leave_out]) -> None:
     for handle in handles:
         handle.remove()
 

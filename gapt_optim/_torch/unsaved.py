@@ -1,7 +1,7 @@
 """Hooks that are left out of what is saved or copied of a module.
 
-``torch.save(model)`` and ``copy.deepcopy(model)`` take a module's hooks along. Ours belong to a running training: a file
-with them could be loaded only where this package is installed, and not with ``weights_only=True``.
+``torch.save(model)`` and ``copy.deepcopy(model)`` take a module's hooks along. Ours belong to a running training: a
+file with them could be loaded only where this package is installed, and not with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ class Unsaved:
 class leave_out:  # noqa: N801 - called like a function, it gives a handle
     """Leave every :class:`Unsaved` hook out of what is saved or copied of ``module``, until ``remove()``.
 
-    Pickling asks an object for its ``__getstate__`` before its class, so that one on the module itself is enough, and the
-    module's class stays what it is. Handles on one module are counted: the last one removed takes it away.
+    Pickling asks an object for its ``__getstate__`` before its class, so that one on the module itself is enough, and
+    the module's class stays what it is. Handles on one module are counted: the last one removed takes it away. A module
+    whose class is saved or copied in a way of its own is left alone: its hooks are saved as ones that do nothing.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
+        self._module: weakref.ref[nn.Module] | None = None
+        cls = type(module)
+        standard = cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__
+        if not standard or hasattr(cls, "__deepcopy__"):
+            return
+        self._module = weakref.ref(module)
         present = module.__dict__.get(_GETSTATE)
         if not isinstance(present, _StateWithoutHooks):
             module.__dict__[_GETSTATE] = present = _StateWithoutHooks(module)
