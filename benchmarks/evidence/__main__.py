@@ -142,7 +142,8 @@ def _wanted(run: object, only: tuple[str, ...]) -> bool:
         name, _, value = condition.partition("=")
         if name not in known:
             raise ValueError(f"--only {condition}: runs have {', '.join(known)}")
-        if str(known[name]).lower() != value.lower():
+        found = f"{known[name]:g}" if isinstance(known[name], float) else str(known[name])
+        if found.lower() != value.lower():
             return False
     return True
 

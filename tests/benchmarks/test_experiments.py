@@ -40,7 +40,7 @@ def miniature() -> Any:
     def of(name: str) -> list[Record]:
         runs = load(name).runs(True, [300])
         if len(runs) > 30:  # a grid: some points of it
-            runs = [run for i, run in enumerate(runs) if run.settings.method == "plain" or i % 9 == 0]
+            runs = [run for i, run in enumerate(runs) if run.settings.method == "plain" or i % 18 == 0]
         found = []
         for run in map(small, runs):
             if run.key not in trained:
@@ -99,7 +99,7 @@ def test_every_method_trains_and_starts_alike(task: str, method: str) -> None:
 def test_the_gate_per_micro_batch_moves_several_times_a_step() -> None:
     from benchmarks.evidence.tasks import conflict, text
 
-    gate = {"patience_memorization": 3, "patience_compression": 100, "min_improvement": 0.99}
+    gate = {"patience_memorization": 3, "patience_compression": 100, "min_improvement": 0.99, "spike_tolerance": 100.0}
     for module, task, calls in ((text, "text", 8), (conflict, "conflict", 2)):
         steps = 6
         s = module.Settings(**{**TINY[task], "steps": steps}, method="published often", weight=0.1, gate=gate)

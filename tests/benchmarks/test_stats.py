@@ -53,7 +53,7 @@ def test_other_seeds_are_refused() -> None:
         compare([1.0, 2.0], [1.0])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.5, 2.0), st.floats(0.5, 2.0)), min_size=3, max_size=8),
     st.floats(0.1, 10.0),
