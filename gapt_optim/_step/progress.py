@@ -8,9 +8,9 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .config import GateConfig
-from .gate import Phase, PhaseGate
-from .wrapper import START_FRESH
+from .._torch.wrapper import START_FRESH
+from ..config import GateConfig
+from ..gate import Phase, PhaseGate
 
 _UNJUDGED_STEPS = 2000
 
