@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..entropy import entropy_of_gram
-from ..outputs import hidden_tensor, padded
-from ..selection import Layers, select_layers
+from .._capture.outputs import hidden_tensor, padded
+from .._capture.selection import Layers, select_layers
+from ..entropy import Kernel, entropy_of_gram
 
-__all__ = ["Layers", "entropy_of_gram", "hidden_tensor", "padded", "select_layers"]
+__all__ = ["Kernel", "Layers", "entropy_of_gram", "hidden_tensor", "padded", "select_layers"]

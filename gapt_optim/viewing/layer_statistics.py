@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._core import entropy_of_gram
+from ._core import Kernel, entropy_of_gram
 
 KERNELS = ("linear", "cosine")
 LIDAR_REGULARIZATION = 1e-4
@@ -40,6 +40,11 @@ class Kind(NamedTuple):
     kernel: str
     center: bool
     alpha: float
+
+    @property
+    def matrix(self) -> Kernel:
+        """Its kernel, as the library's entropies take it."""
+        return Kernel(cosine=self.kernel == "cosine", center=self.center)
 
 
 @dataclass(frozen=True)
@@ -79,17 +84,36 @@ class _Mean:
         return [t / c if c else None for t, c in zip(total, count, strict=True)]
 
 
+class WindowValues(NamedTuple):
+    """What some windows show."""
+
+    entropies: Tensor
+    """(kinds, windows), in nats."""
+    limits: Tensor
+    """(kinds, windows), the largest that each can be."""
+    rows: Tensor
+    """(kinds, windows), rows that count: with the cosine kernel and with centring, those that are not zero."""
+    nonzero: Tensor
+    """(windows,), rows that are neither masked nor zero."""
+    norm_ratio: Tensor
+    mean_share: Tensor
+
+    def of(self, windows: Tensor) -> WindowValues:
+        """Those windows alone."""
+        return WindowValues(*(values[..., windows] for values in self))
+
+
 class WindowSums:
     """Entropies, norm ratio and mean share over windows of one length, with or without the first token."""
 
     def __init__(self) -> None:
         self.entropies, self.normalized, self.shape = _Mean(), _Mean(), _Mean()
 
-    def add(self, values: Tensor, limits: Tensor, live: Tensor, ratio: Tensor, share: Tensor) -> None:
-        counts = live > 0
-        self.entropies.add(values, counts)
-        self.normalized.add(torch.where(limits > 0, values / limits, 0), counts)
-        self.shape.add(torch.stack([ratio, share]), counts)
+    def add(self, found: WindowValues) -> None:
+        counts = found.rows > 0
+        self.entropies.add(found.entropies, counts)
+        self.normalized.add(torch.where(found.limits > 0, found.entropies / found.limits, 0), counts)
+        self.shape.add(torch.stack([found.norm_ratio, found.mean_share]), found.nonzero > 0)
 
 
 class LayerSums:
@@ -150,28 +174,26 @@ class LayerSums:
         size = length if window is None else min(window, length)
         tail = -length % size if size else 0
         z = F.pad(rows, (0, 0, 0, tail)).reshape(-1, size, rows.shape[-1])
+        if not all(by_products(order) for order in self.what.orders):
+            z = z.double()
         live, first = (F.pad(flags, (0, tail)).reshape(-1, size) for flags in (live, first))
         everything, rest = self.windows[window, True], self.windows[window, False]
+        kinds, dtype, d = self.what.kinds, rows.dtype, rows.shape[-1]
+        if size > d:
+            whole, without = values_of_rows(z, live, first, kinds, dtype)
+            everything.add(whole)
+            if self.tokens:
+                rest.add(without)
+            return
+        gram = z @ z.mT
+        whole = values_of_gram(gram, live, d, kinds, dtype)
+        everything.add(whole)
         if not self.tokens:
-            everything.add(*_window_values(z, live, self.what.kinds))
             return
-        keep = live & ~first
-        if z.shape[-2] <= z.shape[-1]:
-            gram = z @ z.mT
-            values = _values_of_gram(gram, live, z.shape[-1], self.what.kinds)
-            everything.add(*values)
-            # Only the window that has the first token changes without it.
-            touched = first.any(-1)
-            if size == length:
-                rest.add(*_values_of_gram(gram, keep, z.shape[-1], self.what.kinds))
-                return
-            at = touched.nonzero().squeeze(-1)
-            rest.add(*(value[..., ~touched] for value in values))
-            rest.add(*_values_of_gram(gram[at], keep[at], z.shape[-1], self.what.kinds))
-            return
-        without = z.masked_fill(~keep.unsqueeze(-1), 0)
-        rest.add(*_window_values(without, keep, self.what.kinds))
-        everything.add(*_window_values(z, live, self.what.kinds))
+        # Only a window that has a first token changes without it.
+        at = first.any(-1)
+        rest.add(whole.of(~at))
+        rest.add(values_of_gram(gram[at], (live & ~first)[at], d, kinds, dtype))
 
     def _add_curvature(self, rows: Tensor, live: Tensor, first: Tensor) -> None:
         if rows.shape[1] < 3:
@@ -254,112 +276,114 @@ def exp_entropy(weights: Tensor) -> float | None:
     return float(torch.special.entr(p).sum().exp())
 
 
-def _window_values(z: Tensor, live: Tensor, kinds: list[Kind]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`_values_of_gram`, from the rows (windows, n, d) themselves: by d x d matrices where n > d."""
-    n, d = z.shape[-2:]
-    if n <= d:
-        return _values_of_gram(z @ z.mT, live, d, kinds)
-    norms = z.square().sum(-1)
-    count = live.sum(-1)
-    unit = z * torch.where(norms > 0, norms, math.inf).rsqrt().unsqueeze(-1)
-
-    def forms() -> Iterator[tuple[str, bool, Tensor, Tensor]]:
-        for kernel, rows, rows_live in (("linear", z, count), ("cosine", unit, (norms > 0).sum(-1))):
-            gram = rows.mT @ rows
-            yield kernel, False, gram, rows_live
-            mean = rows.sum(-2) / rows_live.clamp(min=1).sqrt().unsqueeze(-1)
-            yield kernel, True, gram - mean.unsqueeze(-1) * mean.unsqueeze(-2), rows_live
-
-    total = norms.sum(-1)
-    resultant = z.sum(-2).square().sum(-1)
-    return _collect(forms(), kinds, norms, live, resultant, total, (n, d))
-
-
-def _values_of_gram(
-    gram: Tensor, live: Tensor, features: int, kinds: list[Kind]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a window shows, from its linear Gram matrix (windows, n, n) and its live rows (windows, n).
-
-    Returns:
-        Entropies (kinds, windows) in nats, the largest that each can be, live rows, norm ratio and mean share (windows).
-    """
-    n = gram.shape[-1]
-    flags = live.to(gram.dtype)
-    gram = gram * flags.unsqueeze(-1) * flags.unsqueeze(-2)
-    norms = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(norms > 0, norms, math.inf).rsqrt()
-
-    def forms() -> Iterator[tuple[str, bool, Tensor, Tensor]]:
-        for kernel in KERNELS:
-            if kernel == "linear":
-                matrix, there = gram, flags
-            else:
-                matrix, there = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2), (norms > 0).to(gram.dtype)
-            count = there.sum(-1)
-            yield kernel, False, matrix, count
-            row = matrix.sum(-1) / count.clamp(min=1).unsqueeze(-1)
-            mean = row.sum(-1) / count.clamp(min=1)
-            # Rows that do not count stay zero.
-            shift = row - mean.unsqueeze(-1) / 2
-            centered = matrix - (shift.unsqueeze(-1) + shift.unsqueeze(-2)) * there.unsqueeze(-1) * there.unsqueeze(-2)
-            yield kernel, True, centered, count
-
-    return _collect(forms(), kinds, norms, live, gram.sum((-2, -1)), norms.sum(-1), (n, features))
-
-
-def _collect(
-    forms: Iterator[tuple[str, bool, Tensor, Tensor]],
-    kinds: list[Kind],
-    norms: Tensor,
-    live: Tensor,
-    resultant: Tensor,
-    total: Tensor,
-    shape: tuple[int, int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found: dict[Kind, tuple[Tensor, Tensor]] = {}
-    for kernel, center, matrix, count in forms:
-        limit = (count - int(center)).clamp(min=0, max=shape[1]).to(norms.dtype)
-        limit = torch.where(limit > 0, limit.log(), 0)
-        uncentered = total if kernel == "linear" else count.to(norms.dtype)
-        for kind in kinds:
-            if (kind.kernel, kind.center) == (kernel, center):
-                found[kind] = entropy_of_form(matrix, kind.alpha, uncentered, shape, norms.dtype), limit
-    values = torch.stack([found[kind][0] for kind in kinds])
-    limits = torch.stack([found[kind][1] for kind in kinds])
-    count = live.sum(-1)
-    # The median over rows that count: the others are moved behind the last.
-    ordered = torch.where(live, norms, math.inf).sort(-1).values
-    lower = ordered.gather(-1, ((count - 1).clamp(min=0) // 2).unsqueeze(-1)).squeeze(-1)
-    upper = ordered.gather(-1, (count.clamp(min=1) // 2).clamp(max=norms.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    median = (lower.sqrt() + torch.where(count % 2 == 0, upper, lower).sqrt()) / 2
-    largest = torch.where(live, norms, 0).amax(-1).sqrt()
-    ratio = torch.where(median > 0, largest / median, torch.where(largest > 0, math.inf, 1.0))
-    share = torch.where(total > 0, resultant / (total * count.clamp(min=1)), 0).clamp(0, 1)
-    return values, limits, count, ratio, share
-
-
-def entropy_of_form(
-    matrix: Tensor, alpha: float, before: Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Entropy (windows) of Gram matrices (windows, m, m); 0 where centring left nothing but rounding.
+def values_of_gram(gram: Tensor, live: Tensor, features: int, kinds: list[Kind], dtype: torch.dtype) -> WindowValues:
+    """What windows show, from their linear Gram matrices (windows, n, n) where n <= d.
 
     Args:
-        matrix: centred or not.
-        alpha: order.
-        before: the trace before centring, (windows).
-        shape: (n, d) of the windows.
+        gram: of the rows; float64 where an order needs eigenvalues.
+        live: (windows, n), rows that count.
+        features: d.
+        kinds: of entropy.
         dtype: of the rows.
     """
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    eps = 8 * max(shape) * torch.finfo(matrix.dtype).eps
-    alive = trace > torch.clamp(eps * before, min=torch.finfo(matrix.dtype).tiny)
-    if alpha == 2:
-        rho = matrix / torch.where(alive, trace, 1)[..., None, None]
-        value = -rho.square().sum((-2, -1)).clamp(min=torch.finfo(matrix.dtype).tiny).log()
-    else:
-        wide = matrix if 2 < alpha <= 8 and float(alpha).is_integer() else matrix.double()
-        value, _ = entropy_of_gram(wide, alpha, shape, dtype, with_kernel=False)
-    return torch.where(alive, value.to(matrix.dtype).clamp(min=0), 0)
+    n = gram.shape[-1]
+    gram = gram * (live.unsqueeze(-1) & live.unsqueeze(-2))
+    norms = gram.diagonal(dim1=-2, dim2=-1)
+    entropies, counts = [], []
+    for kind in kinds:
+        value, _, rows = entropy_of_gram(
+            gram, kind.alpha, kind.matrix, (n, features), dtype, live.sum(-1), False, with_gradient=False
+        )
+        entropies.append(value)
+        counts.append(live.sum(-1) if rows is None else rows.long())
+    return _gathered(entropies, counts, kinds, norms, gram.sum((-2, -1)), (n, features))
+
+
+def values_of_rows(
+    z: Tensor, live: Tensor, first: Tensor, kinds: list[Kind], dtype: torch.dtype
+) -> tuple[WindowValues, WindowValues]:
+    """What windows with more rows than features show, with and without their first tokens, from d x d matrices.
+
+    Args:
+        z: (windows, n, d), zero where ``live`` is false; float64 where an order needs eigenvalues.
+        live: (windows, n), rows that count.
+        first: (windows, n), true at first tokens.
+        kinds: of entropy.
+        dtype: of the rows.
+    """
+    shape = (z.shape[-2], z.shape[-1])
+    norms = z.square().sum(-1)
+    alive = norms > 8 * torch.finfo(z.dtype).tiny
+    unit = z * torch.where(alive, norms, math.inf).rsqrt().unsqueeze(-1)
+    # The products are of the rows without the first token, whose square is then added: taken off, a long token would
+    # leave nothing but its own rounding.
+    rest, heads = ~first.unsqueeze(-1), first.unsqueeze(-1)
+    sums = {}
+    for kernel, rows in (("linear", z), ("cosine", unit)):
+        without = rows * rest
+        sums[kernel] = without.mT @ without, without.sum(-2), (rows * heads).sum(-2)
+    found = []
+    for with_first in (True, False):
+        keep = live if with_first else live & ~first
+        here = alive & keep
+        count = here.sum(-1)
+        entropies, counts = [], []
+        for kind in kinds:
+            gram, total, head = sums[kind.kernel]
+            if with_first:
+                gram, total = gram + head.unsqueeze(-1) * head.unsqueeze(-2), total + head
+            if kind.center:
+                before = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+                mean = total / count.clamp(min=1).sqrt().unsqueeze(-1)
+                gram = gram - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+                left = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # where rows are equal, rounding
+                gram = gram * (left > 16 * torch.finfo(gram.dtype).eps * before)[..., None, None]
+            rows_ = keep.sum(-1) if kind.matrix.plain else count
+            value, _, _ = entropy_of_gram(gram, kind.alpha, kind.matrix, shape, dtype, rows_, False, with_gradient=False)
+            entropies.append(value)
+            counts.append(rows_)
+        _, total, head = sums["linear"]
+        resultant = (total + head if with_first else total).square().sum(-1)
+        found.append(_gathered(entropies, counts, kinds, norms * keep, resultant, shape))
+    return found[0], found[1]
+
+
+def _gathered(
+    entropies: list[Tensor],
+    counts: list[Tensor],
+    kinds: list[Kind],
+    norms: Tensor,
+    resultant: Tensor,
+    shape: tuple[int, int],
+) -> WindowValues:
+    """The entropies with their limits, and norm ratio and mean share.
+
+    Args:
+        entropies: (windows,) of each kind.
+        counts: (windows,) rows that count for it.
+        kinds: of entropy.
+        norms: (windows, n), squared; 0 where a row does not count.
+        resultant: (windows,), squared norm of the sum of the rows.
+        shape: (n, d).
+    """
+    limits = [
+        (rows - int(kind.center)).clamp(min=1, max=shape[1]).to(norms.dtype).log()
+        for kind, rows in zip(kinds, counts, strict=True)
+    ]
+    nonzero = (norms > 8 * torch.finfo(norms.dtype).tiny).sum(-1)
+    ordered = norms.sort(-1, descending=True).values
+    last = nonzero.clamp(min=1)
+    middle = torch.stack([(last - 1) // 2, last // 2], dim=-1)
+    median = ordered.gather(-1, middle).sqrt().mean(-1)
+    ratio = torch.where(nonzero > 0, ordered[..., 0].sqrt() / torch.where(nonzero > 0, median, 1), 1)
+    total = norms.sum(-1)
+    share = torch.where(nonzero > 0, resultant / (torch.where(nonzero > 0, total, 1) * last), 0).clamp(0, 1)
+    return WindowValues(torch.stack(entropies), torch.stack(limits), torch.stack(counts), nonzero, ratio, share)
+
+
+def by_products(order: float) -> bool:
+    """The order needs no eigenvalues."""
+    return 2 <= order <= 8 and float(order).is_integer()
 
 
 def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:

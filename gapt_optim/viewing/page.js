@@ -28,6 +28,7 @@
     const ink = color("--ink"), faint = color("--faint"), grid = color("--grid"), line = color("--line");
     layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
     layout.font = Object.assign({ family: "inherit", size: 12 }, layout.font, { color: faint });
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: color("--accent") };
     layout.hoverlabel = { bgcolor: color("--panel"), bordercolor: line, font: { color: ink, size: 12 }, align: "left" };
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis\d*$/.test(key)) {
@@ -75,7 +76,7 @@
   async function draw(chart) {
     const box = document.getElementById(chart.id);
     chart.view = chart.views ? chart.views[0].key : undefined;
-    const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["resetScale2d"]] };
     await Plotly.newPlot(box, themedTraces(chart), themed(chart), config);
     box.on("plotly_relayout", (change) => follow(chart, change));
     box.addEventListener("keydown", (event) => byKeyboard(chart, box, event));
@@ -151,18 +152,22 @@
     }
   }
 
+  // A printer has no window to fit: two charts beside each other on a sheet of A4 or letter, in light colours.
   let before = null;
   function toPaper() {
     if (before !== null) return;
     before = root.dataset.theme;
     setTheme("light");
-    state.drawn.forEach((chart) => Plotly.Plots.resize(chart.id));
+    for (const chart of state.drawn) {
+      const box = document.getElementById(chart.id), wide = box.closest("figure").classList.contains("wide");
+      Plotly.relayout(box, { autosize: false, width: wide ? 680 : 330, height: box.classList.contains("tall") ? 300 : 220 });
+    }
   }
   function fromPaper() {
     if (before === null) return;
+    for (const chart of state.drawn) Plotly.relayout(chart.id, { autosize: true, width: null, height: null });
     setTheme(before);
     before = null;
-    state.drawn.forEach((chart) => Plotly.Plots.resize(chart.id));
   }
 
   try {

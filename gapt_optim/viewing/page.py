@@ -71,10 +71,15 @@ def escaped(text: object) -> str:
 
 def label(text: object) -> str:
     """A text for plotly, which reads some HTML tags in labels; long ones are cut."""
-    text = str(text)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
+    text = shortened(text)
     # MathJax is not there, yet a leading and a closing dollar sign would be asked for it.
     return html.escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;").replace("\n", " ")
+
+
+def shortened(text: object, limit: int = 60) -> str:
+    """A text of at most so many characters."""
+    text = str(text)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -92,12 +97,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str
         f'<tr><th scope="row">{_cell(first)}</th>{"".join(f"<td>{_cell(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
-    about = f"<caption>{escaped(caption)}</caption>" if caption else ""
+    about = f'<p class="caption">{escaped(caption)}</p>' if caption else ""
     kind = f' class="{kind}"' if kind else ""
     region = escaped(caption or "table")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{region}">'
-        f"<table{kind}>{about}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'{about}<div class="scroll" tabindex="0" role="region" aria-label="{region}">'
+        f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -119,7 +124,7 @@ def rounded(values: Iterable[float | None]) -> list[float | None]:
 def base_layout(**changes: Any) -> dict[str, Any]:
     """A chart without frame, whose legend is the page's own."""
     layout: dict[str, Any] = {
-        "margin": {"l": 52, "r": 16, "t": 14, "b": 40},
+        "margin": {"l": 52, "r": 16, "t": 28, "b": 40},
         "showlegend": False,
         "hovermode": "x",
         "dragmode": "zoom",
@@ -175,10 +180,10 @@ def _controls(page: Page, charts: Sequence[dict[str, Any]]) -> str:
         parts.append(f"<fieldset><legend>Show</legend>{boxes}</fieldset>")
     if page.phases is not None:
         options = "".join(
-            f'<option value="{i}"{" selected" if i == page.phases else ""}>{escaped(name)}</option>'
+            f'<option value="{i}"{" selected" if i == page.phases else ""}>{escaped(shortened(name))}</option>'
             for i, (name, _) in enumerate(page.runs)
         )
-        parts.append(f'<label>Phases of <select id="phases">{options}</select></label>')
+        parts.append(f'<label><span class="nowrap">Phases of</span> <select id="phases">{options}</select></label>')
     if any(chart["group"] for chart in charts):
         parts.append('<button id="zoom" type="button">Whole run</button>')
     parts.append('<button id="theme" type="button">Dark</button>')

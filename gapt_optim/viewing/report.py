@@ -221,7 +221,7 @@ class _Report:
             differing += differs
             cells = "".join(f"<td>{escaped(_shown(value))}</td>" for value in values)
             mark = "differs" if differs else "same"
-            said = "<td>differs</td>" if differs else "<td></td>"
+            said = '<td class="said">differs</td>' if differs else "<td></td>"
             rows.append(f'<tr class="{mark}"><th scope="row">{escaped(key)}</th>{cells}{said if len(flat) > 1 else ""}</tr>')
         names = "".join(f'<th scope="col">{escaped(name)}</th>' for name in flat)
         several = len(flat) > 1
@@ -314,6 +314,9 @@ class _Report:
         if faint:
             mean_line["line"]["width"] = 1.2
             mean_line["opacity"] = 0.6
+        if len(points) < points[-1][0] - points[0][0]:  # not of every step, as the entropy's part of the objective
+            mean_line |= {"mode": "markers", "marker": {"size": 3, "color": color}}
+            return [mean_line]
         return [*traces, mean_line]
 
     def _held_out_lines(self, i: int, name: str, seeds: list[Points]) -> list[Trace]:
@@ -338,7 +341,7 @@ class _Report:
     def _step_layout(self, unit: str) -> dict[str, Any]:
         return base_layout(
             xaxis={"range": [0, self.end], "rangemode": "nonnegative"},
-            yaxis={"title": {"text": label(unit), "standoff": 4}, "overlaying": "y2"},
+            yaxis={"title": {"text": label(unit), "standoff": 4}, "overlaying": "y2", "tickmode": "auto"},
             # Phases lie behind the lines, over the whole height.
             yaxis2={"range": [0, 1], "visible": False, "fixedrange": True},
         )
