@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
     from .entropy import matrix_entropy
     from .gate import Phase, PhaseGate
-    from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
     from .integrations.trackers import TensorBoard
+    from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
     from .optimizer import GAPTOptimizer
 
 # Imported when they are used: `gapt-optim report` needs no torch, and a logger that is not used is not imported.

@@ -178,9 +178,9 @@ class CaptureStore:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         if name in self._dropped:
             return (
-                f'the outputs of tapped module "{name}"{more} for this loss are gone: several forward passes ran before '
-                "the first backward, which took its own and dropped the others. Call optimizer.backward(loss) after "
-                "each forward pass, or once for the sum: optimizer.backward(loss_a + loss_b)"
+                f'the outputs of tapped module "{name}"{more} for this loss are gone: several forward passes ran '
+                "before the first backward, which took its own and dropped the others. Call optimizer.backward(loss) "
+                "after each forward pass, or once for the sum: optimizer.backward(loss_a + loss_b)"
             )
         if name in self.ran - self.without_grad - self.evaluated:
             return (
@@ -195,13 +195,6 @@ class CaptureStore:
             f'tapped module "{name}"{more} did not run before objective(loss); call the model in training mode first, '
             "or leave the module out of layers. If the model was compiled, place the hook before its first call"
         )
-
-
-class Inert:
-    """What a copied or unpickled model has in place of a tap."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 def _make_probe(device: torch.device) -> Tensor:

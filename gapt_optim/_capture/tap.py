@@ -78,9 +78,10 @@ class Tap(torch.autograd.Function):
         h, mask = ctx.saved_tensors
         if ctx.compress and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                f'the entropy of module "{ctx.module}" cannot be differentiated twice, and this backward pass was asked '
-                "for a graph (create_graph=True) in compression, or where parameter alignment is measured; run what needs second derivatives inside "
-                "`with hook.measuring():`, or keep the gate in memorization with GateConfig(frozen=True)"
+                f'the entropy of module "{ctx.module}" cannot be differentiated twice, and this backward pass was '
+                "asked for a graph (create_graph=True) in compression, or where parameter alignment is measured; run "
+                "what needs second derivatives inside `with hook.measuring():`, or keep the gate in memorization with "
+                "GateConfig(frozen=True)"
             )
         with torch.no_grad():
             passed, statistics = _join_gradients(ctx, h, mask, g, factor, carried)

@@ -52,10 +52,10 @@ class EvasionWatch:
         self._warned = True
         measures = reading.measures[name]
         warnings.warn(
-            f'the entropy of layer "{name}" fell from {before.pressed:.3g} to {now.pressed:.3g}, but its centered cosine '
-            f"entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: this is no compression (norm ratio "
-            f"{measures.norm_ratio:.3g}, mean share {measures.mean_share:.3g}). A few tokens grew long, or all tokens "
-            'share one vector; press EntropyConfig(kernel="cosine", center=True), which neither lowers',
+            f'the entropy of layer "{name}" fell from {before.pressed:.3g} to {now.pressed:.3g}, but its centered '
+            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: this is no compression (norm "
+            f"ratio {measures.norm_ratio:.3g}, mean share {measures.mean_share:.3g}). A few tokens grew long, or all "
+            'tokens share one vector; press EntropyConfig(kernel="cosine", center=True), which neither lowers',
             UserWarning,
             stacklevel=6,
         )

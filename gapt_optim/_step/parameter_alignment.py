@@ -159,7 +159,9 @@ class ParameterMeasurement:
 
     def _own(self, i: int) -> Tensor | None:
         """The loss's part of what the backward left in ``.grad``."""
-        return self._loss[i] if not self.compared.separable else self._without(self._parameters[i].grad, self._entropy[i])
+        return (
+            self._loss[i] if not self.compared.separable else self._without(self._parameters[i].grad, self._entropy[i])
+        )
 
     def _without(self, gradient: Tensor | None, entropy: Tensor | None) -> Tensor | None:
         if gradient is None or entropy is None or self.compared.weight == 0:

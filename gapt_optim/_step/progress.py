@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .._torch.wrapper import START_FRESH
-from ..config import GateConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .._torch.wrapper import START_FRESH, STATE_KEY
+from ..config import EntropyConfig, GAPTConfig, GateConfig
 from ..gate import Phase, PhaseGate
 
 _UNJUDGED_STEPS = 2000
@@ -91,23 +94,165 @@ class Progress:
         self.validation = list(state["unjudged_validation"])
 
 
-def refuse_other_state(saved: dict[str, Any], here: dict[str, Any], config: GateConfig) -> None:
-    """Raises ValueError where a saved state is of other layers, another configuration or another version."""
-    unknown = set(saved) ^ set(here)
-    if unknown:
-        raise ValueError(f"state_dict has missing or unknown fields {sorted(unknown)}; {START_FRESH}")
-    if _bare_names(saved["layers"]) != _bare_names(here["layers"]):
+# What a checkpoint holds
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _SavedGate(_Saved):
+    phase: Literal["memorization", "compression"]
+    switches: _Count
+    updates: _Count
+    stale: _Count
+    loss: float | None
+    entropy: float | None
+    best: float | None
+    training_loss: float | None
+    entry_loss: float | None
+    entry_entropy: float | None = None
+    stale_memorization: _Count
+    stale_compression: _Count
+    lowest_loss: float | None
+    lowest_entropy: float | None
+
+
+class _SavedState(_Saved):
+    gate: _SavedGate
+    steps: _Count
+    compression_steps: _Count
+    nonfinite_steps: _Count
+    nonfinite_run: _Count
+    unjudged_loss: float
+    unjudged_entropy: float
+    unjudged_steps: _Count
+    unjudged_validation: list[float]
+    layers: list[str]
+    ran: list[str]
+    config: GAPTConfig
+
+
+REQUIRED = (
+    "entropy.kernel",
+    "entropy.center",
+    "entropy.alpha",
+    "entropy.window",
+    "entropy.normalize",
+    "layers.skip_first",
+    "layers.skip_last",
+    "gate.rule",
+    "gate.signal",
+)
+"""Settings that a saved state depends on, besides the layers: its entropies and losses would be of another kind."""
+
+_BEFORE_KERNELS = {"kernel": "linear", "center": False}
+
+
+def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tuple[dict[str, Any], str | None]:
+    """A saved state, checked by type, range and meaning against the layers and settings of now.
+
+    Args:
+        saved: what ``GAPTOptimizer`` has put into a state dict, read from JSON.
+        layers: names of the tapped layers.
+
+    Returns:
+        The state with the layers' names of now, and one line on the settings that differ, None where none does.
+
+    Raises:
+        ValueError: a field does not fit; the message names it, what was found and what to do.
+    """
+    if not isinstance(saved, dict):
+        raise _refusal(STATE_KEY, "must be an object", saved)
+    saved = dict(saved)
+    if isinstance(saved.get("config"), dict) and isinstance(saved["config"].get("entropy"), dict):
+        known = {name: value for name, value in _BEFORE_KERNELS.items() if name in EntropyConfig.model_fields}
+        saved["config"] = saved["config"] | {"entropy": known | saved["config"]["entropy"]}
+    try:
+        state = _SavedState.model_validate(saved, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(map(str, first["loc"]))
+        found = "nothing" if first["type"] == "missing" else first["input"]
+        raise _refusal(path, f"is refused: {first['msg']}", found, missing=first["type"] == "missing") from None
+    if _bare_names(state.layers) != _bare_names(list(layers)):
         raise ValueError(
-            f"state_dict is of the layers {saved['layers']}, this hook has {here['layers']}; {START_FRESH}"
+            f"state_dict: {STATE_KEY}.layers: it is of the layers {state.layers}, this hook has {list(layers)}; make "
+            f"the hook on the same layers, or, {START_FRESH}"
         )
-    for section, values in saved["config"].items():
-        for name, value in values.items():
-            found = here["config"].get(section, {}).get(name)
-            if found != value:
-                raise ValueError(
-                    f"state_dict was saved with {section}.{name}={value!r}, found {found!r}; {START_FRESH}"
-                )
-    PhaseGate(config).load_state_dict(saved["gate"])
+    _refuse_contradictions(state)
+    given = _flat(saved["config"])
+    for path in REQUIRED:
+        if path in _flat(config.model_dump()) and path not in given:
+            raise _refusal(f"config.{path}", "is required", None, missing=True)
+    old, new = (_flat(each.model_dump()) for each in (state.config, config))
+    for path in REQUIRED:
+        if path in new and old[path] != new[path]:
+            raise ValueError(
+                f"state_dict was saved with {path}={old[path]!r}, found {new[path]!r}, and its numbers depend on it; "
+                f"set it as it was, or, {START_FRESH}"
+            )
+    if config.gate.frozen and state.gate.phase != config.gate.initial_phase:
+        raise ValueError(
+            f"state_dict: {STATE_KEY}.gate.phase is {state.gate.phase!r}, and gate.frozen=True keeps "
+            f"gate.initial_phase={config.gate.initial_phase!r}; set initial_phase={state.gate.phase!r}, or, "
+            f"{START_FRESH}"
+        )
+    changed = [f"{path}: {old[path]!r} -> {new[path]!r}" for path in new if old.get(path) != new[path]]
+    notice = f"the state goes on with other settings than it was saved with: {', '.join(changed)}" if changed else None
+    now = dict(zip(state.layers, layers, strict=True))
+    result = state.model_dump() | {"layers": list(layers), "ran": [now[name] for name in state.ran]}
+    return result, notice
+
+
+def _refuse_contradictions(state: _SavedState) -> None:
+    """Numbers that no run can have reached."""
+    finite = state.steps - state.nonfinite_steps
+    limits = (
+        ("compression_steps", state.compression_steps, "steps", state.steps),
+        ("nonfinite_steps", state.nonfinite_steps, "steps", state.steps),
+        ("nonfinite_run", state.nonfinite_run, "nonfinite_steps", state.nonfinite_steps),
+        ("unjudged_steps", state.unjudged_steps, "steps - nonfinite_steps", finite),
+        ("gate.switches", state.gate.switches, "steps - nonfinite_steps", finite),
+        ("gate.updates", state.gate.updates, "steps - nonfinite_steps", finite),
+        ("gate.stale", state.gate.stale, "steps - nonfinite_steps", finite),
+        ("gate.stale_memorization", state.gate.stale_memorization, "steps - nonfinite_steps", finite),
+        ("gate.stale_compression", state.gate.stale_compression, "steps - nonfinite_steps", finite),
+    )
+    for path, value, limit, most in limits:
+        if value > most:
+            raise _refusal(path, f"must be at most {limit} = {most}", value)
+    if state.unjudged_steps == 0:
+        for path, total in (("unjudged_loss", state.unjudged_loss), ("unjudged_entropy", state.unjudged_entropy)):
+            if total != 0:
+                raise _refusal(path, "must be 0 where unjudged_steps is 0", total)
+    if len(set(state.layers)) != len(state.layers):
+        raise _refusal("layers", "must name each layer once", state.layers)
+    if len(set(state.ran)) != len(state.ran) or not set(state.ran) <= set(state.layers):
+        raise _refusal("ran", f"must be some of the layers {state.layers}, each once", state.ran)
+
+
+def flat_state(state: Mapping[str, Any]) -> dict[str, str]:
+    """A state by dotted paths, for ranks to compare: what may differ between them is left out.
+
+    A layer may rest on some ranks, and each rank records the held-out losses that it has.
+    """
+    return {path: repr(value) for path, value in _flat(state).items() if path not in ("ran", "unjudged_validation")}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _refusal(path: str, why: str, found: Any, *, missing: bool = False) -> ValueError:
+    text = "nothing" if missing else f"{found!r:.100} ({type(found).__name__})"
+    where = path if path == STATE_KEY else f"{STATE_KEY}.{path}"
+    return ValueError(f"state_dict: {where} {why}, found {text}; load an undamaged checkpoint, or, {START_FRESH}")
 
 
 def _bare_names(names: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .layer_profile import Profile
 
 Positional = tyro.conf.Positional
+arg = tyro.conf.arg
 
 
 @dataclass
@@ -30,32 +31,32 @@ class ProfileCommand:
     gapt-optim profile ./my-llama --data text.txt --out page.html
     """
 
-    model: Annotated[str, Positional]
-    """A transformers folder or hub name, or package.module:build."""
-    data: str
-    """A .txt, .jsonl or .parquet text, or package.module:batches."""
-    out: list[Path] = field(default_factory=list)
-    """Files to write, by ending: .html, .json, .png."""
-    layers: list[str] | None = None
-    """Names or globs of modules; by default the longest list."""
-    windows: list[str] = field(default_factory=lambda: ["8", "all"])
-    """Tokens per window; "all" takes whole sequences."""
-    orders: list[float] = field(default_factory=lambda: [2.0])
-    """Orders of the entropy, up to inf."""
-    length: int | None = None
-    """Tokens per sequence (the model's own, at most 512)."""
-    batch_size: int = 8
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """A transformers folder or hub name, or module:build."""
+    data: Annotated[str, arg(metavar="DATA")]
+    """Text (.txt, .jsonl, .parquet) or module:batches."""
+    out: Annotated[list[Path], arg(metavar="FILE ...", help_behavior_hint="")] = field(default_factory=list)
+    """Files to write: .html, .json or .png."""
+    layers: Annotated[list[str] | None, arg(metavar="NAME ...", help_behavior_hint="")] = None
+    """Globs over modules; default: the longest list."""
+    windows: Annotated[list[str], arg(metavar="N ...")] = field(default_factory=lambda: ["8", "all"])
+    """Tokens per window; all = sequences."""
+    orders: Annotated[list[float], arg(metavar="A ...")] = field(default_factory=lambda: [2.0])
+    """Orders of the entropy."""
+    length: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Tokens per sequence; default: at most 512."""
+    batch_size: Annotated[int, arg(metavar="N")] = 8
     """Sequences per batch."""
-    tokens: int = 100_000
+    tokens: Annotated[int, arg(metavar="N")] = 100_000
     """Tokens of the text to read."""
-    rankme_rows: int = 25_600
-    """Rows that RankMe is taken over; 0 leaves it out."""
-    views: int = 1
-    """Batches per item that are views of the same (LiDAR)."""
-    device: str | None = None
+    rankme_rows: Annotated[int, arg(metavar="N")] = 25_600
+    """Rows for RankMe; 0 = none."""
+    views: Annotated[int, arg(metavar="N")] = 1
+    """Views per item, for LiDAR."""
+    device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Where to run, such as cuda."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Type of the model's weights."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], arg(metavar="TYPE")] = "auto"
+    """float32, bfloat16, float16 or float64."""
 
 
 @dataclass
@@ -65,12 +66,12 @@ class CompareCommand:
     gapt-optim compare base.json tuned.json --out page.html
     """
 
-    first: Annotated[Path, Positional]
+    first: Annotated[Path, Positional, arg(metavar="FIRST")]
     """What profile wrote with --out first.json."""
-    second: Annotated[Path, Positional]
+    second: Annotated[Path, Positional, arg(metavar="SECOND")]
     """The other one."""
-    out: list[Path] = field(default_factory=list)
-    """Files to write, by ending: .html, .json, .png."""
+    out: Annotated[list[Path], arg(metavar="FILE ...", help_behavior_hint="")] = field(default_factory=list)
+    """Files to write: .html, .json or .png."""
 
 
 @dataclass
@@ -80,13 +81,13 @@ class ReportCommand:
     gapt-optim report runs/plain runs/gapt --out page.html --baseline plain
     """
 
-    runs: Annotated[list[str], Positional]
+    runs: Annotated[list[str], Positional, arg(metavar="RUN ...")]
     """Folders of runs or of comparisons; NAME=FOLDER names one. Runs of the same name are seeds."""
-    out: Path = Path("report.html")
+    out: Annotated[Path, arg(metavar="FILE")] = Path("report.html")
     """The page."""
-    baseline: str | None = None
+    baseline: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """The run that the others are compared with (plain, or the first)."""
-    title: str = "Training with phases"
+    title: Annotated[str, arg(metavar="TEXT")] = "Training with phases"
     """Heading of the page."""
 
 
@@ -97,11 +98,11 @@ class WatchCommand:
     gapt-optim watch runs/gapt
     """
 
-    run: Annotated[Path, Positional]
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder of the run."""
-    interval: float = 1.0
+    interval: Annotated[float, arg(metavar="SECONDS")] = 1.0
     """Seconds between two looks."""
-    patience: float = 600.0
+    patience: Annotated[float, arg(metavar="SECONDS")] = 600.0
     """Seconds without a new step after which the run counts as ended."""
     once: bool = False
     """Show it once and stop."""
@@ -114,7 +115,7 @@ class DoctorCommand:
     gapt-optim doctor runs/gapt
     """
 
-    runs: Annotated[list[str], Positional]
+    runs: Annotated[list[str], Positional, arg(metavar="RUN ...")]
     """Folders of runs."""
 
 
@@ -180,7 +181,9 @@ def _read_flags(name: str, argv: list[str]) -> tuple[Any, int]:
     text = re.sub("[\u2500-\u257f]", " ", said.getvalue())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = re.split(r" (?:Argument helptext|For full|For more|Similar|Arguments? similar)", " ".join(lines))[0]
-    message = re.sub(r"^(Parsing error|Required options|Missing required \w+|Unrecognized \w+|Error)\s*:?\s*", "", message)
+    message = re.sub(
+        r"^(Parsing error|Required options|Missing required \w+|Unrecognized \w+|Error)\s*:?\s*", "", message
+    )
     return None, _failed(f"{message} (gapt-optim {name} --help)")
 
 
@@ -251,7 +254,7 @@ def _compare(flags: CompareCommand) -> int:
 def _report(flags: ReportCommand) -> int:
     from .report import write_report
 
-    runs = find_runs(flags.runs)
+    runs = _given(flags.runs)
     try:
         path = write_report(runs, flags.out, baseline=flags.baseline, title=flags.title)
     except (OSError, ValueError) as error:
@@ -293,7 +296,7 @@ def _watch(flags: WatchCommand) -> int:
 def _doctor(flags: DoctorCommand) -> int:
     from .doctor import diagnose, verdict
 
-    for name, seeds in find_runs(flags.runs).items():
+    for name, seeds in _given(flags.runs).items():
         for i, run in enumerate(seeds):
             print(f"{name}{f', seed {i + 1}' if len(seeds) > 1 else ''}")
             for note in run.notes:
@@ -313,6 +316,12 @@ _RUN: dict[str, Callable[[Any], int]] = {
     "watch": _watch,
     "doctor": _doctor,
 }
+
+
+def _given(specs: Sequence[str]) -> dict[str, list[RunHistory]]:
+    if not specs:
+        raise CommandError("give the folder of at least one run")
+    return find_runs(specs)
 
 
 def find_runs(specs: Sequence[str]) -> dict[str, list[RunHistory]]:

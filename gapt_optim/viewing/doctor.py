@@ -17,8 +17,8 @@ Points = list[tuple[float, float]]
 def diagnose(run: RunHistory) -> list[Diagnosis]:
     """What is wrong with a run, the most basic first; empty where nothing stands out.
 
-        for found in diagnose(read_run("runs/first")):
-            print(found.title, found.what, found.change)
+    for found in diagnose(read_run("runs/first")):
+        print(found.title, found.what, found.change)
     """
     if not run.steps:
         return []
@@ -93,7 +93,11 @@ class _Case:
             if entropy is not None:
                 found.append(
                     _diagnosis(
-                        "stuck_in_compression", at=begin, length=lengths[-1], share=lengths[-1] / self.n, entropy=entropy
+                        "stuck_in_compression",
+                        at=begin,
+                        length=lengths[-1],
+                        share=lengths[-1] / self.n,
+                        entropy=entropy,
                     )
                 )
         return found
@@ -106,9 +110,7 @@ class _Case:
         if self.setting("gate", "signal") == "validation":
             validations = len(values_of(self.steps, "validation_loss")) or len(self.run.validations)
             if validations <= patience:
-                return [
-                    _diagnosis("few_validations", validations=validations, steps=self.n, patience=patience)
-                ]
+                return [_diagnosis("few_validations", validations=validations, steps=self.n, patience=patience)]
         elif self.n <= patience:
             return [_diagnosis("too_short", updates=self.n, patience=patience)]
         head, last = _head(self.losses), _tail(self.losses)
@@ -167,9 +169,7 @@ class _Case:
         name = min(pressed, key=lambda layer: pressed[layer][1])
         before, after = pressed[name]
         layers = f"Layer {name}" if len(pressed) == 1 else f"{len(pressed)} layers were; the lowest, {name},"
-        return [
-            _diagnosis("pressed_below_use", layers=layers, entropy=after, rank=math.exp(after), before=before)
-        ]
+        return [_diagnosis("pressed_below_use", layers=layers, entropy=after, rank=math.exp(after), before=before)]
 
     def kernels(self) -> list[Diagnosis]:
         found = [self._by_norms(), self._by_mean()]

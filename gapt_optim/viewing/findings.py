@@ -1,4 +1,6 @@
-"""What can be wrong with a run, in words, and the setting to change: one place for the command, the page and the documentation.
+"""What can be wrong with a run, in words, and the setting to change.
+
+The command, the page and the documentation take their sentences from here.
 
 :data:`FINDINGS` has them all, in the order in which they are looked for. ``what`` has named places for a run's figures;
 ``example`` fills them, so that each can be shown without a run.
@@ -59,7 +61,8 @@ _ALL = [
     Finding(
         "too_short",
         "The run ended before the gate could act",
-        "The run has {updates} gate updates so far. The gate waits for {patience} updates without improvement before it "
+        "The run has {updates} gate updates so far. The gate waits for {patience} updates without improvement "
+        "before it "
         "starts compression.",
         "With this patience, compression cannot start in a run this short.",
         "Train longer, or lower gate.patience_memorization.",
@@ -69,20 +72,24 @@ _ALL = [
     Finding(
         "few_validations",
         "The gate has seen too few validation losses",
-        "The gate judges held-out losses (gate.signal = validation) and was given {validations} in {steps:,} steps. It needs "
+        "The gate judges held-out losses (gate.signal = validation) and was given {validations} in {steps:,} "
+        "steps. It needs "
         "more than {patience} before it can start compression.",
-        "With signal=\"validation\" patience counts calls of optimizer.record_validation, not steps.",
-        "Validate more often: about thirty times in a run. Or lower gate.patience_memorization, or set gate.signal to train.",
+        'With signal="validation" patience counts calls of optimizer.record_validation, not steps.',
+        "Validate more often: about thirty times in a run. Or lower gate.patience_memorization, or set "
+        "gate.signal to train.",
         ("gate.signal", "gate.patience_memorization"),
         {"validations": 1, "steps": 400, "patience": 2},
     ),
     Finding(
         "never_compressed",
         "The run never compressed",
-        "All {steps:,} steps were memorization. The loss went from {first:.3g} to {last:.3g} and never went {patience} updates "
+        "All {steps:,} steps were memorization. The loss went from {first:.3g} to {last:.3g} and never went "
+        "{patience} updates "
         "without improving by {improvement:.3g} %.",
         "The gate starts compression when the loss stops falling, and this loss kept falling.",
-        "Lower gate.patience_memorization, or raise gate.min_improvement so that small gains no longer count. Where the "
+        "Lower gate.patience_memorization, or raise gate.min_improvement so that small gains no longer count. "
+        "Where the "
         "held-out loss has stopped falling but the training loss has not, use GateConfig.validation(), which sets "
         "gate.signal to validation.",
         ("gate.patience_memorization", "gate.min_improvement", "gate.signal"),
@@ -91,7 +98,8 @@ _ALL = [
     Finding(
         "overfits_unseen",
         "The model overfits and the gate cannot see it",
-        "The held-out loss rose from its best, {best:.3f} at step {at:,}, to {last:.3f}, while the training loss fell to "
+        "The held-out loss rose from its best, {best:.3f} at step {at:,}, to {last:.3f}, while the training loss "
+        "fell to "
         "{training:.3f}. The gate judges the training loss.",
         "Where a model overfits, the training loss goes on falling, so compression starts late or never.",
         "Use GateConfig.validation(), which sets gate.signal to validation, and call optimizer.record_validation.",
@@ -102,8 +110,10 @@ _ALL = [
         "compressed_at_once",
         "The run compressed at once",
         "Compression began at step {at:,} of {steps:,}, at a loss of {then:.3g}. Later the loss fell to {last:.3g}.",
-        "The model had not learned much that could be kept. A noisy or warming-up loss looks like one that has stalled.",
-        "Raise gate.patience_memorization, or lower gate.min_improvement. If gate.initial_phase is compression, set it to "
+        "The model had not learned much that could be kept. A noisy or warming-up loss looks like one that has "
+        "stalled.",
+        "Raise gate.patience_memorization, or lower gate.min_improvement. If gate.initial_phase is compression, "
+        "set it to "
         "memorization. With a long warm-up, raise gate.smoothing.",
         ("gate.patience_memorization", "gate.min_improvement", "gate.initial_phase", "gate.smoothing"),
         {"at": 16, "steps": 2000, "then": 8.9, "last": 3.2},
@@ -111,7 +121,8 @@ _ALL = [
     Finding(
         "spiked",
         "Compression kept raising the loss",
-        "{spikes} of {exits} compression phases ended because the loss rose by {tolerance:.3g} % or more. In the middle they "
+        "{spikes} of {exits} compression phases ended because the loss rose by {tolerance:.3g} % or more. In the "
+        "middle they "
         "lasted {length:g} steps.",
         "The entropy pushes harder than the task allows.",
         "Lower objective.weight, for example to a third. objective.combine = cap bounds the push relative to the loss "
@@ -131,9 +142,11 @@ _ALL = [
     Finding(
         "stuck_in_compression",
         "The run stays in compression",
-        "Compression began at step {at:,} and lasted for the last {length:,} steps, {share:.0%} of the run. The entropy fell to "
+        "Compression began at step {at:,} and lasted for the last {length:,} steps, {share:.0%} of the run. The "
+        "entropy fell to "
         "{entropy:.3g} nats.",
-        "An entropy near zero that still falls by a percent or so never counts as compressed, however little that is in nats.",
+        "An entropy near zero that still falls by a percent or so never counts as compressed, however little "
+        "that is in nats.",
         "Set objective.floor, below which a layer is pushed no further. Or lower gate.patience_compression, or raise "
         "gate.min_improvement.",
         ("objective.floor", "gate.patience_compression", "gate.min_improvement"),
@@ -142,7 +155,8 @@ _ALL = [
     Finding(
         "weight_too_small",
         "Compression changed almost nothing",
-        "In compression the entropy was {share:.2%} of the objective, and it ended at {change:+.1%} of where it was before.",
+        "In compression the entropy was {share:.2%} of the objective, and it ended at {change:+.1%} of where it "
+        "was before.",
         "The weight is too small to be felt beside the loss.",
         "Raise objective.weight, for example threefold.",
         ("objective.weight",),
@@ -151,7 +165,8 @@ _ALL = [
     Finding(
         "weight_too_large",
         "The entropy outweighs the task",
-        "In compression the entropy was {share:.0%} of the objective, and the loss rose from {before:.3g} to {after:.3g}.",
+        "In compression the entropy was {share:.0%} of the objective, and the loss rose from {before:.3g} to "
+        "{after:.3g}.",
         "Most of the gradient then serves the entropy.",
         "Lower objective.weight, or set objective.combine to cap with an objective.max_ratio below 1.",
         ("objective.weight", "objective.combine", "objective.max_ratio"),
@@ -160,7 +175,8 @@ _ALL = [
     Finding(
         "pressed_below_use",
         "A layer was pressed below use",
-        "{layers} ended at {entropy:.3g} nats, an effective rank of {rank:.3g}: nearly all tokens of a window point the same way. "
+        "{layers} ended at {entropy:.3g} nats, an effective rank of {rank:.3g}: nearly all tokens of a window "
+        "point the same way. "
         "Before compression it was {before:.3g} nats.",
         "A layer that tells its tokens apart no longer cannot hold what the task needs.",
         "Set objective.floor (in nats), or lower objective.weight. To leave such layers out, use layers.skip_first or "
@@ -171,9 +187,11 @@ _ALL = [
     Finding(
         "norms_alone",
         "The entropy fell by token norms alone",
-        "The linear entropy fell by {linear:.0%} and the centred cosine entropy by {cosine:.0%}, while the largest token norm "
+        "The linear entropy fell by {linear:.0%} and the centred cosine entropy by {cosine:.0%}, while the "
+        "largest token norm "
         "went from {ratio_before:.3g} to {ratio_after:.3g} times the median.",
-        "Under the linear kernel a few long tokens hide all others, which keep their directions. That is no compression.",
+        "Under the linear kernel a few long tokens hide all others, which keep their directions. That is no "
+        "compression.",
         "Set entropy.kernel to cosine and entropy.center to true.",
         ("entropy.kernel", "entropy.center"),
         {"linear": 0.88, "cosine": 0.02, "ratio_before": 3.0, "ratio_after": 26.0},
@@ -181,7 +199,8 @@ _ALL = [
     Finding(
         "common_vector",
         "The entropy fell by one vector that all tokens share",
-        "The entropy fell by {pressed:.0%} and the centred cosine entropy by {cosine:.0%}, while the share of the squared norm "
+        "The entropy fell by {pressed:.0%} and the centred cosine entropy by {cosine:.0%}, while the share of "
+        "the squared norm "
         "in the mean token went from {share_before:.0%} to {share_after:.0%}.",
         "One large common vector makes all tokens look alike to a kernel that is not centred. That is no compression.",
         "Set entropy.center to true.",
@@ -193,7 +212,8 @@ _ALL = [
         "Some steps were not finite",
         "{nonfinite:,} of {steps:,} steps had a loss or an entropy that was not finite. They followed the loss alone.",
         "Half precision overflowed, or the learning rate is too high.",
-        "Lower the learning rate, clip gradients, or use bfloat16 instead of float16. objective.max_nonfinite says after how many "
+        "Lower the learning rate, clip gradients, or use bfloat16 instead of float16. objective.max_nonfinite "
+        "says after how many "
         "in a row the run stops.",
         ("objective.max_nonfinite",),
         {"nonfinite": 12, "steps": 2000},

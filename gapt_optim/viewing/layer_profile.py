@@ -212,8 +212,8 @@ def profile(
         windows: tokens per window, each at least 2; None = whole sequences. 8 is what training measures.
         views: with more than 1, each item of ``batches`` is a sequence of so many batches that hold the same samples
             in the same order in different views, and LiDAR is measured too.
-        rankme_rows: RankMe is taken over the first so many rows (25,600, as in its paper); 0 leaves it out, None takes all.
-            It is what costs most: a (d, d) product in float64.
+        rankme_rows: RankMe is taken over the first so many rows (25,600, as in its paper); 0 leaves it out, None
+            takes all. It is what costs most: a (d, d) product in float64.
         output: picks the hidden tensor out of a module's output, where that is not clear.
         mask: picks the token mask (batch, seq) out of a batch; by default ``attention_mask`` of a mapping.
         call: runs the model on a batch; by default as said under ``batches``.

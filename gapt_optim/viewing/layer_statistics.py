@@ -339,7 +339,9 @@ def values_of_rows(
                 left = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # where rows are equal, rounding
                 gram = gram * (left > 16 * torch.finfo(gram.dtype).eps * before)[..., None, None]
             rows_ = keep.sum(-1) if kind.matrix.plain else count
-            value, _, _ = entropy_of_gram(gram, kind.alpha, kind.matrix, shape, dtype, rows_, False, with_gradient=False)
+            value, _, _ = entropy_of_gram(
+                gram, kind.alpha, kind.matrix, shape, dtype, rows_, False, with_gradient=False
+            )
             entropies.append(value)
             counts.append(rows_)
         _, total, head = sums["linear"]

@@ -121,8 +121,8 @@ class TextBatches:
     """Batches ``{"input_ids", "attention_mask"}`` of a text's documents, read as they are needed.
 
     A ``.txt`` file is one document, each line of a ``.jsonl`` and each row of a ``.parquet`` file one, in its field
-    ``text``. Documents are cut into sequences of ``length`` tokens, each with the special tokens that the tokenizer puts
-    around a text, and padded on the right. Reading stops at about ``tokens`` tokens.
+    ``text``. Documents are cut into sequences of ``length`` tokens, each with the special tokens that the tokenizer
+    puts around a text, and padded on the right. Reading stops at about ``tokens`` tokens.
     """
 
     def __init__(self, path: Path, tokenizer: Any, length: int, batch_size: int, tokens: int) -> None:
@@ -249,5 +249,3 @@ def checked_device(name: str | None) -> torch.device | None:
     except Exception as error:
         raise CommandError(f"--device {name} cannot be used: {_one_line(error)}") from error
     return device
-
-

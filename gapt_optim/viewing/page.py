@@ -200,11 +200,13 @@ def _figure(chart: Chart, name: str) -> str:
         )
     values = ""
     if chart.rows:
-        values = f"<details><summary>Values as a table</summary>{table(chart.columns, chart.rows, chart.title)}</details>"
+        values = (
+            f"<details><summary>Values as a table</summary>{table(chart.columns, chart.rows, chart.title)}</details>"
+        )
     run = "" if chart.run is None else f' data-run="{chart.run}"'
     classes = f"plot{' tall' if chart.tall else ''}"
     return (
-        f'<figure{run}{" class=wide" if chart.wide else ""}><figcaption><h3>{escaped(chart.title)}</h3>'
+        f"<figure{run}{' class=wide' if chart.wide else ''}><figcaption><h3>{escaped(chart.title)}</h3>"
         f"<p>{escaped(chart.note)}</p></figcaption>{choose}"
         f'<div id="{name}" class="{classes}" role="img" tabindex="0" aria-label="{escaped(chart.alternative)}" '
         f'aria-describedby="keys"></div>{values}</figure>'
@@ -250,13 +252,15 @@ _FRAME = """<!DOCTYPE html>
 <p class="faint">{subtitle}</p>
 <div class="controls" role="group" aria-label="What the page shows">{controls}</div>
 </header>
-<p id="failed" class="failed" role="alert" hidden>The charts could not be drawn; the tables below hold the values. The page needs
-a browser of 2023 or later.</p>
+<p id="failed" class="failed" role="alert" hidden>The charts could not be drawn; the tables below hold the
+values. The page needs a browser of 2023 or later.</p>
 <noscript><p class="failed">Charts need JavaScript. The tables below hold the values.</p></noscript>
 <main id="main">
 {body}
 </main>
-<footer><p id="keys" class="no-print">Drag over a chart to zoom. With a chart in focus: + and &minus; zoom, the arrow keys move, 0 shows all.</p>
+<footer><p id="keys" class="no-print">
+Drag over a chart to zoom. With a chart in focus:
++ and &minus; zoom, the arrow keys move, 0 shows all.</p>
 <p>Made by gapt_optim {version}. Everything on this page is in this file.</p></footer>
 <script type="text/plain" id="plotly">{plotly}</script>
 <script type="text/plain" id="charts">{charts}</script>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,32 +73,15 @@ def panels(profiles: Mapping[str, Profile]) -> list[Panel]:
                     text = f"{name}{said}" if several else f"{kind_name}{said}"
                     color = COLORS[i % len(COLORS)] if several else KIND_COLORS[kind]
                     lines.append(
-                        Line(text, values, color, not first_token, i if several else None, kind_name if several else None)
+                        Line(
+                            text, values, color, not first_token, i if several else None, kind_name if several else None
+                        )
                     )
         dotted = "Dashed: without the first token of each sequence." if any(line.dashed for line in lines) else ""
         found.append(
             Panel(f"Entropy, {window_name(window)}{order}", "nats", dotted, lines, layers, views if several else [])
         )
-    shapes: list[tuple[str, str, str, Callable[[LayerProfile, bool], float | None]]] = []
-    for window in first.windows:
-        where = window_name(window)
-        shapes += [
-            (f"Norm ratio, {where}", "largest / median norm", "A few long tokens lower the linear entropy by themselves.",
-             lambda layer, ft, window=window: _shape(layer, window, ft, "norm_ratio")),
-            (f"Share of the mean token, {where}", "share of squared norm", "One vector that all tokens share lowers what is not centred.",
-             lambda layer, ft, window=window: _shape(layer, window, ft, "mean_share")),
-        ]  # fmt: skip
-    shapes += [
-        ("Share of the first token", "share of squared norm", "Of each sequence.",
-         lambda layer, ft: layer.first_token_share if ft else None),
-        ("Curvature", "degrees", "Mean angle between successive token differences; 90 is a random walk's, less is straighter.",
-         lambda layer, ft: layer.curvature if ft else layer.curvature_without_first),
-        ("RankMe", "effective rank", "Of all rows together, not of windows.",
-         lambda layer, ft: layer.rankme if ft else layer.rankme_without_first),
-        ("LiDAR", "effective rank", "Of what tells samples apart, relative to what tells their views apart.",
-         lambda layer, ft: layer.lidar if ft else None),
-    ]  # fmt: skip
-    for title, unit, note, read in shapes:
+    for title, unit, note, read in _readings(first.windows):
         lines = []
         for i, (name, one) in enumerate(profiles.items()):
             for first_token in (True, False):
@@ -112,11 +96,49 @@ def panels(profiles: Mapping[str, Profile]) -> list[Panel]:
     return found
 
 
+_Reading = tuple[str, str, str, Callable[[LayerProfile, bool], float | None]]
+
+
+def _readings(windows: Sequence[int | None]) -> list[_Reading]:
+    """Title, unit, note and reader (of a layer, with the first token or without) of each chart beside the entropies."""
+    long = "A few long tokens lower the linear entropy by themselves."
+    common = "One vector that all tokens share lowers what is not centred."
+    curved = "Mean angle between successive token differences. A random walk has 90; less is straighter."
+    readings: list[_Reading] = []
+    for window in windows:
+        where = window_name(window)
+        ratio, share = (partial(_shape_of, window, name) for name in ("norm_ratio", "mean_share"))
+        readings.append((f"Norm ratio, {where}", "largest / median norm", long, ratio))
+        readings.append((f"Share of the mean token, {where}", "share of squared norm", common, share))
+    every = "Of all rows together, not of windows."
+    views = "Of what tells samples apart, relative to what tells their views apart."
+    of_first = partial(_field_of, "first_token_share", None)
+    return [
+        *readings,
+        ("Share of the first token", "share of squared norm", "Of each sequence.", of_first),
+        ("Curvature", "degrees", curved, partial(_field_of, "curvature", "curvature_without_first")),
+        ("RankMe", "effective rank", every, partial(_field_of, "rankme", "rankme_without_first")),
+        ("LiDAR", "effective rank", views, partial(_field_of, "lidar", None)),
+    ]
+
+
+def _shape_of(window: int | None, name: str, layer: LayerProfile, first_token: bool) -> float | None:
+    return _shape(layer, window, first_token, name)
+
+
+def _field_of(name: str, without_first: str | None, layer: LayerProfile, first_token: bool) -> float | None:
+    field_name = name if first_token else without_first
+    value: float | None = None if field_name is None else getattr(layer, field_name)
+    return value
+
+
 def difference_panels(first: Profile, second: Profile) -> list[Panel]:
     """Second minus first, by layer."""
     found = []
     for window in (window for window in first.windows if window in second.windows):
-        alpha = next((order for order in (2.0, *first.orders) if order in first.orders and order in second.orders), None)
+        alpha = next(
+            (order for order in (2.0, *first.orders) if order in first.orders and order in second.orders), None
+        )
         if alpha is None:
             continue
         lines = []
@@ -127,15 +149,19 @@ def difference_panels(first: Profile, second: Profile) -> list[Panel]:
             lines.append(Line(kind_name, _differences(before, after), KIND_COLORS[kind]))
         found.append(
             Panel(
-                f"Change of entropy, {window_name(window)}", "nats",
-                "Second minus first. Where linear falls and centred cosine does not, only norms changed.", lines, first.names,
-            )  # fmt: skip
+                f"Change of entropy, {window_name(window)}",
+                "nats",
+                "Second minus first. Where linear falls and centred cosine does not, only norms changed.",
+                lines,
+                first.names,
+            )
         )
     return found
 
 
 def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathLike[str], *, title: str = "") -> Path:
-    """Write a picture of a profile, or of several: entropies, norms, curvature and RankMe by layer. Needs matplotlib."""
+    """Write a picture of a profile, or of several: entropies, norms, curvature and RankMe by layer. Needs "
+    "matplotlib."""
     named = _named(profiles)
     shown = [panel for panel in panels(named) if panel.lines]
     mpl = import_matplotlib()
@@ -205,8 +231,10 @@ def write_profile(
 
 
 _READING = (
-    "The matrix-based entropy of each window&#8217;s tokens, in nats: 0 when all point the same way, the logarithm of their number "
-    "when they spread evenly. The linear kernel weighs tokens by their length, so one long token can empty it; the cosine kernel "
+    "The matrix-based entropy of each window&#8217;s tokens, in nats: 0 when all point the same way, the "
+    "logarithm of their number "
+    "when they spread evenly. The linear kernel weighs tokens by their length, so one long token can empty it; "
+    "the cosine kernel "
     "does not. Centring takes off what all tokens share. Compare the four before concluding anything."
 )
 
@@ -222,7 +250,12 @@ def profile_table(one: Profile) -> tuple[list[str], list[list[object]]]:
         best = layer.entropy("cosine", True, alpha=alpha, window=window)
         row: list[object] = [layer.name, *(_fixed(value) for value in entropies), number(best.effective_rank)]
         row += [number(_shape(layer, window, True, name)) for name in ("norm_ratio", "mean_share")]
-        row += [number(layer.first_token_share), number(layer.curvature), number(layer.rankme, 4), number(layer.lidar, 4)]
+        row += [
+            number(layer.first_token_share),
+            number(layer.curvature),
+            number(layer.rankme, 4),
+            number(layer.lidar, 4),
+        ]
         rows.append(row)
     columns += ["first token", "curvature", "RankMe", "LiDAR"]
     return _without_empty(columns, rows)
@@ -241,7 +274,9 @@ def comparison_table(first: Profile, second: Profile) -> tuple[list[str], list[l
     windows = [window for window in (8, *first.windows) if window in first.windows and window in second.windows]
     orders = [order for order in (2.0, *first.orders) if order in first.orders and order in second.orders]
     if not windows or not orders:
-        raise ValueError("the profiles have no window and order in common; profile both with the same --windows and --orders")
+        raise ValueError(
+            "the profiles have no window and order in common; profile both with the same --windows and --orders"
+        )
     columns = ["layer"]
     for name in ("cosine, centred S", "linear S", "norm ratio", "mean share", "curvature", "RankMe"):
         columns += [name, "change"]
@@ -347,7 +382,9 @@ def _named(profiles: Profile | Mapping[str, Profile]) -> dict[str, Profile]:
 
 
 def _subtitle(named: Mapping[str, Profile]) -> str:
-    return "; ".join(summary_line(one) if len(named) == 1 else f"{name}: {summary_line(one)}" for name, one in named.items())
+    return "; ".join(
+        summary_line(one) if len(named) == 1 else f"{name}: {summary_line(one)}" for name, one in named.items()
+    )
 
 
 def _entropy(

@@ -139,11 +139,14 @@ class _Report:
         page.add("steps", "Over the steps", self._phases_line(), self._over_steps())
         page.add("phases", "Phases", "", self._phases())
         if maps := self._layer_maps():
-            note = "<p>One row per layer, the first at the top. The strip above shows the phases: blue is compression.</p>"
+            note = (
+                "<p>One row per layer, the first at the top. The strip above shows the phases: blue is compression.</p>"
+            )
             page.add("layers", "By layer", note, maps)
         if alignment := self._alignment():
             note = (
-                "<p>The cosine between the loss gradient and the entropy gradient: above 0 they agree, below 0 compression "
+                "<p>The cosine between the loss gradient and the entropy gradient: above 0 they agree, below 0 "
+                "compression "
                 "costs loss.</p>"
             )
             page.add("alignment", "Alignment", note + self._sign_table(), alignment)
@@ -222,7 +225,9 @@ class _Report:
             cells = "".join(f"<td>{escaped(_shown(value))}</td>" for value in values)
             mark = "differs" if differs else "same"
             said = '<td class="said">differs</td>' if differs else "<td></td>"
-            rows.append(f'<tr class="{mark}"><th scope="row">{escaped(key)}</th>{cells}{said if len(flat) > 1 else ""}</tr>')
+            rows.append(
+                f'<tr class="{mark}"><th scope="row">{escaped(key)}</th>{cells}{said if len(flat) > 1 else ""}</tr>'
+            )
         names = "".join(f'<th scope="col">{escaped(name)}</th>' for name in flat)
         several = len(flat) > 1
         head = f'<tr><th scope="col">setting</th>{names}{"<th scope=col></th>" if several else ""}</tr>'
@@ -231,11 +236,13 @@ class _Report:
             kind = "settings" if differing else "settings all"
             checked = "" if differing else " checked"
             choose = (
-                f'<p>{_count(differing, "setting")} differ{"s" if differing == 1 else ""}. <label class="no-print"><input '
+                f"<p>{_count(differing, 'setting')} differ{'s' if differing == 1 else ''}. <label "
+                'class="no-print"><input '
                 f'type="checkbox" id="all-settings"{checked}> Show all {len(keys)}</label></p>'
             )
         return (
-            f'{choose}<div class="scroll" tabindex="0" role="region" aria-label="Settings"><table class="{kind}"><thead>'
+            f'{choose}<div class="scroll" tabindex="0" role="region" aria-label="Settings"><table '
+            f'class="{kind}"><thead>'
             f"{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
 
@@ -243,7 +250,8 @@ class _Report:
         if self.main is None:
             return "<p>No run was in compression.</p>"
         return (
-            "<p>Shaded: compression. Triangles mark the switches of phase, with the reason on hover. Thin lines are training "
+            "<p>Shaded: compression. Triangles mark the switches of phase, with the reason on hover. Thin lines "
+            "are training "
             "steps, thick ones their running mean, dots held-out values.</p>"
         )
 
@@ -280,7 +288,16 @@ class _Report:
             layout["yaxis"]["rangemode"] = "tozero"
         columns = ["run", "first", "lowest", "last"]
         said = "; ".join(f"{row[0]} from {row[1]} to {row[3]}" for row in rows)
-        return Chart(title, note, f"{title} over {self.end:,} steps, in {unit}: {said}.", data, layout, columns, rows, group="steps")
+        return Chart(
+            title,
+            note,
+            f"{title} over {self.end:,} steps, in {unit}: {said}.",
+            data,
+            layout,
+            columns,
+            rows,
+            group="steps",
+        )
 
     def _lines(self, i: int, name: str, seeds: list[Points], faint: bool) -> list[Trace]:
         seeds = [points for points in seeds if points]
@@ -355,8 +372,16 @@ class _Report:
             x, y = _boxes(spans)
             meta = {"run": i, "phases": i, "role": "shade"}
             traces.append(
-                {"type": "scatter", "mode": "none", "x": x, "y": y, "yaxis": "y2", "fill": "toself", "hoverinfo": "skip",
-                 "meta": meta}  # fmt: skip
+                {
+                    "type": "scatter",
+                    "mode": "none",
+                    "x": x,
+                    "y": y,
+                    "yaxis": "y2",
+                    "fill": "toself",
+                    "hoverinfo": "skip",
+                    "meta": meta,
+                }
             )
             switches = switches_of(histories[0].steps)
             if not markers or not switches:
@@ -421,7 +446,9 @@ class _Report:
         columns = ["run", "in compression", "phases", "longest", "switches by reason"]
         alternative = f"Share of steps in compression: {said}."
         return [
-            Chart("Share of steps in each phase", "Means over seeds.", alternative, data, layout, columns, rows, wide=True)
+            Chart(
+                "Share of steps in each phase", "Means over seeds.", alternative, data, layout, columns, rows, wide=True
+            )
         ]
 
     # Charts by layer
@@ -457,7 +484,8 @@ class _Report:
             views = [(key, available[key]) for key in shown]
             lowest = min(last, key=lambda layer: _or_inf(last[layer]), default="")
             alternative = (
-                f"Heat map of {len(last)} layers over the steps of {name}. At the end the lowest {available[shown[0]]} is "
+                f"Heat map of {len(last)} layers over the steps of {name}. At the end the lowest "
+                f"{available[shown[0]]} is "
                 f"{number(last.get(lowest))}, in {lowest}."
             )
             seed = ", first seed" if len(histories) > 1 else ""
@@ -484,8 +512,16 @@ class _Report:
             if boxes:
                 x, y = _boxes(boxes)
                 strip.append(
-                    {"type": "scatter", "mode": "none", "x": x, "y": y, "yaxis": "y2", "fill": "toself", "hoverinfo": "skip",
-                     "meta": {"run": i, "role": role}}  # fmt: skip
+                    {
+                        "type": "scatter",
+                        "mode": "none",
+                        "x": x,
+                        "y": y,
+                        "yaxis": "y2",
+                        "fill": "toself",
+                        "hoverinfo": "skip",
+                        "meta": {"run": i, "role": role},
+                    }
                 )
         layout = base_layout(
             hovermode="closest",
@@ -495,8 +531,8 @@ class _Report:
         )
         note = "One row per layer." if len(views) < 2 else "One row per layer; choose what is shown."
         return Chart(
-            title, note, alternative, [*data, *strip], layout, ["layer", "first", "last"], rows, views if len(views) > 1 else (),
-            group="steps", tall=layers > 8, run=i,
+            title, note, alternative, [*data, *strip], layout, ["layer", "first", "last"], rows,
+            views if len(views) > 1 else (), group="steps", tall=layers > 8, run=i,
         )  # fmt: skip
 
     # Alignment
@@ -527,8 +563,13 @@ class _Report:
                 "Cosine of the two gradients",
                 "Lines: at the layers' outputs. Dots: of the parameters, on the steps that measure it.",
                 f"Cosine between loss gradient and entropy gradient over the steps: {said}.",
-                data + self._phase_traces(markers=False), layout, columns, rows, group="steps", wide=True,
-            )  # fmt: skip
+                data + self._phase_traces(markers=False),
+                layout,
+                columns,
+                rows,
+                group="steps",
+                wide=True,
+            )
         ]
         for i, (name, histories) in enumerate(self.runs.items()):
             per_layer = layer_rows(histories[0], "cosine")
@@ -559,7 +600,9 @@ class _Report:
         if not tables:
             return ""
         layers = list(dict.fromkeys(layer for counts in tables.values() for layer in counts))
-        rows = [[layer, *(f"{tables[n][layer][1]:,}" if layer in tables[n] else "" for n in tables)] for layer in layers]
+        rows = [
+            [layer, *(f"{tables[n][layer][1]:,}" if layer in tables[n] else "" for n in tables)] for layer in layers
+        ]
         inner = table(["layer", *tables], rows, "Steps at which the cosine at a layer changed its sign")
         return f"<details><summary>Sign changes by layer</summary>{inner}</details>"
 
@@ -608,7 +651,9 @@ def band(seeds: Sequence[Points], limit: int) -> tuple[list[float], list[float],
     return found
 
 
-def heat_map(rows: Sequence[tuple[float, Mapping[str, float]]]) -> tuple[list[float], list[str], list[list[float | None]]]:
+def heat_map(
+    rows: Sequence[tuple[float, Mapping[str, float]]],
+) -> tuple[list[float], list[str], list[list[float | None]]]:
     """Steps, layers, and the values (layers, steps), means over stretches where there are more steps than cells."""
     names = list(max((layers for _, layers in rows), key=len))
     limit = max(60, min(500, MOST_CELLS // max(1, len(names))))
@@ -639,9 +684,7 @@ def _value(point: tuple[float, float]) -> float:
 # Traces
 
 
-def _line(
-    steps: Iterable[float], values: Iterable[float | None], name: str, color: str, meta: dict[str, Any]
-) -> Trace:
+def _line(steps: Iterable[float], values: Iterable[float | None], name: str, color: str, meta: dict[str, Any]) -> Trace:
     return {
         "type": "scatter",
         "mode": "lines",
