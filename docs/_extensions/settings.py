@@ -1,7 +1,7 @@
-"""A directive that writes one configuration class as a table, from the fields and their docstrings.
+"""A directive that lists the fields of one configuration class, from the fields and their docstrings.
 
-    ```{settings} gapt_optim.GateConfig
-    ```
+```{settings} gapt_optim.GateConfig
+```
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ class Settings(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         module, _, name = self.arguments[0].rpartition(".")
         model: type[BaseModel] = getattr(importlib.import_module(module), name)
-        lines = ["| field | default | values | meaning |", "|---|---|---|---|"]
-        lines += [row(field, info) for field, info in model.model_fields.items()]
-        return self.parse_text_to_nodes("\n".join(lines))
+        return self.parse_text_to_nodes("\n\n".join(item(field, info) for field, info in model.model_fields.items()))
 
 
-def row(name: str, info: FieldInfo) -> str:
+def item(name: str, info: FieldInfo) -> str:
     if not info.description:
         raise ValueError(f"the setting {name} has no docstring")
     # Docstrings are reStructuredText, this page is Markdown.
     meaning = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(info.description.split())).replace("``", "`")
-    return f"| `{name}` | `{default_of(info)}` | {values_of(info)} | {meaning.replace('|', '&#124;')} |"
+    return f"`{name}` = `{default_of(info)}`\n: *{values_of(info)}*\n\n  {meaning}"
 
 
 def default_of(info: FieldInfo) -> str:
@@ -46,15 +44,18 @@ def default_of(info: FieldInfo) -> str:
 def values_of(info: FieldInfo) -> str:
     literals = [choice for choice in get_args(info.annotation) if isinstance(choice, str)]
     if literals:
-        return " ".join(f'`"{choice}"`' for choice in literals)
+        return " or ".join(f'"{choice}"' for choice in literals)
     bounds = [
-        text.format(getattr(bound, key)) for bound in info.metadata for key, text in _BOUNDS.items() if hasattr(bound, key)
+        text.format(getattr(bound, key))
+        for bound in info.metadata
+        for key, text in _BOUNDS.items()
+        if hasattr(bound, key)
     ]
-    return ", ".join([f"`{type_name(info.annotation)}`", *bounds])
+    return ", ".join([type_name(info.annotation), *bounds])
 
 
 def type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace(" | ", " or ")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

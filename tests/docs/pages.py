@@ -1,7 +1,7 @@
 """The code of a Markdown page, in the order in which a reader runs it.
 
-A page is one program: later blocks use what earlier ones made. What a reader is not shown, such as a tiny model, stands in
-an HTML comment that begins with `<!-- run`.
+A page is one program: later blocks use what earlier ones made. What a reader is not shown, such as a tiny model, stands
+in an HTML comment that begins with `<!-- run`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(
-    r"^(?:```(?P<language>python|bash|diff)\n(?P<code>.*?)^```$|<!-- run\n(?P<hidden>.*?)^-->$)", re.DOTALL | re.MULTILINE
+    r"^(?:```(?P<language>python|bash|diff)\n(?P<code>.*?)^```$|<!-- run\n(?P<hidden>.*?)^-->$)",
+    re.DOTALL | re.MULTILINE,
 )
 
 

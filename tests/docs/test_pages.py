@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from .pages import ROOT, after, blocks, pages
 
-
 README_BEGINS_WITH = """
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -10,10 +10,10 @@ import pytest
 from .pages import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "_extensions"))
-from messages import messages  # noqa: E402
+from messages import messages
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-TITLES = re.findall(r"^## `(.*)`$", PAGE, re.MULTILINE)
+TITLES = re.findall(r"^### `(.*)`$", PAGE, re.MULTILINE)
 OF_PYTORCH = ["one of the variables needed for gradient computation has been modified by an inplace operation"]
 TEXTS = [message.text for message in messages(ROOT / "gapt_optim")]
 
