@@ -20,9 +20,10 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "settings",  # {settings}: the fields of a configuration class, from their docstrings
+    "evidence",  # {evidence}: the generated tables of one experiment
     "messages",  # {messages}: every error and warning of the library, from its source
 ]
-exclude_patterns = ["_build", "generated/**"]
+exclude_patterns = ["_build", "generated/*.md"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
