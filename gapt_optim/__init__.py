@@ -6,7 +6,7 @@ from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, Laye
 from .entropy import matrix_entropy
 from .gate import Phase, PhaseGate
 from .hooks import Measurement
-from .metrics import JSONLines, Observer, ProgressBar, StepMetrics, TensorBoard
+from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics, TensorBoard
 from .optimizer import GAPTOptimizer
 from .representation import RepresentationHook
 
@@ -21,6 +21,7 @@ __all__ = [
     "JSONLines",
     "LayerConfig",
     "Measurement",
+    "Measures",
     "ObjectiveConfig",
     "Observer",
     "Phase",

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import EntropyConfig
+from .metrics import Measures
 from .outputs import hidden_tensor, padded, replace_tensor
-from .tap import PROBE_SIZE, Grams, Tap, TapMode, entropies_of, grams_of, live_rows, window_shape
+from .tap import PROBE_SIZE, Grams, Tap, TapMode, captured, entropies_of, grams_of, kernel_of
 
 MOST_WAITING = 64
 """Calls of a model that are kept for a loss to come."""
@@ -33,17 +34,26 @@ class Measurement:
 
     def __init__(self, config: EntropyConfig) -> None:
         self.config = config
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # (5,): the entropy, then its measures
         self._calls: dict[str, int] = {}
 
-    def add(self, name: str, entropy: Tensor) -> None:
-        self._sums[name] = self._sums[name] + entropy if name in self._sums else entropy
+    def add(self, name: str, entropy: Tensor, measures: Tensor) -> None:
+        row = torch.cat((entropy.reshape(1), measures.to(entropy.dtype)))
+        self._sums[name] = self._sums[name] + row if name in self._sums else row
         self._calls[name] = self._calls.get(name, 0) + 1
 
     @property
     def entropies(self) -> dict[str, float]:
         """Entropy per layer, in nats (or in [0, 1] with ``normalize``); waits for the device."""
-        return {name: float(total) / self._calls[name] for name, total in self._sums.items()}
+        return {name: float(total[0]) / self._calls[name] for name, total in self._sums.items()}
+
+    @property
+    def measures(self) -> dict[str, Measures]:
+        """What can hide in the entropy of each layer; waits for the device."""
+        return {
+            name: Measures(*(value / self._calls[name] for value in total[1:].tolist()))
+            for name, total in self._sums.items()
+        }
 
     @property
     def mean(self) -> float:
@@ -125,8 +135,8 @@ class ModuleTap:
                     h, mask = padded(h, 0 if picked is None else picked.shape[1])
                 given = self.mask_for(h, False)
                 mask = given if mask is None else mask if given is None else mask & given
-                values, _ = entropies_of([grams_of(h, mask, config)], config, with_kernels=False)
-                capture.measurement.add(self.name, values[0])
+                found = entropies_of([grams_of(h, mask, config)], config, with_factors=False)
+                capture.measurement.add(self.name, found.values[0], found.measures[0])
             return None
         mode = capture.mode
         if mode is None:
@@ -150,16 +160,26 @@ class ModuleTap:
             return None
         if self.probe.device != h.device:
             self.probe = _make_probe(h.device)
-        window = mode.entropy.window
+        entropy, kernel = mode.entropy, kernel_of(mode.entropy)
         compress = mode.compress and self.name in capture.compressing
-        tapped, gram, carrier = self.function.apply(
-            h, self.probe, mask, mode.entropy.alpha, window, compress, mode.measure, mode.combine, mode.max_ratio
+        tapped, gram, carrier, *beside = self.function.apply(
+            h,
+            self.probe,
+            mask,
+            entropy.alpha,
+            kernel.cosine,
+            kernel.center,
+            entropy.window,
+            compress,
+            mode.measure,
+            mode.combine,
+            mode.max_ratio,
         )
         if not recomputing:
             calls = capture.calls[self.name]
             if calls and not torch.compiler.is_compiling():
                 calls[:] = unspent(calls)
-            calls.append(Grams(gram, live_rows(h, window, mask), window_shape(h, window), h.dtype, carrier))
+            calls.append(captured(h, mask, entropy, gram, carrier, beside))
         return replace_tensor(output, h, tapped, self.name)
 
     def hidden(self, output: Any) -> Tensor:

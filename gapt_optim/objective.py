@@ -19,6 +19,10 @@ class Objective(NamedTuple):
     """Scalar to differentiate; the loss itself, bit for bit, in memorization."""
     entropies: dict[str, Tensor]
     """Per layer that ran, a scalar without a graph."""
+    measures: dict[str, Tensor]
+    """Per layer that ran, (4,): what can hide in its entropy."""
+    penalty: Tensor | None
+    """Scalar, what compression adds to the loss; None in memorization."""
     mean_entropy: Tensor | None
     """A zero with the gradient of the mean entropy, where that is measured."""
 
@@ -47,18 +51,16 @@ def build_objective(
     """
     flat = [call for of_layer in calls.values() for call in of_layer]
     of_call = [(name, len(of_layer)) for name, of_layer in calls.items() for _ in of_layer]
-    values, kernels = entropies_of(flat, config.entropy, with_kernels=flows)
-    entropies: dict[str, Tensor] = {}
-    for (name, n), value in zip(of_call, values, strict=True):  # a layer that ran n times: mean over its calls
-        part = value.to(loss.device) if n == 1 else value.to(loss.device) / n
-        entropies[name] = entropies[name] + part if name in entropies else part
+    found = entropies_of(flat, config.entropy, with_factors=flows)
+    entropies = _means_of_calls(found.values, of_call, loss.device)
+    measures = _means_of_calls(found.measures, of_call, loss.device)
     if not flows:
-        return Objective(loss, entropies, None)
+        return Objective(loss, entropies, measures, None, None)
 
-    kernels = [kernel if n == 1 else kernel / n for kernel, (_, n) in zip(kernels, of_call, strict=True)]
+    factors = [factor if n == 1 else factor / n for factor, (_, n) in zip(found.factors, of_call, strict=True)]
     zero = torch.zeros_like(next(iter(entropies.values())))
     penalty, weights = _penalty(loss.detach(), entropies, config, counted, shares) if compressing else (zero, {})
-    total = loss + link(flat, kernels, torch.stack([weights.get(name, zero) for name, _ in of_call])).to(loss.dtype)
+    total = loss + link(flat, factors, torch.stack([weights.get(name, zero) for name, _ in of_call])).to(loss.dtype)
     mean_entropy = None
     if measured and any(call.carrier is not None for call in flat):
         # A micro-batch that falls back to the loss alone has no entropy gradient.
@@ -66,8 +68,19 @@ def build_objective(
         finite = torch.stack([loss.detach().reshape(()).to(zero), *judged]).isfinite().all()
         share = finite.to(zero) / len(counted)
         parts = torch.stack([share if name in counted else zero for name, _ in of_call])
-        mean_entropy = link(flat, kernels, parts, alone=True)
-    return Objective(total + penalty.to(loss.dtype) if compressing else total, entropies, mean_entropy)
+        mean_entropy = link(flat, factors, parts, alone=True)
+    if not compressing:
+        return Objective(total, entropies, measures, None, mean_entropy)
+    return Objective(total + penalty.to(loss.dtype), entropies, measures, penalty, mean_entropy)
+
+
+def _means_of_calls(values: list[Tensor], of_call: list[tuple[str, int]], device: torch.device) -> dict[str, Tensor]:
+    """Per layer, the mean of ``values`` over its calls; ``of_call`` has each one's layer and how often that ran."""
+    means: dict[str, Tensor] = {}
+    for (name, n), value in zip(of_call, values, strict=True):
+        part = value.to(device) if n == 1 else value.to(device) / n
+        means[name] = means[name] + part if name in means else part
+    return means
 
 
 def _penalty(

@@ -19,7 +19,7 @@ from .config import GAPTConfig
 from .distributed import group_of
 from .gate import Phase
 from .layers import counted, schedule_shares
-from .metrics import Observer, StepMetrics
+from .metrics import Measures, Observer, StepMetrics
 from .objective import build_objective
 from .parameter_alignment import ParameterMeasurement, Plan, named_parameters, refuse_unmeasurable
 from .progress import Progress, refuse_other_state
@@ -178,7 +178,7 @@ class GAPTOptimizer(OptimizerWrapper):
                 "reduce it first, for example with loss.mean()"
             )
         self._forget_skipped_step()
-        total, entropies, self._mean_entropy = build_objective(
+        objective = build_objective(
             loss,
             self._hook._take(loss),
             self.config,
@@ -188,8 +188,9 @@ class GAPTOptimizer(OptimizerWrapper):
             flows=self._mode.compress or self._mode.measure,
             measured=self._measures,
         )
-        self._record.add(loss, entropies, self._group)
-        return total
+        self._mean_entropy = objective.mean_entropy
+        self._record.add(loss, objective, self._group)
+        return objective.total
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -301,9 +302,9 @@ class GAPTOptimizer(OptimizerWrapper):
 
     def _finish_step(self, reading: Reading) -> None:
         """Gate, metrics and observers, from the numbers of one step."""
-        loss, entropies, validation, statistics = reading
-        judged = [entropies[name] for name in self._counted if name in entropies] or list(entropies.values())
-        entropy = math.fsum(judged) / len(judged)
+        loss, penalty, entropies, measures, validation, statistics = reading
+        judged = [name for name in self._counted if name in entropies] or list(entropies)
+        entropy = math.fsum(entropies[name] for name in judged) / len(judged)
 
         phase = self.phase
         self._silent_steps = 0
@@ -326,6 +327,9 @@ class GAPTOptimizer(OptimizerWrapper):
             loss=loss,
             entropy=entropy,
             layer_entropy=entropies,
+            measures=Measures.mean(measures[name] for name in judged),
+            layer_measures=measures,
+            entropy_share=penalty / (loss + penalty) if phase is Phase.COMPRESSION and loss + penalty else None,
             alignment=activation_alignment(self._hook.names, statistics) if statistics else None,
             parameter_alignment=parameter_alignment() if parameter_alignment is not None else None,
             validation_loss=None if math.isnan(validation) else validation,

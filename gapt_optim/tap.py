@@ -2,10 +2,10 @@
 
 Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of its windows, and a
 zero t. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
-Backward, a tap then receives three gradients: g for h, the entropy's kernel for K, times the
+Backward, a tap then receives three gradients: g for h, the entropy's factor for K, times the
 scale of the whole loss (of a GradScaler, of accumulation), and for t the weight that its entropy has in
 the objective, and 1, or 2 where entropies are differentiated alone, without a loss to combine with (0 in
-a backward of something else). With d = kernel @ h it passes on g + weight * d, and leaves <g,d>,
+a backward of something else). With d = factor @ h it passes on g + weight * d, and leaves <g,d>,
 |g|² and |d|² as the gradient of the `probe`, a leaf of three numbers, so that they add up over
 micro-batches and need no Python in the backward.
 """
@@ -13,6 +13,7 @@ micro-batches and need no Python in the backward.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import EntropyConfig
-from .entropy import apply_kernel, entropy_of_gram, gram_matrix, masked, normalizer
+from .entropy import (
+    Kernel,
+    entropy_gradient,
+    entropy_of_gram,
+    gram_matrix,
+    masked,
+    measures_of_gram,
+    measures_of_rows,
+)
 
 PROBE_SIZE = 3
 """Statistics per tap: <g,d>, |g|² and |d|², for the arriving gradient g and the entropy gradient d."""
@@ -44,17 +53,20 @@ class Grams(NamedTuple):
     matrices: Tensor
     """(windows, m, m)"""
     live: Tensor | None
-    """(windows,) rows that count; None = all."""
+    """(windows,) rows that count; None = all, or those that the matrices show not to be zero."""
     shape: tuple[int, int]
     """(rows, features) of a window."""
     dtype: torch.dtype
     """Of the hidden tensor."""
     carrier: Tensor | None
     """The zero t; None above frozen layers, where nothing flows back."""
+    measures: tuple[Tensor, Tensor] | None
+    """Where rows outnumber features: what :func:`measures_of_rows` gives, (windows, 4) and (windows,). Elsewhere the
+    matrices tell."""
 
 
 class Tap(torch.autograd.Function):
-    """(h, probe, ...) -> (h, K, t). Saves h itself, no copy, and nothing where nothing flows back."""
+    """(h, probe, ...) -> (h, K, t, *measures). Saves h itself, no copy, and nothing where nothing flows back."""
 
     @staticmethod
     def forward(
@@ -63,13 +75,18 @@ class Tap(torch.autograd.Function):
         probe: Tensor,
         mask: Tensor | None,
         alpha: float,
+        cosine: bool,
+        center: bool,
         window: int | None,
         compress: bool,
         measure: bool,
         combine: str,
         max_ratio: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gram = gram_matrix(windows(h, window, mask), alpha)
+    ) -> tuple[Tensor, ...]:
+        ctx.kernel = Kernel(cosine, center)
+        rows = windows(h, window, mask)
+        gram = gram_matrix(rows, alpha, ctx.kernel)
+        measures = _measures_beside(rows)
         carrier = h.new_zeros(2, dtype=gram.dtype)
         ctx.window, ctx.compress, ctx.measure, ctx.combine, ctx.max_ratio = (
             window,
@@ -82,25 +99,26 @@ class Tap(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         if compress or measure:
             ctx.save_for_backward(h, mask)
+            ctx.mark_non_differentiable(*measures)
         else:
-            ctx.mark_non_differentiable(gram)
-        return h.view_as(h), gram, carrier
+            ctx.mark_non_differentiable(gram, *measures)
+        return h.view_as(h), gram, carrier, *measures
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, g: Tensor | None, kernel: Tensor | None, carried: Tensor | None
+        ctx: Any, g: Tensor | None, factor: Tensor | None, carried: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if kernel is None or carried is None:  # a backward of something else, or nothing to send
-            return (g, *[None] * 8)
+        if factor is None or carried is None:  # a backward of something else, or nothing to send
+            return (g, *[None] * 10)
         h, mask = ctx.saved_tensors
         if g is None:  # only the entropy reaches h
             # A weight of zero leaves the parameters below without a gradient, as they are without us; to see it takes
             # a wait for the device, on such side branches alone.
             if not (ctx.compress and carried[0]):
-                return (None,) * 9
+                return (None,) * 11
             g = torch.zeros_like(h)
-        d = from_windows(apply_kernel(kernel, windows(h, ctx.window, mask)), h)
+        d = from_windows(entropy_gradient(factor, windows(h, ctx.window, mask), ctx.kernel), h)
         wide, statistics = g.to(d.dtype), None
         weight, linked = carried.to(d.dtype).unbind()
         if ctx.compress:
@@ -119,15 +137,15 @@ class Tap(torch.autograd.Function):
             if ctx.combine == "project":
                 total.addcmul_(wide, _opposing_part(gd * weight, gg) * (linked - 2))
             g = total.to(g.dtype)
-        return (g, statistics, *[None] * 7)
+        return (g, statistics, *[None] * 9)
 
 
 class _Link(torch.autograd.Function):
-    """A zero whose gradient, the scale of the loss, sends each tap its kernel and its weight."""
+    """A zero whose gradient, the scale of the loss, sends each tap its factor and its weight."""
 
     @staticmethod
     def forward(ctx: Any, n: int, alone: bool, weights: Tensor, *tensors: Tensor) -> Tensor:
-        # tensors: n kernels, then the n matrices and the n carriers that the gradients go to
+        # tensors: n factors, then the n matrices and the n carriers that the gradients go to
         ctx.n = n
         carried = F.pad(weights.unsqueeze(-1), (0, 1), value=2.0 if alone else 1.0)
         ctx.save_for_backward(carried, *tensors[:n])
@@ -136,46 +154,126 @@ class _Link(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        carried, *kernels = ctx.saved_tensors
-        scaled = [kernel * scale.to(kernel) for kernel in kernels]
-        each = [row.to(kernel) for row, kernel in zip(carried.unbind(), kernels, strict=True)]
+        carried, *factors = ctx.saved_tensors
+        scaled = [factor * scale.to(factor) for factor in factors]
+        each = [row.to(factor) for row, factor in zip(carried.unbind(), factors, strict=True)]
         return (None, None, None, *[None] * ctx.n, *scaled, *each)
 
 
-def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_kernels: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The entropy of each call, a mean over its windows, and the kernels of those means.
+class Entropies(NamedTuple):
+    """Entropies of several calls, each a mean over the windows with a row that counts."""
+
+    values: list[Tensor]
+    """Scalars."""
+    factors: list[Tensor]
+    """(windows, m, m), which turn rows into the gradients of these means; empty where they are not asked for."""
+    measures: list[Tensor]
+    """(4,): what can hide in each entropy, see :func:`gapt_optim.entropy.measures_of_gram`."""
+
+
+def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_factors: bool) -> Entropies:
+    """The entropy of each call, and what can hide in it.
 
     Calls of equal shape are computed as one batch: the matrices are so small that it is the number of operations
     that costs.
     """
-    values: list[Tensor] = [torch.empty(0)] * len(calls)
-    kernels: list[Tensor] = [torch.empty(0)] * (len(calls) if with_kernels else 0)
+    empty = torch.empty(0)
+    found = Entropies([empty] * len(calls), [empty] * (len(calls) if with_factors else 0), [empty] * len(calls))
     alike: dict[Any, list[int]] = {}
     for i, call in enumerate(calls):
         matrices = call.matrices
         key = (matrices.shape, call.shape, call.live is None, matrices.dtype, call.dtype, matrices.device)
         alike.setdefault(key, []).append(i)
     for members in alike.values():
-        first = calls[members[0]]
-        grams = first.matrices.unsqueeze(0) if len(members) == 1 else torch.stack([calls[i].matrices for i in members])
-        live = None
-        if first.live is not None:
-            live = torch.stack([live for live in (calls[i].live for i in members) if live is not None])
-        value, kernel = _mean_entropy(grams.detach(), live, first.shape, first.dtype, config, with_kernels)
-        for i, one in zip(members, value.unbind(), strict=True):
-            values[i] = one
-        if kernel is not None:
-            for i, one in zip(members, kernel.unbind(), strict=True):
-                kernels[i] = one
-    return values, kernels
+        values, factors, measures = _mean_entropies(_batch([calls[i] for i in members]), config, with_factors)
+        for i, value, of_call in zip(members, values.unbind(), measures.unbind(), strict=True):
+            found.values[i], found.measures[i] = value, of_call
+        if factors is not None:
+            for i, factor in zip(members, factors.unbind(), strict=True):
+                found.factors[i] = factor
+    return found
 
 
-def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor, *, alone: bool = False) -> Tensor:
+def _batch(calls: list[Grams]) -> Grams:
+    """Calls of equal shape as one, with a leading dimension for the calls."""
+    first, one = calls[0], len(calls) == 1
+
+    def stack(tensors: list[Tensor]) -> Tensor:
+        return (tensors[0].unsqueeze(0) if one else torch.stack(tensors)).detach()
+
+    live = [call.live for call in calls if call.live is not None]
+    beside = [call.measures for call in calls if call.measures is not None]
+    return first._replace(
+        matrices=stack([call.matrices for call in calls]),
+        live=stack(live) if live else None,
+        measures=(stack([m for m, _ in beside]), stack([n for _, n in beside])) if beside else None,
+    )
+
+
+def _mean_entropies(calls: Grams, config: EntropyConfig, with_factors: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Means over windows: entropies (calls,), factors (calls, windows, m, m) and measures (calls, 4)."""
+    kernel = kernel_of(config)
+    values, factors, live = entropy_of_gram(
+        calls.matrices,
+        config.alpha,
+        kernel,
+        calls.shape,
+        calls.dtype,
+        calls.live,
+        config.normalize,
+        with_gradient=with_factors,
+    )
+    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices)
+    measured = (measures * _shares(alive).unsqueeze(-1)).sum(-2)
+    if live is None:
+        count = max(values.shape[-1], 1)  # an empty batch has no window
+        return values.sum(-1) / count, None if factors is None else factors.div_(count), measured
+    shares = _shares(live).to(values.dtype)
+    return (
+        (values * shares).sum(-1),
+        None if factors is None else factors.mul_(shares[..., None, None]),
+        measured,
+    )
+
+
+def _shares(live: Tensor) -> Tensor:
+    """What each window counts for in a mean: those with a row that counts alike, the others nothing."""
+    share = (live > 0).to(torch.get_default_dtype() if not live.is_floating_point() else live.dtype)
+    return share / share.sum(-1, keepdim=True).clamp(min=1)
+
+
+def kernel_of(config: EntropyConfig) -> Kernel:
+    return Kernel(cosine=config.kernel == "cosine", center=config.center)
+
+
+def _measures_beside(rows: Tensor) -> tuple[Tensor, ...]:
+    """Measures and live rows of windows whose Gram matrices do not tell them: those with more rows than features."""
+    return measures_of_rows(rows) if rows.shape[-2] > rows.shape[-1] else ()
+
+
+def captured(
+    h: Tensor,
+    mask: Tensor | None,
+    config: EntropyConfig,
+    gram: Tensor,
+    carrier: Tensor | None,
+    beside: Sequence[Tensor],
+) -> Grams:
+    """What a call leaves, from what its tap computed."""
+    measures = (beside[0], beside[1]) if beside else None
+    if kernel_of(config).plain:
+        live = live_rows(h, config.window, mask)
+    else:
+        live = None if measures is None else measures[1]
+    return Grams(gram, live, window_shape(h, config.window), h.dtype, carrier, measures)
+
+
+def link(calls: list[Grams], factors: list[Tensor], weights: Tensor, *, alone: bool = False) -> Tensor:
     """A zero to add to the loss: it carries the entropy gradients of all calls to their taps.
 
     Args:
         calls: what the taps left; calls that nothing flows back to are passed over.
-        kernels: one per call.
+        factors: one per call.
         weights: (calls,) weight of each call's entropy in the objective.
         alone: this is differentiated by itself; taps add the entropy gradients up and combine them with nothing.
     """
@@ -186,14 +284,15 @@ def link(calls: list[Grams], kernels: list[Tensor], weights: Tensor, *, alone: b
         weights = torch.stack([weights[i] for i in flowing])  # a list as an index would wait for the device
     carriers = [carrier for carrier in (call.carrier for call in calls) if carrier is not None]
     matrices = [calls[i].matrices for i in flowing]
-    zero: Tensor = _Link.apply(len(flowing), alone, weights, *(kernels[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]
+    zero: Tensor = _Link.apply(len(flowing), alone, weights, *(factors[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]
     return zero
 
 
 def grams_of(h: Tensor, mask: Tensor | None, config: EntropyConfig) -> Grams:
     """What a tap leaves when nothing flows back: in evaluation, or above frozen layers."""
-    gram = gram_matrix(windows(h.detach(), config.window, mask), config.alpha)
-    return Grams(gram, live_rows(h, config.window, mask), window_shape(h, config.window), h.dtype, None)
+    rows = windows(h.detach(), config.window, mask)
+    gram = gram_matrix(rows, config.alpha, kernel_of(config))
+    return captured(h, mask, config, gram, None, _measures_beside(rows))
 
 
 def windows(h: Tensor, window: int | None, mask: Tensor | None) -> Tensor:
@@ -253,28 +352,6 @@ def from_windows(z: Tensor, like: Tensor) -> Tensor:
     count, _ = _count_and_tail(length, size)
     rows = z.reshape(batch, count * size, features)[:, :length]
     return (rows.mT if like.ndim > 3 else rows).reshape(like.shape)
-
-
-def _mean_entropy(
-    grams: Tensor,
-    live: Tensor | None,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    config: EntropyConfig,
-    with_kernel: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Mean entropy over the windows with a live row (calls,), and its kernels, from (calls, windows, m, m)."""
-    values, kernel = entropy_of_gram(grams, config.alpha, shape, dtype, with_kernel=with_kernel)
-    if config.normalize:
-        scale = normalizer(values, live, shape)
-        values = values * scale
-        kernel = None if kernel is None else kernel * scale[..., None, None]
-    if live is None:
-        count = max(values.shape[-1], 1)  # an empty batch has no window
-        return values.sum(-1) / count, None if kernel is None else kernel.div_(count)
-    share = (live > 0).to(values.dtype)
-    share = share / share.sum(-1, keepdim=True).clamp(min=1)
-    return (values * share).sum(-1), None if kernel is None else kernel.mul_(share[..., None, None])
 
 
 def _opposing_part(gd: Tensor, gg: Tensor) -> Tensor:
