@@ -6,13 +6,15 @@ stale. Subclasses say what of their own goes into a state dict.
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
 from .bases import Bases
@@ -23,7 +25,24 @@ START_FRESH = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["p
 
 
 class OptimizerWrapper(Optimizer):
-    """An optimizer made of others. Call :meth:`_wrap` in place of ``Optimizer.__init__``."""
+    """An optimizer made of others. Call :meth:`_wrap` in place of ``Optimizer.__init__``.
+
+    Where torch leaves a choice:
+
+    - Hooks on all optimizers (``torch.optim.optimizer.register_optimizer_step_pre_hook`` and ``..._post_hook``) are
+      called with the wrapped optimizer, once for each of its steps, as without the wrapper. Those that are registered
+      on the wrapper are called with the wrapper, before and after.
+    - Names that loggers make of a class, such as Lightning's ``LearningRateMonitor``, say ``GAPTOptimizer``; ``repr``
+      shows the wrapped optimizers within.
+    - ``step(**options)`` hands its options to the wrapped optimizer; of several, to those that take them.
+    - Methods that the wrapped optimizer has and torch.optim.Optimizer has not, such as ``first_step`` of SAM, are not
+      forwarded, as a gradient scaler would take us for what we are not: call them on ``.base``.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in cls.__dict__:
+            cls.step = _with_own_hooks(cls.__dict__["step"])  # type: ignore[method-assign]
 
     def _wrap(self, bases: Bases) -> None:
         # Gives us torch's step and state-dict hooks without Optimizer.__init__, which would make param_groups
@@ -37,8 +56,8 @@ class OptimizerWrapper(Optimizer):
         """What a state dict holds beside the bases' own: plain values."""
 
     @abstractmethod
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        """Raises ValueError where ``own`` does not fit. Nothing is changed."""
+    def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
+        """What was saved, checked, and what to tell of it. Raises ValueError where it does not fit; changes nothing."""
 
     @abstractmethod
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
@@ -100,7 +119,11 @@ class OptimizerWrapper(Optimizer):
                         method(*args, **kwargs)
 
                 return forward_to_bases
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        remedy = ""
+        if not name.startswith("_") and self.__dict__.get("_bases") is not None:
+            having = [f"{owner}.{name}" for owner in self._wrapped.owners_of(name)]
+            remedy = f"; the wrapped optimizer has it: use {' or '.join(having)}" if having else ""
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'{remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with the gate and counters in its first parameter group.
@@ -125,36 +148,59 @@ class OptimizerWrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, or from that of a bare optimizer, with a fresh gate and a warning.
 
+        All or nothing: where anything is refused, or a wrapped optimizer fails to load its part, everything is as it
+        was before.
+
         Raises:
-            ValueError: the state is of other layers or another configuration. Nothing is changed then.
+            ValueError: a part is damaged, or of other layers or settings; the message names the field, what was found
+                and what to do.
+
+        Warns:
+            UserWarning: the gate starts fresh, or settings differ that may; the message lists old and new values.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be a mapping, found {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
-        if "param_groups" in state_dict:
-            state_dict["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
-        saved = (state_dict.get("param_groups") or [state_dict])[0].pop(STATE_KEY, None)
+        own, notice = self._own_part(state_dict)
+        before = self._wrapped.load_state_dict(state_dict)
         try:
-            own = None if saved is None else json.loads(saved)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f'"{STATE_KEY}" in the state_dict is not what state_dict() has put there ({error}); {START_FRESH}'
-            ) from error
-        if own is not None:
-            self._check_own_state(own)
-        self._wrapped.load_state_dict(state_dict)
-        if own is None:
-            warnings.warn("the state dict is of a bare optimizer: the gate starts fresh", UserWarning, stacklevel=2)
+            if notice is not None:
+                warnings.warn(notice, UserWarning, stacklevel=2)
+        except BaseException:  # where warnings are errors
+            before.restore()
+            raise
         self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _own_part(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+        """Take our own part out of ``state_dict``; checked, with what to tell of it."""
+        groups = state_dict.get("param_groups")
+        if isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups):
+            state_dict["param_groups"] = groups = [dict(group) for group in groups]
+        else:
+            groups = []
+        found = [part.pop(STATE_KEY) for part in (*groups, state_dict) if STATE_KEY in part]
+        if not found:
+            return None, "the state dict is of a bare optimizer: the gate starts fresh"
+        if len(found) > 1:
+            raise ValueError(f'"{STATE_KEY}" is in the state_dict {len(found)} times, expected once; {START_FRESH}')
+        try:
+            own = json.loads(found[0])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f'"{STATE_KEY}" in the state_dict is not what state_dict() has put there ({error}); {START_FRESH}'
+            ) from error
+        return self._check_own_state(own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As on the wrapped optimizer; with several, add to one of ``base`` instead."""
         self._wrapped.add_param_group(param_group)
 
-    def _step_bases(self, closure: Callable[[], Any] | None) -> Any:
+    def _step_bases(self, closure: Callable[[], Any] | None, **options: Any) -> Any:
         # GradScaler leaves these two on an optimizer whose fused kernel unscales and skips by itself.
         passed: dict[str, Any] = {
             name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
@@ -162,7 +208,7 @@ class OptimizerWrapper(Optimizer):
         for base in self._wrapped.all:
             base.__dict__.update(passed)
         try:
-            return self._wrapped.step(closure)
+            return self._wrapped.step(closure, **options)
         finally:
             for base in self._wrapped.all:
                 for name in passed:
@@ -171,3 +217,25 @@ class OptimizerWrapper(Optimizer):
     def _skipped_by_scaler(self) -> bool:
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         return found_inf is not None and bool(found_inf)
+
+
+def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch makes of an optimizer's ``step``, less the hooks on all optimizers: the wrapped ones call those."""
+
+    @functools.wraps(step)
+    def hooked(self: OptimizerWrapper, *args: Any, **kwargs: Any) -> Any:
+        args = (self, *args)
+        with record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            for pre_hook in self._optimizer_step_pre_hooks.values():
+                replaced = pre_hook(self, args, kwargs)
+                if replaced is not None:
+                    if not (isinstance(replaced, tuple) and len(replaced) == 2):
+                        raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), found {replaced!r}")
+                    args, kwargs = replaced
+            result = step(*args, **kwargs)
+            for post_hook in self._optimizer_step_post_hooks.values():
+                post_hook(self, args, kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]  # torch hooks what is not
+    return hooked

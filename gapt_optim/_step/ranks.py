@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,17 +22,6 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)  # gloo has no average
     return total.div_(dist.get_world_size(group))
-
-
-def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
-    """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
-    for name, parameter in parameters.items():
-        fully_sharded = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
-        if type(parameter).__name__ == "DTensor" or fully_sharded:
-            raise RuntimeError(
-                f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
-                f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
-            )
 
 
 class HostCopy:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GAPTConfig
+from .._capture import Grams, entropies_of, link
+from .._plan import StepPlan
 from .layers import reduction_coefficients
-from .tap import Grams, entropies_of, link
 
 
 class Objective(NamedTuple):
@@ -27,51 +27,39 @@ class Objective(NamedTuple):
     """A zero with the gradient of the mean entropy, where that is measured."""
 
 
-def build_objective(
-    loss: Tensor,
-    calls: dict[str, list[Grams]],
-    config: GAPTConfig,
-    counted: list[str],
-    shares: Tensor,
-    *,
-    compressing: bool,
-    flows: bool,
-    measured: bool,
-) -> Objective:
+def build_objective(loss: Tensor, calls: dict[str, list[Grams]], plan: StepPlan, scaled_by: float) -> Objective:
     """Join a loss and what the taps left.
 
     Args:
         loss: scalar.
         calls: per layer, one item per call of it.
-        counted: the layers that count, in order of depth.
-        shares: (counted,), each one's share of the pressure at this step.
-        compressing: the entropy is minimized.
-        flows: gradients of the entropy flow back to the taps, for compression or to be measured.
-        measured: give the mean entropy too, for parameter alignment.
+        plan: what this step does.
+        scaled_by: factor that the loss was multiplied by already; the entropy gets it too.
     """
     flat = [call for of_layer in calls.values() for call in of_layer]
     of_call = [(name, len(of_layer)) for name, of_layer in calls.items() for _ in of_layer]
-    found = entropies_of(flat, config.entropy, with_factors=flows)
+    found = entropies_of(flat, plan.entropy, with_factors=plan.entropy_flows)
     entropies = _means_of_calls(found.values, of_call, loss.device)
     measures = _means_of_calls(found.measures, of_call, loss.device)
-    if not flows:
+    if not plan.entropy_flows:
         return Objective(loss, entropies, measures, None, None)
 
     factors = [factor if n == 1 else factor / n for factor, (_, n) in zip(found.factors, of_call, strict=True)]
     zero = torch.zeros_like(next(iter(entropies.values())))
-    penalty, weights = _penalty(loss.detach(), entropies, config, counted, shares) if compressing else (zero, {})
-    total = loss + link(flat, factors, torch.stack([weights.get(name, zero) for name, _ in of_call])).to(loss.dtype)
+    penalty, weights = _penalty(loss.detach(), entropies, plan) if plan.compressing else (zero, {})
+    of_calls = torch.stack([weights.get(name, zero) for name, _ in of_call]) * scaled_by
+    total = loss + link(flat, factors, of_calls).to(loss.dtype)
     mean_entropy = None
-    if measured and any(call.carrier is not None for call in flat):
+    if plan.parameter_alignment and any(call.carrier is not None for call in flat):
         # A micro-batch that falls back to the loss alone has no entropy gradient.
-        judged = [entropies[name] for name in counted if name in entropies]
+        judged = [entropies[name] for name in plan.shares if name in entropies]
         finite = torch.stack([loss.detach().reshape(()).to(zero), *judged]).isfinite().all()
-        share = finite.to(zero) / len(counted)
-        parts = torch.stack([share if name in counted else zero for name, _ in of_call])
+        share = finite.to(zero) / len(plan.shares)
+        parts = torch.stack([share if name in plan.shares else zero for name, _ in of_call])
         mean_entropy = link(flat, factors, parts, alone=True)
-    if not compressing:
+    if not plan.compressing:
         return Objective(total, entropies, measures, None, mean_entropy)
-    return Objective(total + penalty.to(loss.dtype), entropies, measures, penalty, mean_entropy)
+    return Objective(total + (penalty * scaled_by).to(loss.dtype), entropies, measures, penalty, mean_entropy)
 
 
 def _means_of_calls(values: list[Tensor], of_call: list[tuple[str, int]], device: torch.device) -> dict[str, Tensor]:
@@ -83,23 +71,21 @@ def _means_of_calls(values: list[Tensor], of_call: list[tuple[str, int]], device
     return means
 
 
-def _penalty(
-    loss: Tensor, entropies: dict[str, Tensor], config: GAPTConfig, counted: list[str], shares: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _penalty(loss: Tensor, entropies: dict[str, Tensor], plan: StepPlan) -> tuple[Tensor, dict[str, Tensor]]:
     """What compression adds to the loss, and the weight of each layer in it; 0 where anything is not finite."""
-    present = [i for i, name in enumerate(counted) if name in entropies]
+    present = [name for name in plan.shares if name in entropies]
     if not present:
         return torch.zeros_like(loss), {}
-    values = torch.stack([entropies[counted[i]] for i in present])
-    shares = shares.to(device=values.device, dtype=values.dtype, non_blocking=True)
-    if len(present) < len(counted):
-        shares = torch.stack([shares[i] for i in present])
-    coefficients = config.objective.weight * reduction_coefficients(config.layers.reduce, values, shares)
-    if config.objective.floor > 0:
-        values = values - config.objective.floor
+    objective = plan.config.objective
+    values = torch.stack([entropies[name] for name in present])
+    shares = torch.tensor([plan.shares[name] for name in present], dtype=values.dtype)
+    shares = shares.to(device=values.device, non_blocking=True)
+    coefficients = objective.weight * reduction_coefficients(plan.config.layers.reduce, values, shares)
+    if objective.floor > 0:
+        values = values - objective.floor
         coefficients = torch.where(values > 0, coefficients, 0)
     total = (coefficients * values).sum()
     finite = total.isfinite() & loss.isfinite().reshape(())
     coefficients = torch.where(finite, coefficients, 0)
-    weights = zip((counted[i] for i in present), coefficients.unbind(), strict=True)
+    weights = zip(present, coefficients.unbind(), strict=True)
     return torch.where(finite, total, 0), dict(weights)

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import HostCopy, mean_over_ranks
-from .metrics import Measures
-from .objective import Objective
-from .tap import PROBE_SIZE
+from .._capture import PROBE_SIZE
+from .._objective import Objective
+from ..metrics import Measures
+from .ranks import HostCopy, mean_over_ranks
 
 _SCALARS = 2
 """Numbers of a step before those of its layers: loss and penalty."""
