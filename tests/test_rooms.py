@@ -45,7 +45,9 @@ def used(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Private names that a module reads from elsewhere: attributes, and names that it imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            yield node.lineno, node.attr
+            # What a class inherits is its own.
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield node.lineno, node.attr
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
 

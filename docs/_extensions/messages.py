@@ -58,6 +58,8 @@ def _raised(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
         yield ast.unparse(node.exc.func), node.exc.args[0]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn" and node.args:
         yield (ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"), node.args[0]
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):  # a state, and what to warn of
+        yield from (("UserWarning", part) for part in node.value.elts if isinstance(part, ast.Constant))
 
 
 def _collect(body: Sequence[ast.AST], named: dict[str, list[ast.expr]]) -> None:
