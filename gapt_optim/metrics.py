@@ -20,6 +20,11 @@ class Measures:
     An entropy falls without any compression where a few tokens grow long, which ``norm_ratio`` and the centered cosine
     entropy show, or where all tokens come to share one large vector, which ``mean_share`` shows. Tokens that are
     masked, or all zero, do not count.
+
+    >>> long_tokens = Measures(linear_entropy=0.1, centered_cosine_entropy=1.1, norm_ratio=26.0, mean_share=0.2)
+    >>> usual = Measures(linear_entropy=1.1, centered_cosine_entropy=1.1, norm_ratio=2.0, mean_share=0.2)
+    >>> Measures.mean([long_tokens, usual]).norm_ratio
+    14.0
     """
 
     linear_entropy: float
@@ -40,7 +45,13 @@ class Measures:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. Losses and entropies are means over micro-batches and ranks."""
+    """One optimizer step. Losses and entropies are means over micro-batches and ranks.
+
+    >>> phase = "memorization"
+    >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})
+    >>> metrics.scalars()["gapt/loss"]
+    2.0
+    """
 
     step: int
     """Optimizer steps so far, this one included."""
@@ -107,7 +118,13 @@ class StepMetrics:
 
 
 class Observer(Protocol):
-    """Called once per optimizer step. ``close`` is called by whoever made it."""
+    """Called once per optimizer step. ``close`` is called by whoever made it.
+
+    >>> def switches(metrics: StepMetrics) -> None:
+    ...     if metrics.reason is not None:
+    ...         print(metrics.step, metrics.phase, "ends:", metrics.reason)
+    >>> observer: Observer = switches
+    """
 
     def __call__(self, metrics: StepMetrics) -> None: ...
 
@@ -117,6 +134,13 @@ class JSONLines:
 
     A killed process loses at most the line being written. A half-written last line of an earlier
     run is ended, so that appending never glues two records together.
+
+    >>> phase = "memorization"
+    >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})
+    >>> with JSONLines("runs/first/metrics.jsonl") as log:
+    ...     log(metrics)  # GAPTOptimizer(..., observers=[log]) does this after each step
+    >>> json.loads(log.path.read_text())["loss"]
+    2.0
 
     Raises:
         OSError: the file cannot be opened for appending.
@@ -145,7 +169,11 @@ class JSONLines:
 
 
 class ProgressBar:
-    """A `tqdm` bar with phase, loss and entropy. ``options`` go to `tqdm`."""
+    """A `tqdm` bar with phase, loss and entropy. ``options`` go to `tqdm`.
+
+    >>> bar = ProgressBar(total=1000, disable=True)  # GAPTOptimizer(..., observers=[bar])
+    >>> bar.close()
+    """
 
     def __init__(self, total: int | None = None, **options: Any) -> None:
         try:
@@ -173,7 +201,11 @@ class ProgressBar:
 
 
 class TensorBoard:
-    """Writes loss, entropies, phase and alignment as TensorBoard scalars under ``folder``."""
+    """Writes loss, entropies, phase and alignment as TensorBoard scalars under ``folder``.
+
+    >>> with TensorBoard("runs/tensorboard") as board:  # GAPTOptimizer(..., observers=[board])
+    ...     pass
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:

@@ -1,7 +1,7 @@
-"""Nothing outside a room of the package uses a private name of it. That imports point one way is `lint-imports`' to check.
+"""Nothing outside a room of the package uses a private name of it. `lint-imports` checks that imports point one way.
 
-A room is a module or folder directly under `gapt_optim`. A name is private to it when it begins with one underscore and is
-defined there: a function, a class, a method, an attribute or a variable.
+A room is a module or folder directly under `gapt_optim`. A name is private to it when it begins with one underscore and
+is defined there: a function, a class, a method, an attribute or a variable.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def test_no_private_module_is_imported_outside_the_package(folder: str) -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gapt_optim":
                 parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-                found += [f"{path.relative_to(ROOT)}:{node.lineno} imports {part}" for part in parts if is_private(part)]
+                found += [
+                    f"{path.relative_to(ROOT)}:{node.lineno} imports {part}" for part in parts if is_private(part)
+                ]
     assert found == []
 
 

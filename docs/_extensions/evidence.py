@@ -1,7 +1,7 @@
 """The tables and pictures that `python -m benchmarks.evidence` has made of one experiment's committed results.
 
-    ```{evidence} kernels
-    ```
+```{evidence} kernels
+```
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Evidence(SphinxDirective):
         ]
         if not parts:
             parts = ["No results of this experiment are committed yet."]
-        parts.append(f"Run it again: `python -m benchmarks.evidence run {experiment}` (`--estimate` says how long it takes).")
+        parts.append(
+            f"Run it again: `python -m benchmarks.evidence run {experiment}` (`--estimate` says how long it takes)."
+        )
         return self.parse_text_to_nodes("\n\n".join(parts))
 
 
