@@ -132,8 +132,16 @@ class Observer(Protocol):
 class JSONLines:
     """Appends one JSON object per step to a file and flushes it.
 
-    A killed process loses at most the line being written. A half-written last line of an earlier
-    run is ended, so that appending never glues two records together.
+    A killed process loses at most the line being written. A file never mixes two runs by accident: one that holds
+    records already is refused, unless it is said what becomes of them.
+
+        log = JSONLines("run/metrics.jsonl", resume=checkpoint is not None)
+
+    Args:
+        path: of the file; missing folders are made.
+        resume: go on behind the records that the file holds, if any. A last line that was cut short is ended, so that
+            no two records are glued together.
+        overwrite: begin anew; records that the file holds are lost.
 
     >>> phase = "memorization"
     >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})
@@ -143,15 +151,24 @@ class JSONLines:
     2.0
 
     Raises:
+        FileExistsError: the file holds records, and neither ``resume`` nor ``overwrite`` is set.
+        ValueError: both are set.
         OSError: the file cannot be opened for appending.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+        if resume and overwrite:
+            raise ValueError("resume=True keeps the records of the file and overwrite=True drops them; set one of them")
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.exists() and self.path.stat().st_size > 0 and _last_byte(self.path) != b"\n"
-        self._file = self.path.open("a", encoding="utf-8")
-        if unfinished:
+        holds_records = self.path.is_file() and self.path.stat().st_size > 0
+        if holds_records and not (resume or overwrite):
+            raise FileExistsError(
+                f"{self.path} holds the records of another run; go on with resume=True, begin anew with "
+                "overwrite=True, or choose another path"
+            )
+        self._file = self.path.open("w" if overwrite else "a", encoding="utf-8")
+        if holds_records and resume and _last_byte(self.path) != b"\n":
             self._file.write("\n")
 
     def __call__(self, metrics: StepMetrics) -> None:

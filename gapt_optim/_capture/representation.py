@@ -16,6 +16,7 @@ from .measurement import Measurement
 from .module_tap import ModuleTap
 from .selection import Layers, select_layers
 from .store import CaptureStore
+from .unsaved import leave_out
 
 
 class RepresentationHook:
@@ -66,8 +67,10 @@ class RepresentationHook:
         self.names: list[str] = list(modules)
         self._output, self._mask = output, mask
         self._store = store = CaptureStore(model, self.names, mask)
-        handles = [module.register_forward_hook(ModuleTap(name, store, output)) for name, module in modules.items()]
+        handles: list[RemovableHandle | leave_out] = [leave_out(module) for module in modules.values()]
+        handles += [module.register_forward_hook(ModuleTap(name, store, output)) for name, module in modules.items()]
         for module in masked_modules(model, modules) if mask is None else [model]:
+            handles.append(leave_out(module))
             call = ModelCall(store, argument_names(module), is_model=module is model)
             handles.append(module.register_forward_pre_hook(call, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(ModelReturn(call), always_call=True))
@@ -132,7 +135,7 @@ def store_of(hook: RepresentationHook) -> CaptureStore:
     return hook._store
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[RemovableHandle | leave_out]) -> None:
     for handle in handles:
         handle.remove()
 
