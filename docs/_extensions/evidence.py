@@ -32,7 +32,8 @@ class Evidence(SphinxDirective):
             parts.append(re.sub(r"<!--.*?-->", "", table.read_text(encoding="utf-8"), flags=re.DOTALL).strip())
         parts += [
             f"![{picture.stem.replace('-', ' ')}](/generated/{picture.name})"
-            for picture in sorted(GENERATED.glob(f"*{experiment}*.png"))
+            for picture in sorted(GENERATED.glob("*.png"))
+            if re.fullmatch(rf"{re.escape(experiment)}(-.*)?", picture.stem)
         ]
         if not parts:
             parts = ["No results of this experiment are committed yet."]
