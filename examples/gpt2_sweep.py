@@ -23,7 +23,7 @@ from sweep_pictures import draw_curves, draw_paths
 from training import TrainConfig, train
 
 from gapt_optim import GAPTConfig
-from gapt_optim.record import mean_or_nan
+from gapt_optim._step.record import mean_or_nan
 from gapt_optim.report import read_metrics
 
 METRICS = ("val_loss", "best_val_loss", "entropy", "train_loss", "compression_share", "switches")

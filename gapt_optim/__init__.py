@@ -1,14 +1,13 @@
 """Memorization-compression cycles for any PyTorch training loop."""
 
+from ._capture import Measurement, RepresentationHook
 from ._version import __version__
 from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
 from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
 from .entropy import matrix_entropy
 from .gate import Phase, PhaseGate
-from .hooks import Measurement
-from .metrics import JSONLines, Observer, ProgressBar, StepMetrics, TensorBoard
+from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics, TensorBoard
 from .optimizer import GAPTOptimizer
-from .representation import RepresentationHook
 
 __all__ = [
     "Alignment",
@@ -21,6 +20,7 @@ __all__ = [
     "JSONLines",
     "LayerConfig",
     "Measurement",
+    "Measures",
     "ObjectiveConfig",
     "Observer",
     "Phase",

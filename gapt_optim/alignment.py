@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-from .distributed import refuse_sharded
 
 _PIECE = 2**18
 
@@ -59,17 +57,20 @@ class Alignment(Angle):
     """Parameter tensors that only the second loss, the entropy, reaches."""
 
 
-def activation_alignment(names: Sequence[str], statistics: Sequence[Sequence[float]]) -> Alignment | None:
-    """Alignment from each layer's <g,d>, |g|² and |d|², for the mean entropy over the layers.
+def activation_alignment(
+    names: Sequence[str], statistics: Sequence[Sequence[float]], counted: Sequence[str]
+) -> Alignment | None:
+    """Alignment from each layer's <g,d>, |g|² and |d|², for the mean entropy over the layers that count.
 
-    The overall angle is that of the layers' gradients laid end to end. None where no gradient arrived at all.
+    The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all.
     """
     if not any(gg > 0 for _, gg, _ in statistics):
         return None
+    of_layer = dict(zip(names, statistics, strict=True))
     # d is the gradient of one layer's entropy; the mean over n layers has 1/n of it.
-    share = 1 / len(names)
-    gd, gg, dd = _totals(statistics)
-    layers = {name: Angle.of(*row) for name, row in zip(names, statistics, strict=True)}
+    share = 1 / len(counted)
+    gd, gg, dd = _totals([of_layer[name] for name in counted])
+    layers = {name: Angle.of(*row) for name, row in of_layer.items()}
     return _alignment(Angle.of(gd * share, gg, dd * share * share), layers=layers)
 
 
@@ -173,6 +174,17 @@ def stacked(rows: Sequence[Tensor | None]) -> Tensor:
     like = given[0].new_zeros(3) if given else torch.zeros(3)
     dtype = torch.float64 if any(row.dtype == torch.float64 for row in given) else like.dtype
     return torch.stack([(like if row is None else row).to(device=like.device, dtype=dtype) for row in rows])
+
+
+def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
+    """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
+    for name, parameter in parameters.items():
+        fully_sharded = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+        if type(parameter).__name__ == "DTensor" or fully_sharded:
+            raise RuntimeError(
+                f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
+                f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
+            )
 
 
 def _gradients(name: str, loss: Tensor, named: dict[str, Tensor]) -> tuple[Tensor | None, ...]:

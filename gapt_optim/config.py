@@ -19,6 +19,14 @@ class _Section(BaseModel):
 class EntropyConfig(_Section):
     """How the entropy of one layer is computed."""
 
+    kernel: Literal["linear", "cosine"] = "cosine"
+    """What the Gram matrix holds: `cosine` counts the direction of each token, `linear` also its length. Under
+    `linear` a few long tokens bring the entropy to nearly 0 while all others keep their directions."""
+
+    center: bool = True
+    """Take the mean of the window off, under `cosine` after rows are scaled to unit length, so that a vector which all
+    tokens share is no compression."""
+
     alpha: float = Field(2.0, gt=0.0)
     """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest."""
 
@@ -26,7 +34,8 @@ class EntropyConfig(_Section):
     """Consecutive tokens per matrix; None takes the whole sequence as one matrix."""
 
     normalize: bool = False
-    """Divide by log min(live rows, features), so that entropies lie in [0, 1] instead of nats."""
+    """Divide by the logarithm of the largest rank, so that entropies lie in [0, 1] instead of nats. That rank is
+    min(live rows, features), with `center` min(live rows - 1, features)."""
 
     @field_validator("alpha")
     @classmethod
@@ -34,6 +43,15 @@ class EntropyConfig(_Section):
         if math.isnan(alpha):
             raise ValueError("alpha must be a number in (0, inf], found nan")
         return alpha
+
+    @model_validator(mode="after")
+    def _centering_leaves_an_entropy(self) -> EntropyConfig:
+        if self.center and self.window == 2:
+            raise ValueError(
+                "window=2 with center=True leaves one direction, whose entropy is always 0; set window to 3 or more, "
+                "or center=False"
+            )
+        return self
 
 
 class GateConfig(_Section):
@@ -187,6 +205,15 @@ class GAPTConfig(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     layers: LayerConfig = LayerConfig()
     alignment: AlignmentConfig = AlignmentConfig()
+
+    @classmethod
+    def published(cls, **changes: Any) -> GAPTConfig:
+        """The settings of arXiv 2505.08727: its gate and its entropy (linear, not centered); ``changes`` override."""
+        settings: dict[str, Any] = {
+            "entropy": EntropyConfig(kernel="linear", center=False),
+            "gate": GateConfig.published(),
+        }
+        return cls(**(settings | changes))
 
     @property
     def plain_objective(self) -> bool:

@@ -1,13 +1,23 @@
 """Matrix-based Rényi entropy of a representation matrix, with closed-form gradients.
 
-For Z with n rows and d columns, K = Z Zᵀ and the eigenvalues p of rho = K / tr K,
+For Z with n rows and d columns, the Gram matrix of its rows is C. Two choices, the *kernel*, say how:
+
+    linear    C_ij = <z_i, z_j>
+    cosine    C_ij = <z_i, z_j> / (|z_i| |z_j|)
+
+and either may be *centered*, C <- H C H with H = I - 11ᵀ / n, as kernels are in CKA and HSIC. With the eigenvalues p
+of rho = C / tr C,
 
     S_a(Z) = log(sum p^a) / (1 - a)                                     in nats,
-    dS_a/dZ = 2a / (1 - a) * (rho^(a-1) / tr(rho^a) - I) Z / tr K,
+    dS_a/dC = a / (1 - a) * (rho^(a-1) / tr(rho^a) - I) / tr C,
 
-with the von Neumann entropy -sum p log p at a = 1 and the min-entropy -log max p at a = inf
-(Giraldo, Rao and Principe, "Measures of entropy from data using infinitely divisible kernels", 2015).
-The same holds with Zᵀ Z in place of Z Zᵀ and the factor on the right; the smaller one is used.
+with the von Neumann entropy -sum p log p at a = 1 and the min-entropy -log max p at a = inf (Giraldo, Rao and
+Principe, "Measures of entropy from data using infinitely divisible kernels", 2015, whose normalized Gram matrix is
+that of `cosine`).
+
+Where n <= d, all of it follows from the linear Gram matrix K = Z Zᵀ alone. With D = diag(K_ii), C = D^-1/2 K D^-1/2
+and G = H (dS/d(HCH)) H, the matrix M with dS/dZ = M Z is 2 D^-1/2 (G - diag((G C)_ii)) D^-1/2. Where n > d, the rows
+are scaled and centered first, and the d x d matrix Zᵀ Z of these rows, which has the same eigenvalues, takes C's place.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,24 +35,63 @@ from torch.nn import functional as F
 _LARGEST_POWER = 8
 
 
-def matrix_entropy(z: Tensor, *, alpha: float = 2.0, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+class Kernel(NamedTuple):
+    """How the Gram matrix of rows is made."""
+
+    cosine: bool
+    """Rows are scaled to unit length."""
+    center: bool
+    """Then their mean is taken off."""
+
+    @property
+    def plain(self) -> bool:
+        """The linear Gram matrix as it is, in which a row of zeros is a row like any other."""
+        return not (self.cosine or self.center)
+
+
+LINEAR = Kernel(cosine=False, center=False)
+CENTERED_COSINE = Kernel(cosine=True, center=True)
+
+
+def matrix_entropy(
+    z: Tensor,
+    *,
+    alpha: float = 2.0,
+    kernel: Literal["linear", "cosine"] = "cosine",
+    center: bool = True,
+    mask: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
     """Matrix-based Rényi entropy of each matrix in ``z``, differentiable once.
+
+    >>> import torch
+    >>> rows = torch.eye(4)                               # four orthogonal directions
+    >>> matrix_entropy(rows, kernel="linear", center=False).exp()
+    tensor(4.)
+    >>> matrix_entropy(rows).exp()                        # about their mean, one direction fewer
+    tensor(3.0000)
 
     Args:
         z: (..., n, d), real floating point: n tokens or samples with d features.
         alpha: order, in (0, inf]. 1 is the von Neumann entropy, ``math.inf`` the min-entropy.
+        kernel: "cosine" counts the direction of each row, whatever its length; "linear" lets a few long rows make up
+            the whole matrix. With "cosine", and with ``center``, a row of zeros counts as masked.
+        center: take the mean of the rows off, so that a vector which all rows share does not count.
         mask: (..., n), broadcastable to ``z``'s leading shape; rows where it is false or 0 do not count
             and receive no gradient.
-        normalize: divide by log min(live rows, d), which maps the entropy to [0, 1].
+        normalize: divide by the logarithm of the largest rank, min(live rows, d), with ``center`` min(live rows - 1,
+            d), which maps the entropy to [0, 1].
 
     Returns:
         (...) in nats, at least 0 and at most log rank; float64 for float64 input, otherwise float32.
-        A matrix of zeros, or with no live row, has entropy 0 and gradient 0. For alpha < 1 the
-        gradient at a rank-deficient matrix is taken on its support, where it is finite.
+        A matrix of zeros, one with no live row, and with ``center`` one with a single live row or with rows that are
+        all equal, has entropy 0 and gradient 0. For alpha < 1 the gradient at a rank-deficient matrix is taken on its
+        support, where it is finite.
 
     Raises:
         TypeError: ``z`` is not real floating point.
-        ValueError: ``z`` has fewer than two dimensions, ``alpha`` is out of range, or ``mask`` does not fit.
+        ValueError: ``z`` has fewer than two dimensions, ``alpha`` or ``kernel`` is out of range, or ``mask`` does not
+            fit.
     """
     if not z.is_floating_point():
         raise TypeError(f"z must be a real floating-point tensor, found {z.dtype}; convert it with z.float()")
@@ -50,39 +99,46 @@ def matrix_entropy(z: Tensor, *, alpha: float = 2.0, mask: Tensor | None = None,
         raise ValueError(f"z must have shape (..., n, d), found {tuple(z.shape)}")
     if not alpha > 0:
         raise ValueError(f"alpha must lie in (0, inf], found {alpha}")
+    if kernel not in ("linear", "cosine"):
+        raise ValueError(f'kernel must be "linear" or "cosine", found {kernel!r}')
     if mask is not None:
         try:
             mask = mask.to(device=z.device, dtype=torch.bool).expand(z.shape[:-1])
         except RuntimeError:
             expected, found = tuple(z.shape[:-1]), tuple(mask.shape)
             raise ValueError(f"mask must have shape {expected}, one value per row of z, found {found}") from None
-    value: Tensor = _MatrixEntropy.apply(z, float(alpha), mask, normalize)  # type: ignore[no-untyped-call]
+    cosine = kernel == "cosine"
+    value: Tensor = _MatrixEntropy.apply(z, float(alpha), cosine, bool(center), mask, normalize)  # type: ignore[no-untyped-call]
     return value
 
 
 class _MatrixEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, alpha: float, mask: Tensor | None, normalize: bool) -> Tensor:
-        gram = gram_matrix(masked(z, mask), alpha)
-        value, kernel = entropy_of_gram(gram, alpha, z.shape[-2:], z.dtype, with_kernel=ctx.needs_input_grad[0])
-        if normalize:
-            scale = normalizer(value, None if mask is None else mask.sum(-1), z.shape[-2:])
-            value, kernel = value * scale, None if kernel is None else kernel * scale[..., None, None]
-        ctx.save_for_backward(z, mask, kernel)
+    def forward(
+        ctx: Any, z: Tensor, alpha: float, cosine: bool, center: bool, mask: Tensor | None, normalize: bool
+    ) -> Tensor:
+        ctx.kernel = Kernel(cosine, center)
+        rows = masked(z, mask)
+        gram = gram_matrix(rows, alpha, ctx.kernel)
+        live = count_rows(rows, mask, alpha, ctx.kernel)
+        value, factor, _ = entropy_of_gram(
+            gram, alpha, ctx.kernel, z.shape[-2:], z.dtype, live, normalize, with_gradient=ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(z, mask, factor)
         return value.to(torch.promote_types(z.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, mask, kernel = ctx.saved_tensors
-        return _Gradient.apply(z, grad, mask, kernel), None, None, None  # type: ignore[no-untyped-call]
+        z, mask, factor = ctx.saved_tensors
+        return _Gradient.apply(z, grad, mask, factor, ctx.kernel), *[None] * 5  # type: ignore[no-untyped-call]
 
 
 class _Gradient(torch.autograd.Function):
     """dS/dZ, tied to Z: once_differentiable would let it pass for a constant where ``grad`` is one."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, grad: Tensor, mask: Tensor | None, kernel: Tensor) -> Tensor:
-        return apply_kernel(kernel * grad[..., None, None], masked(z, mask)).to(z.dtype)
+    def forward(ctx: Any, z: Tensor, grad: Tensor, mask: Tensor | None, factor: Tensor, kernel: Kernel) -> Tensor:
+        return entropy_gradient(factor * grad[..., None, None], masked(z, mask), kernel).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,56 +150,252 @@ def masked(z: Tensor, mask: Tensor | None) -> Tensor:
     return z if mask is None else z.masked_fill(~mask.unsqueeze(-1), 0)
 
 
-def gram_matrix(z: Tensor, alpha: float) -> Tensor:
-    """The smaller of Z Zᵀ and Zᵀ Z, (..., m, m) with m = min(n, d), in the dtype that ``alpha`` needs."""
-    # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
-    z = z.to(torch.promote_types(z.dtype, torch.float32) if _by_power(alpha) else torch.float64)
+def count_rows(z: Tensor, mask: Tensor | None, alpha: float, kernel: Kernel) -> Tensor | None:
+    """Rows that count in each matrix, (...,); None where all do, or where :func:`entropy_of_gram` sees them itself."""
+    if kernel.plain:
+        return None if mask is None else mask.sum(-1)
+    if z.shape[-2] <= z.shape[-1]:
+        return None
+    z = _for_order(z, alpha)
+    return (_squared_norms(z) > _least(z)).sum(-1)
+
+
+def gram_matrix(z: Tensor, alpha: float, kernel: Kernel) -> Tensor:
+    """Z Zᵀ where n <= d; otherwise Yᵀ Y of the rows Y that ``kernel`` makes of Z.
+
+    Returns:
+        (..., m, m) with m = min(n, d), in the dtype that ``alpha`` needs.
+    """
+    z = _for_order(z, alpha)
     with _full_precision(z):
-        return _matmul(z, z.mT) if z.shape[-2] <= z.shape[-1] else _matmul(z.mT, z)
+        if z.shape[-2] <= z.shape[-1]:
+            return _matmul(z, z.mT)
+        y = _kernel_rows(z, kernel)
+        return _matmul(y.mT, y)
 
 
-def apply_kernel(kernel: Tensor, z: Tensor) -> Tensor:
-    """dS/dZ from the kernel of :func:`entropy_of_gram`: kernel @ z, or z @ kernel where n > d."""
+def entropy_gradient(factor: Tensor, z: Tensor, kernel: Kernel) -> Tensor:
+    """dS/dZ (..., n, d) from the matrix of :func:`entropy_of_gram`, in float32 or better."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    z = z.to(kernel.dtype)  # a kernel of order 1 / |z|² may lie outside of float32 where the gradient does not
+    z = z.to(factor.dtype)  # a factor of order 1 / |z|² may lie outside of float32 where the gradient does not
     with _full_precision(z):
-        return (_matmul(kernel, z) if z.shape[-2] <= z.shape[-1] else _matmul(z, kernel)).to(dtype)
+        if z.shape[-2] <= z.shape[-1]:
+            return _matmul(factor, z).to(dtype)
+        if kernel.plain:
+            return _matmul(z, factor).to(dtype)
+        d = _matmul(_kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
+        if kernel.cosine:
+            scale = _inverse(_squared_norms(z)).sqrt_().unsqueeze(-1)
+            unit = z * scale
+            d = (d - unit * (d * unit).sum(-1, keepdim=True)) * scale
+        return d.to(dtype)
 
 
 def entropy_of_gram(
-    gram: Tensor, alpha: float, shape: Sequence[int], dtype: torch.dtype, *, with_kernel: bool
-) -> tuple[Tensor, Tensor | None]:
+    gram: Tensor,
+    alpha: float,
+    kernel: Kernel,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    live: Tensor | None,
+    normalize: bool,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Entropy from the matrix of :func:`gram_matrix`, and the symmetric matrix that turns Z into its gradient.
 
     Args:
         gram: (..., m, m).
         alpha: order of the entropy.
+        kernel: the kernel of the entropy.
         shape: (n, d) of the matrices Z; with ``dtype``, it tells rank from rounding.
         dtype: that of Z.
-        with_kernel: False returns None for the kernel and saves its work.
+        live: (...,) rows that count, from :func:`count_rows`.
+        normalize: divide by the logarithm of the largest rank.
+        with_gradient: False returns None for the factor and saves its work.
 
     Returns:
-        The entropy (...) in nats and the kernel (..., m, m) = 2 dS/dK, both in the Gram matrix's dtype. Where the
-        Gram matrix is not finite, neither is the entropy.
+        The entropy (...) in nats and the factor (..., m, m) = 2 dS/dK, both in the Gram matrix's dtype, and the rows
+        that count (...,), None where all do. Where the Gram matrix is not finite, neither is the entropy.
     """
+    n, d = shape
+    from_rows = n > d or kernel.plain  # the Gram matrix is that of the kernel already
+    if from_rows:
+        matrix = gram
+        least: Tensor | float = _least(gram)
+        noise: Tensor | float | None = None
+    else:
+        scaled = KernelMatrix(gram, kernel)
+        matrix, live = scaled.matrix, scaled.live
+        least = noise = scaled.least
     # Normalized before it is squared, so that the range of scales is that of the trace itself. A matrix whose
     # trace has no reciprocal counts as zero.
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    inverse = F.threshold(trace, 8 * torch.finfo(gram.dtype).tiny, math.inf).reciprocal_()
-    rho = gram * inverse[..., None, None]
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    inverse = _inverse(trace, least)
+    rho = matrix * inverse[..., None, None]
     with _full_precision(gram):
         if _by_power(alpha):
-            value, kernel = _from_powers(rho, int(alpha), with_kernel)
+            value, factor = _from_powers(rho, int(alpha), with_gradient)
         else:
-            value, kernel = _from_eigenvalues(rho, alpha, with_kernel, _rank_tolerance(dtype, *shape))
-    return value, None if kernel is None else kernel.mul_(inverse[..., None, None])
+            tolerance = _rank_tolerance(dtype, *shape)
+            relative = None if noise is None else noise * inverse
+            value, factor = _from_eigenvalues(rho, alpha, with_gradient, tolerance, relative)
+    if normalize:
+        scale = _normalizer(value, live, shape, kernel)
+        value, inverse = value * scale, inverse * scale
+    if factor is None:
+        return value, None, live
+    factor = factor.mul_(inverse[..., None, None])
+    return value, factor if from_rows else scaled.differential(factor), live
 
 
-def normalizer(like: Tensor, live: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """1 / log min(live rows, d) for matrices of ``shape`` (n, d), and 0 where one row or column leaves no entropy."""
+class KernelMatrix:
+    """The Gram matrix of ``kernel`` where n <= d, from the linear one K = Z Zᵀ.
+
+    Args:
+        gram: (..., n, n), linear. A row of zeros does not count.
+        kernel: not the plain one.
+    """
+
+    def __init__(self, gram: Tensor, kernel: Kernel) -> None:
+        self.kernel = kernel
+        inverse = _inverse(gram.diagonal(dim1=-2, dim2=-1))
+        self.alive = (inverse > 0).to(gram.dtype)
+        """(..., n), 1 for rows that count, otherwise 0."""
+        self.live = self.alive.sum(-1)
+        """(...,) rows that count."""
+        self.count = self.live.clamp(min=1).unsqueeze(-1)
+        self.scale = inverse.sqrt_()
+        self.uncentered = self._scaled(gram) if kernel.cosine else gram
+        self.matrix = self._centered(self.uncentered) if kernel.center else self.uncentered
+        """(..., n, n)"""
+        self.least: Tensor | float = _least(gram)
+        """A trace at or below this is rounding: the rows are equal."""
+        if kernel.center:
+            whole = self.uncentered.diagonal(dim1=-2, dim2=-1).sum(-1)
+            self.least = (16 * torch.finfo(gram.dtype).eps * whole).clamp(min=_least(gram))
+
+    def differential(self, factor: Tensor) -> Tensor:
+        """2 dS/dK of the linear Gram matrix, from 2 dS/d(matrix)."""
+        if self.kernel.center:
+            factor = self._centered(factor)
+        if self.kernel.cosine:
+            # A length of its own changes nothing: the gradient of a row is orthogonal to it.
+            along = (factor * self.uncentered).sum(-1)
+            factor.diagonal(dim1=-2, dim2=-1).sub_(along)
+            factor = self._scaled(factor)
+        return factor
+
+    def _scaled(self, matrix: Tensor) -> Tensor:
+        return matrix * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
+
+    def _centered(self, matrix: Tensor) -> Tensor:
+        """H M H, with H = diag(l) - l lᵀ / count over the rows l that count."""
+        means = (
+            matrix.sum(-1) * self.alive / self.count
+        )  # entries between a row that counts and one that does not are 0
+        half = means - self.alive * (means.sum(-1, keepdim=True) / (2 * self.count))
+        outer = self.alive.unsqueeze(-1) * half.unsqueeze(-2)
+        return matrix - outer - outer.mT
+
+
+def measures_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What can hide in an entropy, from the linear Gram matrix of the rows of Z, (..., n, n).
+
+    Returns:
+        (..., 4): order-2 entropy of the linear kernel, of the centered cosine one, the largest over the median norm of
+        the rows, and the share of their squared norm that lies in their mean; and (...,) the rows that count, which are
+        those that are not zero.
+    """
+    centered = KernelMatrix(gram, CENTERED_COSINE)
+    squares, live = gram.diagonal(dim1=-2, dim2=-1), centered.live
+    trace = squares.sum(-1)
+    share = gram.sum((-2, -1)) * _inverse(trace) / live.clamp(min=1)
+    linear = _collision_entropy(gram, trace, _least(gram))
+    cosine = _collision_entropy(centered.matrix, None, centered.least)
+    return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
+
+
+def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as :func:`measures_of_gram` where n > d, from the rows (..., n, d) and d x d matrices."""
+    z = _wide(z)
+    squares = _squared_norms(z)
+    live = (squares > _least(z)).sum(-1).to(z.dtype)
+    trace = squares.sum(-1)
+    share = z.sum(-2).square().sum(-1) * _inverse(trace) / live.clamp(min=1)
+    with _full_precision(z):
+        y = _kernel_rows(z, CENTERED_COSINE)
+        linear, cosine = (_collision_entropy(_matmul(rows.mT, rows), None, _least(z)) for rows in (z, y))
+    return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
+
+
+def _collision_entropy(matrix: Tensor, trace: Tensor | None, least: Tensor | float) -> Tensor:
+    """Order-2 entropy of a kernel matrix (..., m, m)."""
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) if trace is None else trace
+    total = (matrix * _inverse(trace, least)[..., None, None]).square().sum((-2, -1))
+    return torch.where(total > 0, total, 1).log().clamp(max=0).abs()
+
+
+def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
+    """Largest over median norm of the rows that count, (...,), from squared norms (..., n); 1 where none counts."""
+    n = squares.shape[-1]
+    if n == 0:
+        return torch.ones_like(live)
+    norms = squares.sort(-1).values.sqrt()  # the rows that do not count come first
+    first, count = n - live.long(), live.long().clamp(min=1)
+    middle = torch.stack((first + (count - 1) // 2, first + count // 2), dim=-1).clamp(max=n - 1)
+    median = norms.gather(-1, middle).mean(-1)
+    return torch.where(live > 0, norms[..., -1] / torch.where(live > 0, median, 1), 1)
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _for_order(z: Tensor, alpha: float) -> Tensor:
+    # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
+    return _wide(z) if _by_power(alpha) else z.to(torch.float64)
+
+
+def _squared_norms(z: Tensor) -> Tensor:
+    return z.square().sum(-1)
+
+
+def _least(like: Tensor) -> float:
+    """A squared norm or a trace at or below this counts as zero: it has no reciprocal."""
+    return 8 * torch.finfo(torch.promote_types(like.dtype, torch.float32)).tiny
+
+
+def _inverse(values: Tensor, least: Tensor | float | None = None) -> Tensor:
+    """1 / values, and 0 where they are at or below ``least``."""
+    if least is None:
+        least = _least(values)
+    if isinstance(least, float):
+        return F.threshold(values, least, math.inf).reciprocal_()
+    return torch.where(values > least, values, math.inf).reciprocal_()
+
+
+def _kernel_rows(z: Tensor, kernel: Kernel) -> Tensor:
+    """The rows whose linear Gram matrix is that of ``kernel``. Rows that are all equal, to rounding, become zero."""
+    if kernel.plain:
+        return z
+    squares = _squared_norms(z)
+    if kernel.cosine:
+        z = z * _inverse(squares).sqrt_().unsqueeze(-1)
+    if not kernel.center:
+        return z
+    alive = (squares > _least(z)).to(z.dtype)
+    count = alive.sum(-1).clamp(min=1)[..., None, None]
+    y = (z - z.sum(-2, keepdim=True) / count) * alive.unsqueeze(-1)
+    whole, left = (_squared_norms(rows).sum(-1) for rows in (z, y))
+    return y * (left > 16 * torch.finfo(z.dtype).eps * whole)[..., None, None].to(z.dtype)
+
+
+def _normalizer(like: Tensor, live: Tensor | None, shape: Sequence[int], kernel: Kernel) -> Tensor:
+    """1 / log of the largest rank for matrices of ``shape`` (n, d), and 0 where that is at most 1."""
     n, d = shape
     rows = torch.full_like(like, n) if live is None else live.to(like.dtype)
-    limit = rows.clamp(max=d).log()
+    limit = (rows - 1 if kernel.center else rows).clamp(max=d).log()
     return torch.where(limit > 0, limit.reciprocal(), 0)
 
 
@@ -151,7 +403,7 @@ def _by_power(alpha: float) -> bool:
     return 2 <= alpha <= _LARGEST_POWER and float(alpha).is_integer()
 
 
-def _from_powers(rho: Tensor, alpha: int, with_kernel: bool) -> tuple[Tensor, Tensor | None]:
+def _from_powers(rho: Tensor, alpha: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """S and tr(K) dS/dK * 2 for integer alpha >= 2, from matrix products alone."""
     power = rho if alpha == 2 else torch.linalg.matrix_power(rho, alpha - 1)
     total = (power * rho).sum((-2, -1))
@@ -159,7 +411,7 @@ def _from_powers(rho: Tensor, alpha: int, with_kernel: bool) -> tuple[Tensor, Te
     zero = total < 0.5 * max(rho.shape[-1], 1) ** (1 - alpha)
     total = total.masked_fill_(zero, 1)
     value = total.log().clamp_(max=0).abs_().div_(alpha - 1)
-    if not with_kernel:
+    if not with_gradient:
         return value, None
     factor = 2 * alpha / (alpha - 1)
     kernel = power * (-factor / total)[..., None, None]
@@ -167,10 +419,17 @@ def _from_powers(rho: Tensor, alpha: int, with_kernel: bool) -> tuple[Tensor, Te
     return value, kernel
 
 
-def _from_eigenvalues(rho: Tensor, alpha: float, with_kernel: bool, tolerance: float) -> tuple[Tensor, Tensor | None]:
-    """S and tr(K) dS/dK * 2 for any alpha. Eigenvalues within rounding of zero count as zero."""
+def _from_eigenvalues(
+    rho: Tensor, alpha: float, with_gradient: bool, tolerance: float, noise: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """S and tr(K) dS/dK * 2 for any alpha. Eigenvalues within rounding of zero count as zero.
+
+    Args:
+        tolerance: what that is, relative to the largest eigenvalue.
+        noise: (...,) the same in absolute terms, where a matrix is the difference of larger ones.
+    """
     if rho.shape[-1] == 0:
-        return rho.new_zeros(rho.shape[:-2]), rho if with_kernel else None
+        return rho.new_zeros(rho.shape[:-2]), rho if with_gradient else None
     finite = rho.isfinite().all(-1).all(-1)
     # eigh raises on non-finite input, which would end a training run; such matrices come back as nan instead.
     p, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], rho, 0))
@@ -178,7 +437,8 @@ def _from_eigenvalues(rho: Tensor, alpha: float, with_kernel: bool, tolerance: f
     vectors = torch.where(rho.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 0, vectors, 0)
     largest = p[..., -1:]
     zero = largest.squeeze(-1) < 0.5 / rho.shape[-1]  # there was no trace to normalize by
-    support = p > tolerance * largest
+    limit = tolerance * largest
+    support = p > (limit if noise is None else torch.maximum(limit, noise.unsqueeze(-1)))
     p = torch.where(support, p, 1)
     log_p = p.log()
     if alpha == 1:
@@ -200,7 +460,7 @@ def _from_eigenvalues(rho: Tensor, alpha: float, with_kernel: bool, tolerance: f
         slope = 2 * alpha / (1 - alpha) * (excess - total.unsqueeze(-1)).expm1()
     alive = finite & ~zero
     value = torch.where(alive, value.clamp(min=0).abs(), torch.where(finite, 0, math.nan))
-    if not with_kernel:
+    if not with_gradient:
         return value, None
     slope = torch.where(support & alive.unsqueeze(-1), slope, 0)
     return value, (vectors * slope.unsqueeze(-2)) @ vectors.mT

@@ -39,6 +39,7 @@ class _State:
     best: float | None = None  # smoothed: best value of the watched average in this phase
     training_loss: float | None = None  # that of ``loss``, unless that is held out
     entry_loss: float | None = None  # smoothed: averaged training loss when this phase began
+    entry_entropy: float | None = None  # smoothed: the same of the entropy
     stale_memorization: int = 0  # published: s_m
     stale_compression: int = 0  # published: s_c
     lowest_loss: float | None = None  # published: E
@@ -116,12 +117,14 @@ class PhaseGate:
         s.training_loss = _average(s.training_loss, training_loss, config.smoothing)
         if s.switches == 0 and s.updates < _updates_within(2, config.smoothing):
             # A run that starts in compression has no level yet: a single noisy loss is none to judge a rise against.
-            s.updates, s.entry_loss = s.updates + 1, s.training_loss
+            s.updates, s.entry_loss, s.entry_entropy = s.updates + 1, s.training_loss, s.entropy
         compressing = s.phase == Phase.COMPRESSION.value
         entry = s.training_loss if s.entry_loss is None else s.entry_loss
 
         watched = s.entropy if compressing else s.loss
-        if s.best is None or watched < s.best - config.min_improvement * abs(s.best):
+        # An entropy that shrinks to nothing goes on falling relative to itself: it is judged by its level at the start.
+        level = s.entry_entropy if compressing and s.entry_entropy is not None else s.best
+        if s.best is None or watched < s.best - config.min_improvement * abs(level or s.best):
             s.best, s.stale = watched, 0
         else:
             s.stale += 1
@@ -134,7 +137,7 @@ class PhaseGate:
             reason = "compressed"
         else:
             return None
-        s.best, s.stale, s.entry_loss = None, 0, s.training_loss
+        s.best, s.stale, s.entry_loss, s.entry_entropy = None, 0, s.training_loss, s.entropy
         return reason
 
     def _published(self, loss: float, entropy: float) -> str | None:

@@ -5,11 +5,37 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from .alignment import Alignment
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What can hide in the entropy of a layer. Each is a mean over windows, computed in one window at a time.
+
+    An entropy falls without any compression where a few tokens grow long, which ``norm_ratio`` and the centered cosine
+    entropy show, or where all tokens come to share one large vector, which ``mean_share`` shows. Tokens that are
+    masked, or all zero, do not count.
+    """
+
+    linear_entropy: float
+    """Order-2 entropy of the linear kernel, not centered, in nats: the one of arXiv 2505.08727."""
+    centered_cosine_entropy: float
+    """Order-2 entropy of the centered cosine kernel, in nats."""
+    norm_ratio: float
+    """Largest over median norm of the window's tokens, at least 1."""
+    mean_share: float
+    """Share of the squared norm of the window's tokens that lies in their mean, in [0, 1]."""
+
+    @classmethod
+    def mean(cls, measures: Iterable[Measures]) -> Measures:
+        """Mean of several, for example over layers."""
+        rows = [astuple(each) for each in measures]
+        return cls(*(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -30,6 +56,12 @@ class StepMetrics:
     """Mean entropy over the layers that count, the value that the gate judges."""
     layer_entropy: dict[str, float]
     """Entropy per tapped layer, in nats (or in [0, 1] with ``normalize``)."""
+    measures: Measures | None = None
+    """What can hide in the entropy: means over the layers that count."""
+    layer_measures: dict[str, Measures] = field(default_factory=dict)
+    """The same per tapped layer."""
+    entropy_share: float | None = None
+    """Share of the objective that is entropy, weight * entropy / (loss + weight * entropy); None in memorization."""
     alignment: Alignment | None = None
     """Activation alignment, where it is measured."""
     parameter_alignment: Alignment | None = None
@@ -52,7 +84,7 @@ class StepMetrics:
         """Numbers to log by name, such as ``gapt/loss``; those that are missing or not finite are left out.
 
         Args:
-            layers: also the entropy of each layer.
+            layers: also the entropy of each layer and its measures.
             prefix: what the names begin with.
         """
         values: dict[str, float | None] = {
@@ -61,11 +93,16 @@ class StepMetrics:
             "compression": float(self.phase == "compression"),
             "switches": float(self.switches),
             "validation_loss": self.validation_loss,
+            "entropy_share": self.entropy_share,
             "activation_cosine": None if self.alignment is None else self.alignment.cosine,
             "parameter_cosine": None if self.parameter_alignment is None else self.parameter_alignment.cosine,
         }
+        if self.measures is not None:
+            values |= asdict(self.measures)
         if layers:
             values |= {f"entropy/{name}": entropy for name, entropy in self.layer_entropy.items()}
+            for name, measures in self.layer_measures.items():
+                values |= {f"{measure}/{name}": value for measure, value in asdict(measures).items()}
         return {f"{prefix}/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
 
 

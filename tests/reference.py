@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -10,21 +11,57 @@ import torch
 from torch import Tensor
 
 
-def reference_entropy(z: Tensor, alpha: float, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
-    """Entropy of one matrix (n, d), differentiable any number of times away from shared eigenvalues."""
-    features = z.shape[-1]
+def reference_rows(z: Tensor, mask: Tensor | None, kernel: str, center: bool) -> Tensor:
+    """The rows of one matrix (n, d) that count, as the kernel sees them."""
     if mask is not None:
         z = z[mask.bool()]
-    if z.numel() == 0 or not z.any():
-        return z.sum()
-    p = torch.linalg.eigvalsh(z @ z.T)
+    if kernel == "cosine" or center:
+        z = z[(z.detach() != 0).any(-1)]
+    if kernel == "cosine":
+        z = z / z.norm(dim=-1, keepdim=True)
+    return z - z.mean(0) if center and len(z) else z
+
+
+def reference_entropy(
+    z: Tensor,
+    alpha: float,
+    mask: Tensor | None = None,
+    normalize: bool = False,
+    kernel: str = "cosine",
+    center: bool = True,
+) -> Tensor:
+    """Entropy of one matrix (n, d), differentiable any number of times away from shared eigenvalues."""
+    rows = reference_rows(z, mask, kernel, center)
+    counted = rows.detach()
+    if center and (len(rows) < 2 or bool(counted.norm() < 1e-7 * (z.detach().norm() if kernel == "linear" else 1))):
+        return z.sum() * 0
+    if rows.numel() == 0 or not rows.any():
+        return z.sum() * 0
+    p = torch.linalg.eigvalsh(rows @ rows.T)
     p = p / p.sum()
     p = p[p > 1e-12 * p.max()]
     value = _entropy_of_eigenvalues(p, alpha)
     if normalize:
-        limit = math.log(min(len(z), features))
-        value = value / limit if limit > 0 else value * 0
+        rank = min(len(rows) - center, z.shape[-1])
+        value = value / math.log(rank) if rank > 1 else value * 0
     return value
+
+
+def reference_measures(z: Tensor, mask: Tensor | None = None) -> list[float]:
+    """Linear entropy, centered cosine entropy, norm ratio and mean share of one matrix (n, d)."""
+    rows = reference_rows(z.double(), mask, "linear", False)
+    rows = rows[(rows != 0).any(-1)]
+    norms = rows.norm(dim=-1).tolist()
+    linear, cosine = (float(reference_entropy(rows, 2.0, kernel=k, center=c)) for k, c in PLAIN_AND_CENTERED)
+    return [
+        linear,
+        cosine,
+        max(norms) / statistics.median(norms),
+        float(rows.mean(0).norm() ** 2 / rows.square().sum(-1).mean()),
+    ]
+
+
+PLAIN_AND_CENTERED = (("linear", False), ("cosine", True))
 
 
 def _entropy_of_eigenvalues(p: Tensor, alpha: float) -> Tensor:
@@ -51,11 +88,22 @@ def reference_windows(
 
 
 def reference_layer_entropy(
-    h: Tensor, alpha: float = 2.0, window: int | None = 8, mask: Tensor | None = None, normalize: bool = False
+    h: Tensor,
+    alpha: float = 2.0,
+    window: int | None = 8,
+    mask: Tensor | None = None,
+    normalize: bool = False,
+    kernel: str = "cosine",
+    center: bool = True,
 ) -> Tensor:
-    """Mean entropy over the windows of one hidden tensor."""
-    values = [reference_entropy(z, alpha, live, normalize) for z, live in reference_windows(h, window, mask)]
-    return torch.stack(values).mean()
+    """Mean entropy over the windows of one hidden tensor that have a row that counts."""
+    plain = kernel == "linear" and not center
+    values = [
+        reference_entropy(z, alpha, live, normalize, kernel, center)
+        for z, live in reference_windows(h, window, mask)
+        if plain or len(reference_rows(z, live, "cosine", False))
+    ]
+    return torch.stack(values).mean() if values else h.sum() * 0
 
 
 def reference_objective(
@@ -67,9 +115,11 @@ def reference_objective(
     mask: Tensor | None = None,
     normalize: bool = False,
     reduce: Callable[[list[Tensor]], Tensor] | None = None,
+    kernel: str = "cosine",
+    center: bool = True,
 ) -> Tensor:
     """loss + weight * the mean entropy over layers, or what ``reduce`` makes of them."""
-    entropies = [reference_layer_entropy(h, alpha, window, mask, normalize) for h in activations]
+    entropies = [reference_layer_entropy(h, alpha, window, mask, normalize, kernel, center) for h in activations]
     total = sum(entropies, torch.zeros(())) / len(entropies) if reduce is None else reduce(entropies)
     return loss + weight * total
 

@@ -49,7 +49,7 @@ class GAPTCallback(TrainerCallback):
         """Replace what carries the loss and the logs."""
         self._restore()  # a run that raised, or that starts again with a smaller batch, never ended
         optimizer = self._find()
-        optimizer._abandon_step()
+        optimizer.discard_step()
         self._replaced = [
             Replacement(self.trainer.accelerator, "backward", lambda backward: self._backward(optimizer, backward)),
             Replacement(self.trainer, "log", lambda log: self._log(optimizer, log)),
@@ -63,7 +63,7 @@ class GAPTCallback(TrainerCallback):
         """An overflow skips the optimizer; what was recorded for that step must not reach the next."""
         optimizer = unwrapped(self.trainer.optimizer)
         if self._replaced and optimizer is not None and self.trainer.accelerator.optimizer_step_was_skipped:
-            optimizer._abandon_step()
+            optimizer.discard_step()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the held-out loss to the gate."""
@@ -125,14 +125,11 @@ class GAPTCallback(TrainerCallback):
         @wraps(backward)
         def joined(loss: Tensor, **kwargs: Any) -> None:
             # The losses of the micro-batches sum to the mean over the whole batch: each arrives as its share.
-            n = self.trainer.current_gradient_accumulation_steps
-            mean = loss.detach() * n
-            entropy = optimizer.objective(mean) - mean
-            total = loss + entropy / n if entropy.requires_grad else loss
-            if optimizer._measures:
-                optimizer._differentiate(total, loss * n, 1 / n)
+            share = 1 / self.trainer.current_gradient_accumulation_steps
+            if optimizer.config.alignment.parameter_every:  # measured in a backward pass of the optimizer's own
+                optimizer.backward(loss, scaled_by=share)
             else:
-                backward(total, **kwargs)
+                backward(optimizer.objective(loss, scaled_by=share), **kwargs)
 
         return joined
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gapt_optim import GAPTConfig, GateConfig, ObjectiveConfig
-from gapt_optim.distributed import (
+from gapt_optim._step.progress import flat_state
+from gapt_optim._step.ranks import (
     AGREEMENT_COLUMNS,
     agreement_columns,
     difference_between,
@@ -22,7 +23,6 @@ from gapt_optim.distributed import (
     ranks_agree,
     refuse_different_ranks,
 )
-from gapt_optim.progress import flat_state
 from tests.distributed.ranks import Ranks
 from tests.loops import make_net, run, wrap
 
@@ -75,7 +75,7 @@ def states(of_ranks: list[dict[str, Any]]) -> str:
     here = of_ranks[dist.get_rank()]
     model = make_net()
     optimizer = wrap(model, config=GAPTConfig(**here.get("config", {})))
-    with mock.patch("gapt_optim.distributed.group_of", return_value=None):
+    with mock.patch("gapt_optim._step.ranks.group_of", return_value=None):
         for _ in range(here.get("steps", 0)):
             run(model, optimizer, range(1))
     try:

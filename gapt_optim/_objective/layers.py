@@ -8,7 +8,7 @@ whole profile (`largest_drop`, `rises`, `bottleneck`, `valley`) take no shares, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ Schedule = Callable[[int, int, int], list[float]]
 Reduction = Callable[[Tensor, Tensor], Tensor]
 
 
-def counted(n: int, skip_first: int, skip_last: int) -> list[bool]:
-    """Which of n tapped layers count. Skipping applies only where it leaves a layer."""
-    if n <= skip_first + skip_last:
-        return [True] * n
-    return [skip_first <= i < n - skip_last for i in range(n)]
+def counted_layers(names: Sequence[str], skip_first: int, skip_last: int) -> list[str]:
+    """Which of the tapped layers count. Skipping applies only where it leaves a layer."""
+    n = len(names)
+    return list(names) if n <= skip_first + skip_last else list(names[skip_first : n - skip_last])
 
 
 def schedule_shares(name: str, n: int, step: int, period: int) -> list[float]:

@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .alignment import Alignment, dot, parameter_alignment, stacked
-from .distributed import HostCopy, mean_over_ranks, refuse_sharded
-from .hooks import nodes_behind
+from .._capture import nodes_behind
+from .._plan import StepPlan
+from ..alignment import Alignment, dot, parameter_alignment, refuse_sharded, stacked
+from .ranks import HostCopy, mean_over_ranks
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a measured step has to know."""
+class Comparison:
+    """What is compared in a measured step."""
 
     parameters: dict[str, Tensor]
     """Trainable parameters, by name."""
@@ -36,6 +37,20 @@ class Plan:
     project: bool
     group: dist.ProcessGroup | None
 
+    @classmethod
+    def of(cls, plan: StepPlan, model: nn.Module | None, groups: list[dict[str, Any]]) -> Comparison:
+        """For the step that ``plan`` describes, of ``model`` and an optimizer's parameter groups."""
+        config = plan.config
+        return cls(
+            parameters=named_parameters(model, groups),
+            layers=list(plan.layers),
+            weight=config.objective.weight if plan.compressing else 0.0,
+            separable=config.plain_objective or not plan.compressing,
+            streaming=config.alignment.parameter_streaming,
+            project=config.alignment.project_parameters and plan.compressing,
+            group=plan.group,
+        )
+
 
 class ParameterMeasurement:
     """One measured step: its micro-batches' backward passes, then the alignment.
@@ -48,10 +63,10 @@ class ParameterMeasurement:
         RuntimeError: parameters are sharded, the model is compiled with donated buffers, or streaming is not possible.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        refuse_unmeasurable(plan)  # parameters may have been sharded or hooked since the last measurement
-        self.plan = plan
-        self._parameters = list(plan.parameters.values())
+    def __init__(self, compared: Comparison) -> None:
+        refuse_unmeasurable(compared)  # parameters may have been sharded or hooked since the last measurement
+        self.compared = compared
+        self._parameters = list(compared.parameters.values())
         n = len(self._parameters)
         self._entropy: list[Tensor | None] = [None] * n
         self._loss: list[Tensor | None] = [None] * n
@@ -66,29 +81,29 @@ class ParameterMeasurement:
 
     def backward(self, total: Tensor, loss: Tensor, entropy: Tensor) -> None:
         """Differentiate ``total`` into ``.grad``, and measure ``loss`` against ``entropy``, all scaled alike."""
-        if self.plan.streaming:
+        if self.compared.streaming:
             self._stream(total, loss, entropy)
             return
         self._add_gradient(entropy, self._entropy)
-        if not self.plan.separable:
+        if not self.compared.separable:
             self._add_gradient(loss, self._loss)
         self._note_parameters_of(loss)
         total.backward()  # type: ignore[no-untyped-call]
         self._average_over_ranks()
         statistics = self._compare([self._row(i) for i in range(len(self._parameters))])
-        if self.plan.project:
+        if self.compared.project:
             self._project(statistics)
 
     def finish(self) -> Callable[[], Alignment] | None:
         """A reader of the alignment, None if no backward was measured."""
-        statistics, reached, plan = self._statistics, self._reached, self.plan
+        statistics, reached, compared = self._statistics, self._reached, self.compared
         if statistics is None:
             return None
 
         def read() -> Alignment:
             values = statistics.read()
             rows = [values[i : i + 3] for i in range(0, len(values), 3)]
-            return parameter_alignment(list(plan.parameters), reached, rows, plan.layers)
+            return parameter_alignment(list(compared.parameters), reached, rows, compared.layers)
 
         return read
 
@@ -128,7 +143,7 @@ class ParameterMeasurement:
 
     def _average_over_ranks(self) -> None:
         """In place. A mean that is averaged again stays what it is, so later micro-batches add to it."""
-        group = self.plan.group
+        group = self.compared.group
         if group is None:
             return
         # A parameter may be out of reach on some of the ranks.
@@ -144,13 +159,15 @@ class ParameterMeasurement:
 
     def _own(self, i: int) -> Tensor | None:
         """The loss's part of what the backward left in ``.grad``."""
-        return self._loss[i] if not self.plan.separable else self._without(self._parameters[i].grad, self._entropy[i])
+        return (
+            self._loss[i] if not self.compared.separable else self._without(self._parameters[i].grad, self._entropy[i])
+        )
 
     def _without(self, gradient: Tensor | None, entropy: Tensor | None) -> Tensor | None:
-        if gradient is None or entropy is None or self.plan.weight == 0:
+        if gradient is None or entropy is None or self.compared.weight == 0:
             return gradient
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        return torch.sub(gradient.to_dense().to(dtype), entropy.to_dense(), alpha=self.plan.weight)
+        return torch.sub(gradient.to_dense().to(dtype), entropy.to_dense(), alpha=self.compared.weight)
 
     def _row(self, i: int) -> tuple[bool, bool, Tensor | None]:
         own, entropy = self._own(i) if self._behind_loss[i] else None, self._entropy[i]
@@ -166,13 +183,13 @@ class ParameterMeasurement:
     def _project(self, statistics: Tensor) -> None:
         """Remove from ``.grad`` the part of the entropy gradient that points against the loss gradient."""
         gd, gg, _ = statistics.sum(0).unbind()
-        removed = -torch.where(gg > 0, self.plan.weight * gd / gg, 0).clamp(max=0)
+        removed = -torch.where(gg > 0, self.compared.weight * gd / gg, 0).clamp(max=0)
         for i, parameter in enumerate(self._parameters):
             own, entropy = self._own(i) if self._behind_loss[i] else None, self._entropy[i]
-            if parameter.grad is None or own is None or entropy is None or self.plan.weight == 0:
+            if parameter.grad is None or own is None or entropy is None or self.compared.weight == 0:
                 continue
             # Kept in step with .grad, so that the next micro-batch tells the two parts apart.
-            self._entropy[i] = entropy + (own * (removed / self.plan.weight).to(own)).to(entropy.dtype)
+            self._entropy[i] = entropy + (own * (removed / self.compared.weight).to(own)).to(entropy.dtype)
             parameter.grad.add_(own.mul_(removed.to(own)))
 
     def _stream(self, total: Tensor, loss: Tensor, entropy: Tensor) -> None:
@@ -193,15 +210,15 @@ class ParameterMeasurement:
         self._compare(rows)
 
 
-def refuse_unmeasurable(plan: Plan) -> None:
+def refuse_unmeasurable(compared: Comparison) -> None:
     """Raises RuntimeError where the gradients that a measurement compares do not exist, with advice."""
     refuse_sharded(
-        plan.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
+        compared.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
     )
-    if not plan.streaming:
+    if not compared.streaming:
         return
-    busy = [name for name, p in plan.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
-    if busy or plan.group is not None:
+    busy = [name for name, p in compared.parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if busy or compared.group is not None:
         what = f'parameter "{busy[0]}" has a post-accumulate hook' if busy else "several ranks average them"
         raise RuntimeError(
             "parameter_streaming=True compares with the gradients in .grad while the entropy is "

@@ -116,17 +116,6 @@ def _digest(described: Mapping[str, str]) -> list[int]:
     return [int.from_bytes(sha[i : i + 8], "big") >> 2 for i in range(0, 32, 8)]
 
 
-def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
-    """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
-    for name, parameter in parameters.items():
-        fully_sharded = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
-        if type(parameter).__name__ == "DTensor" or fully_sharded:
-            raise RuntimeError(
-                f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
-                f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
-            )
-
-
 class HostCopy:
     """A copy to host memory that starts now and is waited for when it is read."""
 

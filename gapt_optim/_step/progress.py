@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ._torch.wrapper import START_FRESH, STATE_KEY
-from .config import EntropyConfig, GAPTConfig, GateConfig
-from .gate import Phase, PhaseGate
+from .._torch.wrapper import START_FRESH, STATE_KEY
+from ..config import EntropyConfig, GAPTConfig, GateConfig
+from ..gate import Phase, PhaseGate
 
 _UNJUDGED_STEPS = 2000
 
@@ -113,6 +113,7 @@ class _SavedGate(_Saved):
     best: float | None
     training_loss: float | None
     entry_loss: float | None
+    entry_entropy: float | None = None
     stale_memorization: _Count
     stale_compression: _Count
     lowest_loss: float | None

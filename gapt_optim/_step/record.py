@@ -10,16 +10,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import HostCopy, mean_over_ranks
-from .tap import PROBE_SIZE
+from .._capture import PROBE_SIZE
+from .._objective import Objective
+from ..metrics import Measures
+from .ranks import HostCopy, mean_over_ranks
+
+_SCALARS = 2
+"""Numbers of a step before those of its layers: loss and penalty."""
+_PER_LAYER = 5
+"""Numbers of a layer: its entropy and four measures."""
 
 
 class Reading(NamedTuple):
     """One step's numbers on the host, averaged over micro-batches and ranks."""
 
     loss: float
+    penalty: float
+    """What compression added to the loss; 0 in memorization."""
     entropies: dict[str, float]
     """Per layer that ran."""
+    measures: dict[str, Measures]
+    """Per layer that ran, what can hide in its entropy."""
     validation: float
     """nan where none was recorded."""
     statistics: list[list[float]]
@@ -35,8 +46,8 @@ class StepRecord:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        self.sums: Tensor | None = None  # the loss, then one entropy per layer
-        self.counts: list[int] = []
+        self.sums: Tensor | None = None  # the loss, the penalty, then one entropy and its measures per layer
+        self.counts: list[int] = []  # micro-batches, then those in which each layer ran
         self.host_sums: HostCopy | None = None
         self.clear()
 
@@ -44,15 +55,18 @@ class StepRecord:
         self.sums = self.host_sums = None
         self.counts = [0] * (1 + len(self.names))
 
-    def add(self, loss: Tensor, entropies: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-        """One micro-batch: its loss and the entropy of each layer that ran."""
-        loss = loss.detach().reshape(())
-        columns = [
-            loss,
-            *(entropies[name].detach() if name in entropies else loss.new_zeros(()) for name in self.names),
+    def add(self, loss: Tensor, objective: Objective, group: dist.ProcessGroup | None) -> None:
+        """One micro-batch: its loss and what its objective is made of."""
+        entropies, measures = objective.entropies, objective.measures
+        like = next(iter(entropies.values()))
+        nothing = like.new_zeros(_PER_LAYER)
+        scalars = [loss.detach(), like.new_zeros(()) if objective.penalty is None else objective.penalty.detach()]
+        layers = [
+            part.to(like.dtype)
+            for name in self.names
+            for part in ((entropies[name].reshape(1), measures[name]) if name in entropies else (nothing,))
         ]
-        dtype = next(iter(entropies.values())).dtype
-        row = torch.stack([column.to(dtype) for column in columns])
+        row = torch.cat([*(scalar.reshape(1).to(like.dtype) for scalar in scalars), *layers])
         self.sums = row if self.sums is None else self.sums + row
         here = [1, *(int(name in entropies) for name in self.names)]
         self.counts = [a + b for a, b in zip(self.counts, here, strict=True)]
@@ -74,7 +88,8 @@ class StepRecord:
         counts, names = self.counts, self.names
         parts = [self.sums] if group is not None or self.host_sums is None else []
         if group is not None:
-            parts = [self.sums / torch.tensor([max(count, 1) for count in counts]).to(self.sums, non_blocking=True)]
+            divisors = torch.tensor(_per_column([max(count, 1) for count in counts]))
+            parts = [self.sums / divisors.to(self.sums, non_blocking=True)]
             # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
             has_validation = math.isfinite(validation)
             both = [
@@ -94,16 +109,31 @@ class StepRecord:
             values = (host_sums.read() if host_sums is not None else []) + (
                 device_values.read() if device_values is not None else []
             )
-            size, divisors, held_out = len(counts), [float(count) for count in counts], validation
-            rest = values[size:]
+            divisors, held_out = [float(count) for count in counts], validation
+            size = len(_per_column(counts))
+            sums, rest = values[:size], values[size:]
             if group is not None:
-                total, ranks, rest, divisors = *rest[size : size + 2], rest[size + 2 :], rest[:size]
+                n = len(counts)
+                total, ranks, rest, divisors = *rest[n : n + 2], rest[n + 2 :], rest[:n]
                 held_out = total / ranks if ranks > 0 else math.nan
             rows = [rest[i : i + PROBE_SIZE] for i in range(0, len(rest), PROBE_SIZE)]
-            entropies = {name: values[i] / divisors[i] for i, name in enumerate(names, 1) if divisors[i] > 0}
-            return Reading(values[0] / divisors[0], entropies, held_out, rows)
+            loss, penalty = (value / divisors[0] for value in sums[:_SCALARS])
+            layers = {
+                name: [value / ran for value in sums[_SCALARS + i * _PER_LAYER :][:_PER_LAYER]]
+                for i, (name, ran) in enumerate(zip(names, divisors[1:], strict=True))
+                if ran > 0
+            }
+            entropies = {name: values[0] for name, values in layers.items()}
+            measures = {name: Measures(*values[1:]) for name, values in layers.items()}
+            return Reading(loss, penalty, entropies, measures, held_out, rows)
 
         return read
+
+
+def _per_column(counts: list[int]) -> list[int]:
+    """The count that each column of the sums has: the first for the scalars, then one per layer."""
+    first, *layers = counts
+    return [first] * _SCALARS + [count for count in layers for _ in range(_PER_LAYER)]
 
 
 def mean_or_nan(values: list[float]) -> float:
