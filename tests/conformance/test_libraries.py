@@ -23,6 +23,7 @@ WAYS = ways()
 
 
 def test_the_catalogue_names_what_there_is() -> None:
+    assert WAYS.keys() >= QUICK
     assert found().keys() >= NOT_STEPPED.keys() | SPECIAL.keys()
     assert len(WAYS) >= 160
 
@@ -88,12 +89,30 @@ def as_bare(name: str, paired: bool) -> None:
     assert exact == (name not in RESUME_TO_OTHER_WEIGHTS)
 
 
-@pytest.mark.parametrize("name", WAYS)
+QUICK = {
+    *(name for name in WAYS if name.startswith(("torch.optim", "schedulefree")) and "LBFGS" not in name),
+    "torchao.optim.AdamW8bit",
+    # Those that keep something besides the state of parameters, or are stepped in a way of their own.
+    *(
+        f"pytorch_optimizer.{name}"
+        for name in (
+            *("AdaHessian", "AliG", "EmoNavi", "GSAM", "Lookahead", "LookSAM", "MADGRAD", "Magma", "Muon", "PCGrad"),
+            *("Prodigy", "Ranger21", "SAM", "SOAP", "SPAM", "ScheduleFreeWrapper", "StableSPAM", "TRAC", "WSAM"),
+        )
+    ),
+}
+
+
+def _marked(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", _marked(list(WAYS)))
 def test_alone(name: str) -> None:
     as_bare(name, paired=False)
 
 
-@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if not way.alone_only])
+@pytest.mark.parametrize("name", _marked([name for name, way in WAYS.items() if not way.alone_only]))
 def test_paired_with_adamw(name: str) -> None:
     as_bare(name, paired=True)
 
