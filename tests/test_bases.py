@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
-from gapt_optim.bases import Bases
+from gapt_optim._torch.bases import Bases
 
 from .loops import adamw, assert_same, loss_of, make_net, matrices_and_rest, run, sgd, wrap
 

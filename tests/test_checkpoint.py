@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +163,20 @@ def test_ours_loads_into_a_bare_optimizer() -> None:
 # What does not fit
 
 
+BASIC = GAPTConfig()
+
+
 def another(name: str) -> tuple[nn.Module, GAPTOptimizer]:
     model = make_net(seed=2)
     layers = "layers.1" if name == "layers" else "layers.*"
     config = {
-        "layers": GAPTConfig(),
-        "gate.smoothing": GAPTConfig(gate=GateConfig(smoothing=0.5)),
-        "entropy.alpha": GAPTConfig(entropy=EntropyConfig(alpha=float("inf"))),
-        "objective.weight": GAPTConfig(objective=ObjectiveConfig(weight=0.1)),
-        "layers.schedule": GAPTConfig(layers=LayerConfig(schedule="slope")),
-        "alignment.parameter_every": GAPTConfig(alignment=AlignmentConfig(parameter_every=7)),
+        "layers": BASIC,
+        "entropy.alpha": BASIC.model_copy(update={"entropy": EntropyConfig(alpha=float("inf"))}),
+        "entropy.window": BASIC.model_copy(update={"entropy": EntropyConfig(window=4)}),
+        "entropy.normalize": BASIC.model_copy(update={"entropy": EntropyConfig(normalize=True)}),
+        "layers.skip_first": BASIC.model_copy(update={"layers": LayerConfig(skip_first=1)}),
+        "gate.rule": BASIC.model_copy(update={"gate": GateConfig(rule="published")}),
+        "gate.signal": BASIC.model_copy(update={"gate": GateConfig(signal="validation")}),
     }[name]
     return model, GAPTOptimizer(adamw(model), RepresentationHook(model, layers), config)
 
@@ -180,11 +185,12 @@ def another(name: str) -> tuple[nn.Module, GAPTOptimizer]:
     ("difference", "message"),
     [
         ("layers", r"layers \['layers\.0'.*this hook has \['layers\.1'\]"),
-        ("gate.smoothing", r"gate\.smoothing=0\.9, found 0\.5"),
         ("entropy.alpha", r"entropy\.alpha=2\.0, found inf"),
-        ("objective.weight", r"objective\.weight=1\.0, found 0\.1"),
-        ("layers.schedule", r"layers\.schedule='all', found 'slope'"),
-        ("alignment.parameter_every", r"alignment\.parameter_every=0, found 7"),
+        ("entropy.window", r"entropy\.window=8, found 4"),
+        ("entropy.normalize", r"entropy\.normalize=False, found True"),
+        ("layers.skip_first", r"layers\.skip_first=0, found 1"),
+        ("gate.rule", r"gate\.rule='smoothed', found 'published'"),
+        ("gate.signal", r"gate\.signal='train', found 'validation'"),
     ],
 )
 def test_state_of_another_run_is_refused_and_nothing_changes(difference: str, message: str) -> None:
@@ -205,6 +211,171 @@ def test_state_of_another_run_is_refused_and_nothing_changes(difference: str, me
     saved["param_groups"][0].pop("gapt")
     with pytest.warns(UserWarning, match="fresh"):
         other.load_state_dict(saved)
+
+
+OTHER_SETTINGS = GAPTConfig(
+    gate=GateConfig(smoothing=0.5, patience_memorization=3),
+    objective=ObjectiveConfig(weight=0.123, max_nonfinite=99),
+    layers=LayerConfig(schedule="slope"),
+    alignment=AlignmentConfig(activation=False),
+)
+
+
+def test_other_settings_go_on_and_are_said() -> None:
+    """As ``FloatingPointError`` advises: raise max_nonfinite."""
+    model = make_net()
+    optimizer = wrap(model)
+    run(model, optimizer, range(4))
+    saved = optimizer.state_dict()
+    other_model = make_net(seed=2)
+    other = wrap(other_model, config=OTHER_SETTINGS)
+    before = copy.deepcopy(other.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="other settings"):
+            other.load_state_dict(saved)
+    assert_same(other.state_dict(), before)  # where warnings are errors nothing is changed
+
+    with pytest.warns(UserWarning, match="other settings") as warned:
+        other.load_state_dict(saved)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    said = str(warned[0].message)
+    old, new = BASIC.model_dump(), OTHER_SETTINGS.model_dump()
+    for section, values in new.items():
+        for name, value in values.items():
+            line = f"{section}.{name}: {old[section][name]!r} -> {value!r}"
+            assert (line in said) == (old[section][name] != value)
+    metrics = run(other_model, other, range(4, 6))[-1]
+    assert metrics is not None
+    assert metrics["step"] == 6
+
+
+def test_a_state_without_a_kernel_is_of_the_linear_one() -> None:
+    """It was written before there was another."""
+    kernels = {"kernel", "center"} & EntropyConfig.model_fields.keys()
+    linear = EntropyConfig(
+        **{name: value for name, value in (("kernel", "linear"), ("center", False)) if name in kernels}
+    )
+    for entropy, fits in ((linear, True), (EntropyConfig(), EntropyConfig() == linear)):
+        model = make_net()
+        optimizer = wrap(model, config=GAPTConfig(entropy=entropy))
+        saved = optimizer.state_dict()
+        own = json.loads(saved["param_groups"][0]["gapt"])
+        for name in kernels:
+            del own["config"]["entropy"][name]
+        saved["param_groups"][0]["gapt"] = json.dumps(own)
+        if fits:
+            optimizer.load_state_dict(saved)
+        else:
+            with pytest.raises(ValueError, match=r"entropy\.kernel='linear'"):
+                optimizer.load_state_dict(saved)
+
+
+def test_a_frozen_gate_refuses_the_other_phase() -> None:
+    model = make_net()
+    optimizer = wrap(model, config=GAPTConfig(gate=GateConfig(initial_phase="compression")))
+    run(model, optimizer, range(2))
+    frozen = wrap(make_net(), config=GAPTConfig(gate=GateConfig(frozen=True)))
+    with pytest.raises(ValueError, match=r"gapt\.gate\.phase is 'compression'.*initial_phase='memorization'"):
+        frozen.load_state_dict(optimizer.state_dict())
+
+
+def test_layers_of_a_parallel_model_are_the_same_layers() -> None:
+    """DistributedDataParallel and torch.compile put something before the names."""
+    model = make_net()
+    optimizer = wrap(model)
+    run(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    text = saved["param_groups"][0]["gapt"].replace('"layers.', '"module._orig_mod.layers.')
+    assert text != saved["param_groups"][0]["gapt"]
+    saved["param_groups"][0]["gapt"] = text
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+HOSTILE: list[tuple[str, Any, str]] = [
+    ("gate.phase", "banana", "compression"),
+    ("gate.switches", -1, "greater than or equal to 0"),
+    ("gate.switches", 99, "steps"),
+    ("gate.loss", float("nan"), "finite"),
+    ("gate.best", "low", "number"),
+    ("gate.entry_loss", float("inf"), "finite"),
+    ("gate", None, "dictionary"),
+    ("steps", "abc", "integer"),
+    ("steps", 3.0, "integer"),
+    ("steps", True, "integer"),
+    ("steps", 2**63, "less"),
+    ("compression_steps", 99, "steps"),
+    ("nonfinite_steps", 99, "steps"),
+    ("nonfinite_run", 1, "nonfinite_steps"),
+    ("unjudged_loss", 1.0, "unjudged_steps"),
+    ("unjudged_validation", [float("nan")], "finite"),
+    ("unjudged_validation", 3, "list"),
+    ("layers", None, "list"),
+    ("ran", None, "list"),
+    ("ran", ["layers.9"], "some of the layers"),
+    ("ran", ["layers.0", "layers.0"], "once"),
+    ("config", [], "dictionary"),
+    ("config.objective.weight", "0.1", "number"),
+    ("config.objective.weight", -1.0, "greater"),
+    ("config.objective.wait", 1, "not permitted"),
+    ("config.gate.rule", "mine", "smoothed"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "why"), HOSTILE, ids=[f"{path}={value!r}" for path, value, _ in HOSTILE])
+@pytest.mark.parametrize("base", [adamw, matrices_and_rest])
+def test_a_damaged_field_is_named(base: Any, path: str, value: Any, why: str) -> None:
+    model = make_net()
+    optimizer = wrap(model, base, CONFIGS["smoothed"])
+    run(model, optimizer, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(4, 6))
+    before = copy.deepcopy(optimizer.state_dict())
+    own = json.loads(saved["param_groups"][0]["gapt"])
+    *above, last = path.split(".")
+    holder = own
+    for name in above:
+        holder = holder[name]
+    holder[last] = value
+    saved["param_groups"][0]["gapt"] = json.dumps(own)
+    with pytest.raises(ValueError, match=rf"gapt\.{path}.*{why}.*start the gate fresh") as refused:
+        optimizer.load_state_dict(saved)
+    assert repr(value).strip("[]") in str(refused.value)
+    assert_same(optimizer.state_dict(), before)
+
+
+class FailsHalfway(torch.optim.SGD):
+    """Loads in place, and breaks where its state says so."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = copy.deepcopy(state_dict)
+        for i, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            self.state[parameter]["momentum_buffer"].copy_(state_dict["state"][i]["momentum_buffer"])
+            self.param_groups[0]["lr"] = 77.0
+            if i == 1:
+                raise OverflowError("halfway")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_base_that_fails_to_load_is_put_back(several: bool) -> None:
+    def bases(model: nn.Module) -> Any:
+        rest = [*model.embedding.parameters(), *model.head.parameters()]
+        failing = FailsHalfway(model.layers.parameters() if several else model.parameters(), lr=0.1, momentum=0.9)
+        return [torch.optim.AdamW(rest, lr=0.01), failing] if several else failing
+
+    model = make_net()
+    optimizer = wrap(model, bases, CONFIGS["smoothed"])
+    run(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(3, 5))
+    before, moments = copy.deepcopy(optimizer.state_dict()), dict(optimizer.state)
+    with pytest.raises(ValueError, match=r"FailsHalfway.*OverflowError: halfway.*nothing was changed"):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+    assert all(optimizer.state[p] is state for p, state in moments.items())
 
 
 @pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing", "json", "type"])

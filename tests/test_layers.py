@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gapt_optim.layers import REDUCTIONS, SCHEDULES, counted, reduction_coefficients, schedule_shares
+from gapt_optim._objective.layers import REDUCTIONS, SCHEDULES, counted, reduction_coefficients, schedule_shares
 from tests.reference import REFERENCE_REDUCTIONS, REFERENCE_SHARES
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gapt_optim.record import Reading, StepRecord, mean_or_nan
+from gapt_optim._step.record import Reading, StepRecord, mean_or_nan
 
 
 def entropies(**values: float) -> dict[str, torch.Tensor]:

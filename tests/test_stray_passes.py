@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
-from gapt_optim.hooks import MOST_WAITING
+from gapt_optim._capture.store import MOST_WAITING
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
 

@@ -16,10 +16,24 @@ from .common import Replacement, unwrapped
 class GAPTCallback(TrainerCallback):
     """Joins a :class:`GAPTOptimizer` to a ``transformers.Trainer`` or a subclass of it.
 
-        optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), hook)
-        trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, scheduler))
-        trainer.add_callback(GAPTCallback(trainer))
-        trainer.train()
+    >>> import torch
+    >>> from gapt_optim import RepresentationHook
+    >>> from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=2, n_head=1))
+    >>> hook = RepresentationHook(model, "transformer.h.*")
+    >>> optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), hook)
+    >>> row = torch.arange(16)
+    >>> trainer = Trainer(
+    ...     model,
+    ...     TrainingArguments("out", max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True),
+    ...     train_dataset=[{"input_ids": row, "labels": row}] * 8,
+    ...     optimizers=(optimizer, None),
+    ... )
+    >>> trainer.add_callback(GAPTCallback(trainer))
+    >>> trained = trainer.train()
+    {...}
+    >>> optimizer.metrics.step
+    1
 
     The gate judges the loss that the Trainer trains on, as a mean over the whole accumulated batch: cross-entropy
     per token, whatever the number of tokens in a micro-batch. A gate with ``signal="validation"`` judges ``metric``
@@ -49,7 +63,7 @@ class GAPTCallback(TrainerCallback):
         """Replace what carries the loss and the logs."""
         self._restore()  # a run that raised, or that starts again with a smaller batch, never ended
         optimizer = self._find()
-        optimizer._abandon_step()
+        optimizer.discard_step()
         self._replaced = [
             Replacement(self.trainer.accelerator, "backward", lambda backward: self._backward(optimizer, backward)),
             Replacement(self.trainer, "log", lambda log: self._log(optimizer, log)),
@@ -63,7 +77,7 @@ class GAPTCallback(TrainerCallback):
         """An overflow skips the optimizer; what was recorded for that step must not reach the next."""
         optimizer = unwrapped(self.trainer.optimizer)
         if self._replaced and optimizer is not None and self.trainer.accelerator.optimizer_step_was_skipped:
-            optimizer._abandon_step()
+            optimizer.discard_step()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the held-out loss to the gate."""
@@ -125,14 +139,11 @@ class GAPTCallback(TrainerCallback):
         @wraps(backward)
         def joined(loss: Tensor, **kwargs: Any) -> None:
             # The losses of the micro-batches sum to the mean over the whole batch: each arrives as its share.
-            n = self.trainer.current_gradient_accumulation_steps
-            mean = loss.detach() * n
-            entropy = optimizer.objective(mean) - mean
-            total = loss + entropy / n if entropy.requires_grad else loss
-            if optimizer._measures:
-                optimizer._differentiate(total, loss * n, 1 / n)
+            share = 1 / self.trainer.current_gradient_accumulation_steps
+            if optimizer.config.alignment.parameter_every:  # measured in a backward pass of the optimizer's own
+                optimizer.backward(loss, scaled_by=share)
             else:
-                backward(total, **kwargs)
+                backward(optimizer.objective(loss, scaled_by=share), **kwargs)
 
         return joined
 

@@ -1,33 +1,92 @@
-"""Runs on disk, and what is made of them."""
+"""Look at a model's layers, at a run while it trains, and at a page of it afterwards.
 
-from .run_folder import RunFolder, RunFolderError, UserError
-from .scripts import (
-    StoppedError,
-    config_of,
-    on_first_rank,
-    open_run,
-    pick_device,
-    problem_within,
-    read_flags,
-    run_script,
-    stopping,
-)
-from .summary import conclude, figures, summary
+Nothing here is imported before it is used: each name brings what it needs (matplotlib for pictures, plotly for
+pages, rich for tables).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CommandError
+    from .history import RunHistory, compression_spans, read_metrics, read_run, sign_changes
+    from .pictures import draw_alignment, draw_entropy_map, draw_training
+    from .run_folder import RunFolder, RunFolderError
+    from .scripts import (
+        StoppedError,
+        config_of,
+        on_first_rank,
+        open_run,
+        pick_device,
+        problem_within,
+        read_flags,
+        run_script,
+        stopping,
+    )
+    from .summary import conclude, figures, summary
+
+_HOMES = {
+    "CommandError": "errors",
+    "RunFolder": "run_folder",
+    "RunFolderError": "run_folder",
+    "RunHistory": "history",
+    "StoppedError": "scripts",
+    "compression_spans": "history",
+    "conclude": "summary",
+    "config_of": "scripts",
+    "draw_alignment": "pictures",
+    "draw_entropy_map": "pictures",
+    "draw_training": "pictures",
+    "figures": "summary",
+    "on_first_rank": "scripts",
+    "open_run": "scripts",
+    "pick_device": "scripts",
+    "problem_within": "scripts",
+    "read_flags": "scripts",
+    "read_metrics": "history",
+    "read_run": "history",
+    "run_script": "scripts",
+    "sign_changes": "history",
+    "stopping": "scripts",
+    "summary": "summary",
+}
 
 __all__ = [
+    "CommandError",
     "RunFolder",
     "RunFolderError",
+    "RunHistory",
     "StoppedError",
-    "UserError",
+    "compression_spans",
     "conclude",
     "config_of",
+    "draw_alignment",
+    "draw_entropy_map",
+    "draw_training",
     "figures",
     "on_first_rank",
     "open_run",
     "pick_device",
     "problem_within",
     "read_flags",
+    "read_metrics",
+    "read_run",
     "run_script",
+    "sign_changes",
     "stopping",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .._version import __version__
+from .errors import CommandError
 
 MARKER, SETTINGS, RESULTS = "run.json", "settings.json", "results.json"
 METRICS, VALIDATION, CHECKPOINT = "metrics.jsonl", "validation.jsonl", "checkpoint/latest.json"
@@ -27,11 +28,7 @@ _SHARD = re.compile(r"__\d+_\d+\.distcp|\.metadata|\.metadata\.tmp")  # what tor
 _ANEW = "start the run anew with --overwrite, or in another folder"
 
 
-class UserError(Exception):
-    """Says in one line what was found and what to change. Scripts print it and end with code 2."""
-
-
-class RunFolderError(UserError):
+class RunFolderError(CommandError):
     """Says in one line what is wrong with a run's folder, and what to do."""
 
 

@@ -19,7 +19,8 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from ..config import GAPTConfig, GateConfig
-from .run_folder import SETTINGS, RunFolder, UserError
+from .errors import CommandError
+from .run_folder import SETTINGS, RunFolder
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Any)
@@ -36,7 +37,7 @@ def read_flags(kind: type[T], argv: Sequence[str], default: T | None = None, pre
     ``prefix`` is put before the names of flags in errors.
 
     Raises:
-        UserError: a value is impossible. `tyro` explains it in a box of many lines, of which the message is kept.
+        CommandError: a value is impossible. `tyro` explains it in a box of many lines, of which the message is kept.
         SystemExit: after ``--help``.
     """
     import tyro
@@ -57,7 +58,7 @@ def read_flags(kind: type[T], argv: Sequence[str], default: T | None = None, pre
         named = functools.partial(_named, prefix)
         line = re.sub(r"^Error parsing ([\w.-]+): \d+ validation errors? for \w+ ([\w.]*) ", named, line)
         line = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", found \1", line)
-        raise UserError(line) from None
+        raise CommandError(line) from None
     return read
 
 
@@ -83,7 +84,7 @@ def open_run(
         gapt_default: the configuration of the method where no flag says otherwise.
 
     Raises:
-        UserError: a value is impossible, or the folder cannot be used.
+        CommandError: a value is impossible, or the folder cannot be used.
     """
     typed, _ = read_flags(kind, argv)
     resume = getattr(typed, "resume", False)
@@ -98,14 +99,14 @@ def open_run(
     default = GAPTConfig(**stored["gapt"]) if resume else gapt_default(config)
     gapt, unknown = read_flags(GAPTConfig, [flag.replace("--gapt.", "--") for flag in rest], default, "gapt.")
     if unknown:
-        raise UserError(f"{unknown[0]}: there is no such flag; see --help and --gapt.help")
+        raise CommandError(f"{unknown[0]}: there is no such flag; see --help and --gapt.help")
     return config, gapt, folder
 
 
 def config_of(method: str, gapt: GAPTConfig) -> GAPTConfig:
     """The configuration of one of the methods that are compared, so that one loop trains them all.
 
-    ``plain`` is a gate that never opens, which is training with the bare optimizer, bit for bit; ``penalty`` is one that
+    ``plain`` is a gate that never opens, so training with the bare optimizer, bit for bit; ``penalty`` is one that
     never closes, a constant weight on the entropy; ``published`` is the rule of arXiv 2505.08727; ``gapt`` is ``gapt``.
 
     Example:
@@ -132,7 +133,7 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     try:
         main()
         code, line = 0, ""
-    except (UserError, FloatingPointError) as error:
+    except (CommandError, FloatingPointError) as error:
         code, line = 2, f"error: {error}"
     except ModuleNotFoundError as error:
         code, line = 2, f'error: {error}; install what the examples use: pip install "gapt_optim[examples]"'
@@ -232,7 +233,7 @@ def pick_device(name: str = "auto") -> Any:
     """A ``torch.device`` that works here. ``auto`` takes the first GPU where there is one, or this rank's own.
 
     Raises:
-        UserError: it cannot be used.
+        CommandError: it cannot be used.
     """
     import torch
 
@@ -244,7 +245,7 @@ def pick_device(name: str = "auto") -> Any:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--device {name!r}: cannot be used here ({reason}); try --device cpu") from error
+        raise CommandError(f"--device {name!r}: cannot be used here ({reason}); try --device cpu") from error
     if device.type == "cpu":
         keep_freed_memory()
     return device

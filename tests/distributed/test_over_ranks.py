@@ -71,7 +71,7 @@ def counted_collectives() -> Iterator[list[tuple[int, int]]]:
         sizes.append((tensor.numel(), tensor.nbytes))
         return real(tensor, *args, **options)
 
-    with mock.patch("gapt_optim.distributed.dist.all_reduce", counting):
+    with mock.patch("gapt_optim._step.ranks.dist.all_reduce", counting):
         yield sizes
 
 

@@ -1,0 +1,53 @@
+"""Entropies read in evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import EntropyConfig
+from ..metrics import Measures
+
+
+class Measurement:
+    """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module.
+
+    >>> from gapt_optim import RepresentationHook
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> hook = RepresentationHook(model, "1")
+    >>> with torch.no_grad(), hook.measuring() as measured:
+    ...     _ = model(torch.randn(64, 4))
+    >>> list(measured.entropies), measured.measures["1"].norm_ratio >= 1
+    (['1'], True)
+    """
+
+    def __init__(self, config: EntropyConfig) -> None:
+        self.config = config
+        self._sums: dict[str, Tensor] = {}  # (5,): the entropy, then its measures
+        self._calls: dict[str, int] = {}
+
+    def add(self, name: str, entropy: Tensor, measures: Tensor) -> None:
+        row = torch.cat((entropy.reshape(1), measures.to(entropy.dtype)))
+        self._sums[name] = self._sums[name] + row if name in self._sums else row
+        self._calls[name] = self._calls.get(name, 0) + 1
+
+    @property
+    def entropies(self) -> dict[str, float]:
+        """Entropy per layer, in nats (or in [0, 1] with ``normalize``); waits for the device."""
+        return {name: float(total[0]) / self._calls[name] for name, total in self._sums.items()}
+
+    @property
+    def measures(self) -> dict[str, Measures]:
+        """What can hide in the entropy of each layer; waits for the device."""
+        return {
+            name: Measures(*(value / self._calls[name] for value in total[1:].tolist()))
+            for name, total in self._sums.items()
+        }
+
+    @property
+    def mean(self) -> float:
+        """Mean over layers. Raises RuntimeError when nothing ran inside the ``with`` block."""
+        entropies = self.entropies
+        if not entropies:
+            raise RuntimeError("no tapped module ran inside hook.measuring(); run the model in the with block")
+        return sum(entropies.values()) / len(entropies)

@@ -1,0 +1,150 @@
+"""The forward hook of one tapped module.
+
+It refers to no module, so that it never keeps a model alive, and a copy of the model does not have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._plan import StepPlan
+from .entropies import entropies_of
+from .grams import captured, grams_of, kernel_of
+from .graph import unspent
+from .measurement import Measurement
+from .outputs import hidden_tensor, padded, replace_tensor
+from .store import WITHOUT_GRAD, CaptureStore
+from .tap import Tap
+from .unsaved import Unsaved
+
+
+class ModuleTap(Unsaved):
+    """Forward hook of one tapped module."""
+
+    def __init__(self, name: str, store: CaptureStore, output: Callable[[Any], Tensor] | None) -> None:
+        self.name, self.store, self.output = name, store, output
+        # Autograd puts a Function's name into the message about an in-place operation on its output.
+        self.function: Any = type(f"Tap of module '{name}' ", (Tap,), {})
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("the replicas of nn.DataParallel cannot be watched; use DistributedDataParallel")
+        store = self.store
+        if store.measurement is not None:
+            self._measure(store.measurement, output)
+            return None
+        if store.plan is None:
+            return None
+        if not (module.training and torch.is_grad_enabled()):
+            (store.without_grad if module.training else store.evaluated).add(self.name)
+            return None
+        return self._capture(store.plan, output)
+
+    def _measure(self, measurement: Measurement, output: Any) -> None:
+        """Add the entropy of ``output`` to an open measurement."""
+        with torch.no_grad():
+            h = self.hidden(output)
+            mask: Tensor | None = None
+            if h.is_nested:
+                picked = self.store.masks[-1] if self.store.masks else None
+                h, mask = padded(h, 0 if picked is None else picked.shape[1])
+            given = self.mask_for(h, False)
+            mask = given if mask is None else mask if given is None else mask & given
+            found = entropies_of([grams_of(h, mask, measurement.config)], measurement.config, with_factors=False)
+            measurement.add(self.name, found.values[0], found.measures[0])
+
+    def _capture(self, plan: StepPlan, output: Any) -> Any:
+        """Leave the Gram matrices of ``output`` for the optimizer; returns the output with the tap in its graph."""
+        store = self.store
+        recomputing = _in_backward()
+        if recomputing and self.name not in store.ran and not store.calls[self.name]:
+            raise RuntimeError(f'tapped module "{self.name}" {WITHOUT_GRAD}')
+        h = self.hidden(output)
+        if h.is_nested:
+            raise TypeError(
+                f'module "{self.name}" returned a nested tensor, which has no taps in training; tap a module with '
+                "padded sequences in its output, and pass mask="
+            )
+        mask = self.mask_for(h, recomputing)
+        if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
+            if not recomputing:
+                store.calls[self.name].append(grams_of(h, mask, plan.entropy))
+            return None
+        kernel = kernel_of(plan.entropy)
+        tapped, gram, carrier, *beside = self.function.apply(
+            h,
+            store.probe(self.name, h.device),
+            mask,
+            plan.entropy.alpha,
+            kernel.cosine,
+            kernel.center,
+            plan.entropy.window,
+            plan.passes_entropy(self.name),
+            plan.activation_alignment,
+            plan.config.objective.combine,
+            plan.config.objective.max_ratio,
+            self.name,
+        )
+        if not recomputing:
+            calls = store.calls[self.name]
+            if calls and not torch.compiler.is_compiling():
+                calls[:] = unspent(calls)
+            calls.append(captured(h, mask, plan.entropy, gram, carrier, beside))
+        return replace_tensor(output, h, tapped, self.name)
+
+    def hidden(self, output: Any) -> Tensor:
+        """The hidden tensor in a module's output, checked."""
+        h = hidden_tensor(output) if self.output is None else self.output(output)
+        if not isinstance(h, Tensor):
+            what = "its default choice" if self.output is None else "output="
+            raise TypeError(
+                f'module "{self.name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
+                "tensor; pass output=lambda out: ... to RepresentationHook to pick the hidden tensor"
+            )
+        if type(h).__name__ == "DTensor":
+            raise TypeError(
+                f'module "{self.name}" returned a DTensor; its entropy would be that of one shard. Tap a module whose '
+                "output is a plain tensor, for example one that gathers or replicates it"
+            )
+        if not h.is_floating_point():
+            raise TypeError(
+                f'module "{self.name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
+                "module in layers, or another tensor of its output with output="
+            )
+        if h.ndim < 2:
+            raise ValueError(
+                f'module "{self.name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
+                "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
+            )
+        return h
+
+    def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
+        """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
+        store = self.store
+        mask = store.masks[-1] if store.masks else store.mask if recomputing else None
+        if mask is None or h.ndim != 3:
+            return None
+        if recomputing and not store.masks and store.masked_calls > 1:
+            raise RuntimeError(
+                f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
+                "and which mask belongs to it is unknown; call backward after each forward pass"
+            )
+        if recomputing:
+            store.recomputed = True
+        if mask.shape != h.shape[:2]:
+            if store.pick_mask is None:
+                return None
+            raise ValueError(
+                f'mask= gave shape {tuple(mask.shape)}, but the output of module "{self.name}" has (batch, seq) = '
+                f"{tuple(h.shape[:2])}; return a mask of that shape, or None"
+            )
+        return mask.to(device=h.device, dtype=torch.bool)
+
+
+def _in_backward() -> bool:
+    """A module that runs within a backward is being recomputed by activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,144 @@
+"""The hook: which layers are watched, and where their taps are placed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..config import EntropyConfig
+from .masks import ModelCall, ModelReturn, argument_names, masked_modules
+from .measurement import Measurement
+from .module_tap import ModuleTap
+from .selection import Layers, select_layers
+from .store import CaptureStore
+from .unsaved import leave_out
+
+
+class RepresentationHook:
+    """Watches the outputs of some modules of a model, without changing the model's code.
+
+    Place it before the first call of a compiled model. Two hooks on one model do not see each other.
+
+    >>> import torch
+    >>> blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    >>> model = torch.nn.ModuleDict({"blocks": blocks, "head": torch.nn.Linear(4, 2)})
+    >>> RepresentationHook(model, "blocks.*").names
+    ['blocks.0', 'blocks.1', 'blocks.2']
+    >>> RepresentationHook(model, ["blocks.0", "head"]).names
+    ['blocks.0', 'head']
+
+    Args:
+        model: any module. It is referred to weakly: the hook keeps no model alive.
+        layers: a glob over ``model.named_modules()`` (``*`` does not cross a dot), a module, a list of
+            globs, names or modules, or None for the model's longest ``nn.ModuleList`` of one class.
+        output: picks the hidden tensor out of a module's output. By default the output itself, the first item of
+            a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
+            ``(batch, channels, *positions)``.
+        mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
+            model's call. By default ``attention_mask`` where the call has one of that shape.
+
+    Attributes:
+        names: of the tapped modules, in the order of ``model.named_modules()``, which is taken for that of depth.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: nothing matches, or the automatic choice is ambiguous; the message lists candidates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        output: Callable[[Any], Tensor] | None = None,
+        mask: Callable[[dict[str, Any]], Tensor | None] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+        for argument, value in (("output", output), ("mask", mask)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
+        modules = select_layers(model, layers)
+        self.names: list[str] = list(modules)
+        self._output, self._mask = output, mask
+        self._store = store = CaptureStore(model, self.names, mask)
+        handles: list[RemovableHandle | leave_out] = [leave_out(module) for module in modules.values()]
+        handles += [module.register_forward_hook(ModuleTap(name, store, output)) for name, module in modules.items()]
+        for module in masked_modules(model, modules) if mask is None else [model]:
+            handles.append(leave_out(module))
+            call = ModelCall(store, argument_names(module), is_model=module is model)
+            handles.append(module.register_forward_pre_hook(call, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(ModelReturn(call), always_call=True))
+        # Also runs when the hook is garbage: a model outlives the hooks placed on it.
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    @property
+    def removed(self) -> bool:
+        """True after :meth:`remove`."""
+        return not self._finalizer.alive
+
+    def remove(self) -> None:
+        """Take the taps out of the model; nothing is captured from then on."""
+        self._finalizer()
+        self._store.removed = True
+        self._store.clear()
+
+    def __enter__(self) -> RepresentationHook:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @contextmanager
+    def measuring(self, entropy: EntropyConfig | None = None) -> Iterator[Measurement]:
+        """Read entropies in evaluation, with gradients off or on, in any mode.
+
+        ``with hook.measuring() as m: model(x)`` and then ``m.entropies``. Inside, nothing is captured for the
+        optimizer. ``entropy`` defaults to the optimizer's settings, or to ``EntropyConfig()``.
+
+        Raises:
+            TypeError: ``entropy`` is no EntropyConfig.
+            RuntimeError: the hook was removed, or is measuring already.
+        """
+        if self.removed:
+            raise RuntimeError("this RepresentationHook was removed; make a new one to measure")
+        if self._store.measurement is not None:
+            raise RuntimeError("hook.measuring() is already open; use the measurement of the outer with block")
+        if not isinstance(entropy, EntropyConfig | None):
+            raise TypeError(f"entropy must be an EntropyConfig, found {type(entropy).__name__}: EntropyConfig(...)")
+        plan = self._store.plan
+        config = entropy if entropy is not None else plan.entropy if plan is not None else EntropyConfig()
+        self._store.measurement = Measurement(config)
+        try:
+            yield self._store.measurement
+        finally:
+            self._store.measurement = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A deep copy or pickle of (model, optimizer) gives a hook on the copied model.
+        model = self._store.model()
+        if model is None:
+            raise RuntimeError("cannot copy a RepresentationHook whose model no longer exists")
+        return _rebuild, (model, self.names, self._output, self._mask)
+
+    def __repr__(self) -> str:
+        return f"RepresentationHook({self.names})"
+
+
+def store_of(hook: RepresentationHook) -> CaptureStore:
+    """What stands between ``hook`` and its optimizer."""
+    return hook._store
+
+
+def _remove(handles: list[RemovableHandle | leave_out]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _rebuild(model: nn.Module, names: list[str], output: Any, mask: Any) -> RepresentationHook:
+    return RepresentationHook(model, names, output=output, mask=mask)

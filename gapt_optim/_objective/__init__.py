@@ -1,0 +1,6 @@
+"""From Gram matrices to one scalar: the weights of layers, and what is differentiated."""
+
+from .build import Objective, build_objective
+from .layers import counted_layers, schedule_shares
+
+__all__ = ["Objective", "build_objective", "counted_layers", "schedule_shares"]

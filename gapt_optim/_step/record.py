@@ -1,0 +1,141 @@
+"""The numbers of one optimizer step, summed over its micro-batches and brought to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._capture import PROBE_SIZE
+from .._objective import Objective
+from ..metrics import Measures
+from .ranks import HostCopy, mean_over_ranks
+
+_SCALARS = 2
+"""Numbers of a step before those of its layers: loss and penalty."""
+_PER_LAYER = 5
+"""Numbers of a layer: its entropy and four measures."""
+
+
+class Reading(NamedTuple):
+    """One step's numbers on the host, averaged over micro-batches and ranks."""
+
+    loss: float
+    penalty: float
+    """What compression added to the loss; 0 in memorization."""
+    entropies: dict[str, float]
+    """Per layer that ran."""
+    measures: dict[str, Measures]
+    """Per layer that ran, what can hide in its entropy."""
+    validation: float
+    """nan where none was recorded."""
+    statistics: list[list[float]]
+    """<g,d>, |g|² and |d|² per layer; empty where they are not measured."""
+
+
+class StepRecord:
+    """Collects micro-batches until the optimizer steps.
+
+    Sums stay on the device. On one rank each addition starts a copy to the host, which runs while the backward
+    does; on several, the sums are reduced over ranks first, in one collective.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.sums: Tensor | None = None  # the loss, the penalty, then one entropy and its measures per layer
+        self.counts: list[int] = []  # micro-batches, then those in which each layer ran
+        self.host_sums: HostCopy | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = self.host_sums = None
+        self.counts = [0] * (1 + len(self.names))
+
+    def add(self, loss: Tensor, objective: Objective, group: dist.ProcessGroup | None) -> None:
+        """One micro-batch: its loss and what its objective is made of."""
+        entropies, measures = objective.entropies, objective.measures
+        like = next(iter(entropies.values()))
+        nothing = like.new_zeros(_PER_LAYER)
+        scalars = [loss.detach(), like.new_zeros(()) if objective.penalty is None else objective.penalty.detach()]
+        layers = [
+            part.to(like.dtype)
+            for name in self.names
+            for part in ((entropies[name].reshape(1), measures[name]) if name in entropies else (nothing,))
+        ]
+        row = torch.cat([*(scalar.reshape(1).to(like.dtype) for scalar in scalars), *layers])
+        self.sums = row if self.sums is None else self.sums + row
+        here = [1, *(int(name in entropies) for name in self.names)]
+        self.counts = [a + b for a, b in zip(self.counts, here, strict=True)]
+        if group is None and not torch.compiler.is_compiling():
+            self.host_sums = HostCopy(self.sums)
+
+    def start_reading(
+        self, statistics: Tensor | None, validation: float, group: dist.ProcessGroup | None
+    ) -> Callable[[], Reading] | None:
+        """Begin to bring the numbers to the host; the result waits for them. None when nothing was added.
+
+        Args:
+            statistics: (layers, 3) of the taps, None where they are not measured.
+            validation: mean of the recorded validation losses, nan for none.
+            group: ranks to average over.
+        """
+        if self.sums is None:
+            return None
+        counts, names = self.counts, self.names
+        parts = [self.sums] if group is not None or self.host_sums is None else []
+        if group is not None:
+            divisors = torch.tensor(_per_column([max(count, 1) for count in counts]))
+            parts = [self.sums / divisors.to(self.sums, non_blocking=True)]
+            # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
+            has_validation = math.isfinite(validation)
+            both = [
+                *(float(count > 0) for count in counts),
+                validation if has_validation else 0.0,
+                float(has_validation),
+            ]
+            parts.append(torch.tensor(both, dtype=torch.float64).to(self.sums, non_blocking=True))
+        if statistics is not None:
+            if group is not None:  # the gradient of all ranks has 1 / n of each one's own
+                statistics = statistics / dist.get_world_size(group)
+            parts.append(statistics.reshape(-1).to(self.sums.dtype))
+        device_values = HostCopy(mean_over_ranks(torch.cat(parts), group)) if parts else None
+        host_sums = self.host_sums if group is None else None
+
+        def read() -> Reading:
+            values = (host_sums.read() if host_sums is not None else []) + (
+                device_values.read() if device_values is not None else []
+            )
+            divisors, held_out = [float(count) for count in counts], validation
+            size = len(_per_column(counts))
+            sums, rest = values[:size], values[size:]
+            if group is not None:
+                n = len(counts)
+                total, ranks, rest, divisors = *rest[n : n + 2], rest[n + 2 :], rest[:n]
+                held_out = total / ranks if ranks > 0 else math.nan
+            rows = [rest[i : i + PROBE_SIZE] for i in range(0, len(rest), PROBE_SIZE)]
+            loss, penalty = (value / divisors[0] for value in sums[:_SCALARS])
+            layers = {
+                name: [value / ran for value in sums[_SCALARS + i * _PER_LAYER :][:_PER_LAYER]]
+                for i, (name, ran) in enumerate(zip(names, divisors[1:], strict=True))
+                if ran > 0
+            }
+            entropies = {name: values[0] for name, values in layers.items()}
+            measures = {name: Measures(*values[1:]) for name, values in layers.items()}
+            return Reading(loss, penalty, entropies, measures, held_out, rows)
+
+        return read
+
+
+def _per_column(counts: list[int]) -> list[int]:
+    """The count that each column of the sums has: the first for the scalars, then one per layer."""
+    first, *layers = counts
+    return [first] * _SCALARS + [count for count in layers for _ in range(_PER_LAYER)]
+
+
+def mean_or_nan(values: list[float]) -> float:
+    """Mean of ``values``, nan for none."""
+    return math.fsum(values) / len(values) if values else math.nan

@@ -1,0 +1,266 @@
+"""The step under way: what it does, what was recorded of it, and how the next one is decided."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._capture import CaptureStore
+from .._objective import Objective, counted_layers, schedule_shares
+from .._plan import StepPlan
+from ..alignment import activation_alignment
+from ..config import GAPTConfig
+from ..gate import Phase
+from ..metrics import Measures, Observer, StepMetrics
+from .evasion import EvasionWatch
+from .parameter_alignment import Comparison, ParameterMeasurement, refuse_unmeasurable
+from .progress import Progress, flat_state
+from .ranks import group_of, refuse_different_ranks
+from .record import Reading, StepRecord, mean_or_nan
+
+_SILENT_STEPS = 10
+
+
+class StepState:
+    """Everything of the wrapper's own that changes from step to step.
+
+    It is one object that is changed in place: a framework may call some methods of the optimizer on a proxy, which
+    shares it.
+
+    Args:
+        config: the optimizer's settings.
+        store: of the optimizer's hook.
+        process_group: ranks to average over; None for all.
+    """
+
+    def __init__(self, config: GAPTConfig, store: CaptureStore, process_group: dist.ProcessGroup | None) -> None:
+        self.config, self.store, self.process_group = config, store, process_group
+        self.counted = counted_layers(store.names, config.layers.skip_first, config.layers.skip_last)
+        self.progress = Progress(config.gate)
+        self.record = StepRecord(store.names)
+        self.metrics: StepMetrics | None = None
+        self.zeroed = False
+        """zero_grad was called since the last objective."""
+        self._evasion = EvasionWatch()
+        self._comparison: ParameterMeasurement | None = None  # from the first backward of a step that measures
+        self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
+        self._silent_steps = 0
+        self._warned_unmeasured = False
+        self._ranks_compared = False
+        self.plan = self._next_plan()
+
+    # The plan
+
+    def begin(self) -> None:
+        """Make the plan of the next step and have the taps follow it."""
+        self._comparison = self._mean_entropy = None
+        self.plan = self._next_plan()
+        self.store.follow(self.plan)
+
+    def _next_plan(self) -> StepPlan:
+        config, counts = self.config, self.progress.counts
+        every = config.alignment.parameter_every
+        shares = schedule_shares(
+            config.layers.schedule, len(self.counted), counts.compression_steps, config.layers.period
+        )
+        return StepPlan(
+            config=config,
+            phase=self.progress.phase,
+            layers=tuple(self.store.names),
+            shares=dict(zip(self.counted, shares, strict=True)),
+            parameter_alignment=every > 0 and counts.steps % every == 0,
+            group=group_of(self.process_group),  # ranks may have met after the optimizer was made
+        )
+
+    def compare_ranks(self, device: torch.device) -> None:
+        """Before the first step, and after loading: all ranks have the same settings, layers and state.
+
+        Raises:
+            ValueError: on all ranks, where they differ; the message names the field and the values.
+        """
+        if not self._ranks_compared and self.plan.group is not None:
+            refuse_different_ranks(flat_state(self.state_dict()), self.plan.group, device)
+            self._ranks_compared = True
+
+    # What a step records
+
+    def add(self, loss: Tensor, objective: Objective) -> None:
+        """One micro-batch."""
+        self._mean_entropy = objective.mean_entropy
+        self.record.add(loss, objective, self.plan.group)
+
+    def differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor, groups: list[dict[str, Any]]) -> None:
+        """One backward pass of ``total``, and the parameter alignment of the loss and entropy in it when it is due.
+
+        Args:
+            total: what is differentiated.
+            loss: the loss's part of it.
+            scale: factor on the entropy's part.
+            groups: the optimizer's parameter groups.
+        """
+        if self._mean_entropy is None:
+            total.backward()  # type: ignore[no-untyped-call]
+            return
+        if self._comparison is None or not self._comparison.begun:
+            self._comparison = ParameterMeasurement(self._compared(groups))
+        self._comparison.backward(total, loss, self._mean_entropy * scale)
+        self._mean_entropy = None
+
+    def refuse_unmeasurable(self, groups: list[dict[str, Any]]) -> None:
+        """Raises RuntimeError where parameter alignment is wanted and cannot be."""
+        if self.config.alignment.parameter_every:
+            refuse_unmeasurable(self._compared(groups))
+
+    def _compared(self, groups: list[dict[str, Any]]) -> Comparison:
+        model: nn.Module | None = self.store.model()
+        return Comparison.of(self.plan, model, groups)
+
+    def forget_gradients(self) -> None:
+        """Gradients were zeroed: what was compared with them is gone."""
+        self.zeroed, self._comparison = True, None
+
+    def forget_skipped(self, groups: list[dict[str, Any]]) -> None:
+        """GradScaler does not call ``step`` on an overflow: what was recorded for it went with its gradients."""
+        gone = self.zeroed and self.record.sums is not None
+        self.zeroed = False
+        if gone and all(p.grad is None for group in groups for p in group["params"]):
+            self.store.clear_statistics()
+            self.record.clear()
+            self.begin()
+
+    def forget(self) -> None:
+        """The step is over: what was captured and recorded for it goes."""
+        self.store.clear()
+        self.store.clear_statistics()
+        self.record.clear()
+
+    # How a step ends
+
+    def start_reading(self) -> Callable[[], Reading] | None:
+        """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
+        sums = self.record.sums
+        if sums is None:
+            return None
+        statistics = self.store.take_statistics(sums.device) if self.plan.activation_alignment else None
+        group = group_of(self.process_group)
+        return self.record.start_reading(statistics, mean_or_nan(self.progress.validation), group)
+
+    def finish(self, reading: Reading) -> StepMetrics:
+        """Let the gate judge the numbers of one step, and plan the next."""
+        plan, progress = self.plan, self.progress
+        judged = [name for name in self.counted if name in reading.entropies] or list(reading.entropies)
+        entropy = math.fsum(reading.entropies[name] for name in judged) / len(judged)
+        self._silent_steps = 0
+        reason = progress.advance(reading.loss, entropy, reading.validation)
+        compared = self._comparison.finish() if self._comparison is not None else None
+        self._evasion.look(plan, reading)
+        self._warn_unmeasured(missing=plan.parameter_alignment and compared is None)
+        self.begin()
+        objective = reading.loss + reading.penalty
+        counts = progress.counts
+        self.metrics = StepMetrics(
+            step=counts.steps,
+            phase=plan.phase.value,
+            next_phase=progress.phase.value,
+            reason=reason,
+            loss=reading.loss,
+            entropy=entropy,
+            layer_entropy=reading.entropies,
+            measures=Measures.mean(reading.measures[name] for name in judged),
+            layer_measures=reading.measures,
+            entropy_share=reading.penalty / objective if plan.phase is Phase.COMPRESSION and objective else None,
+            alignment=activation_alignment(plan.layers, reading.statistics, self.counted)
+            if reading.statistics
+            else None,
+            parameter_alignment=compared() if compared is not None else None,
+            validation_loss=None if math.isnan(reading.validation) else reading.validation,
+            switches=progress.gate.switches,
+            compression_steps=counts.compression_steps,
+            nonfinite_steps=counts.nonfinite_steps,
+        )
+        return self.metrics
+
+    def refuse_nonfinite(self, metrics: StepMetrics) -> None:
+        """Raises FloatingPointError after too many steps in a row that were not finite."""
+        run = self.progress.counts.nonfinite_run
+        if run >= self.config.objective.max_nonfinite:
+            raise FloatingPointError(
+                f"loss or entropy was not finite for {run} steps in a row (loss {metrics.loss}, entropy "
+                f"{metrics.entropy}); lower the learning rate, or raise ObjectiveConfig.max_nonfinite to go on longer"
+            )
+
+    def note_silence(self) -> None:
+        """A step without a loss; several in a row are a mistake."""
+        self._silent_steps += 1
+        if self._silent_steps == _SILENT_STEPS:
+            warnings.warn(
+                f"{_SILENT_STEPS} optimizer steps in a row had no loss: the gate does not move. Call "
+                "optimizer.backward(loss) instead of loss.backward(), or differentiate optimizer.objective(loss)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _warn_unmeasured(self, *, missing: bool) -> None:
+        if missing and not self._warned_unmeasured:
+            self._warned_unmeasured = True
+            warnings.warn(
+                "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    # What a checkpoint holds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **self.progress.state_dict(),
+            "layers": list(self.store.names),
+            "ran": sorted(self.store.ran),
+            "config": self.config.model_dump(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checked state, or start fresh."""
+        self.progress = Progress(self.config.gate)
+        if state is not None:
+            self.progress.load_state_dict(state)
+        self.store.ran = set() if state is None else set(state["ran"])
+        self._ranks_compared = False
+        self.forget()
+        self.begin()
+
+
+def notify(observers: list[Observer], metrics: StepMetrics) -> None:
+    """Call each observer; one that raises is dropped with a warning."""
+    for observer in list(observers):
+        try:
+            observer(metrics)
+        except Exception as error:  # a full disk must not end a training run
+            observers.remove(observer)
+            warnings.warn(
+                f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def warn_of_another_model(model: nn.Module | None, groups: list[dict[str, Any]], bases: Sequence[object]) -> None:
+    """The hook was made on a copy of the model: a mistake that trains as if nothing was wrong."""
+    watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
+    # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
+    if watched and not any(p in watched for group in groups for p in group["params"]):
+        warnings.warn(
+            f"optimizer ({', '.join(type(base).__name__ for base in bases)}) has none of the {len(watched)} trainable "
+            f"parameters of the hook's model ({type(model).__name__}): the entropy's gradients may go nowhere. Make "
+            "the hook on the model whose parameters the optimizer has; where that model is frozen on purpose, say so "
+            "with model.requires_grad_(False)",
+            UserWarning,
+            stacklevel=3,
+        )

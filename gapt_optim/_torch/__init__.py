@@ -1,0 +1,1 @@
+"""Being a ``torch.optim.Optimizer``: several optimizers as one, and the shell around them."""
