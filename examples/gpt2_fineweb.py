@@ -14,8 +14,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 # Read when torch loads. Threads that wait by spinning, the default, slow down whatever else wants their cores.
@@ -25,6 +26,7 @@ FIELDS = ("size", "context", "batch_size", "accumulation", "steps", "warmup", "l
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(FIELDS, values, strict=True))
     for name, *values in (  # size: layers, width, heads, and tokens of the BPE to learn (0: GPT-2's own)
+        ("demo", (4, 128, 4, 2048), 128, 16, 1, 300, 30, 3e-3),
         ("nano", (3, 64, 2, 4096), 128, 8, 1, 300, 20, 4e-3),
         ("micro", (4, 192, 3, 4096), 128, 16, 1, 400, 30, 2e-3),
         ("mini", (6, 384, 6, 8192), 256, 32, 1, 4000, 200, 1e-3),
@@ -35,49 +37,51 @@ PRESETS: dict[str, dict[str, Any]] = {
     )
 }
 
+Preset = Literal["demo", "nano", "micro", "mini", "small", "sprint", "medium", "large"]
+Method = Literal["plain", "penalty", "published", "gapt"]
+NAME, N = tyro.conf.arg(metavar="NAME"), tyro.conf.arg(metavar="N N N N")  # keeps --help short
+
 
 class Config(BaseModel):
     """Pretrain GPT-2, plain and with GAPT. Every setting of GAPTConfig is a flag as well, such as
     --gapt.objective.weight 0.1 or --gapt.entropy.kernel linear; --gapt.help lists them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    preset: Literal["nano", "micro", "mini", "small", "sprint", "medium", "large"] = "micro"  # Gives other defaults.
-    methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")  # What to train.
-    data: str = "auto"  # auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin file.
+    preset: Annotated[Preset, NAME] = "demo"  # demo, nano, micro, mini, small, sprint, medium or large.
+    methods: Annotated[tuple[Method, ...], NAME] = ("plain", "gapt")  # Also penalty and published.
+    data: str = "auto"  # auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin.
     out: str = "runs/gpt2_fineweb"  # Folder for everything that is written.
     resume: bool = False  # Go on with the run in --out, with its settings.
     overwrite: bool = False  # Replace the run in --out.
     quiet: bool = False  # No progress bars.
     seed: int = Field(0, ge=0, lt=2**63)  # Of weights and batches.
-    size: tuple[int, int, int, int] = (4, 192, 3, 4096)  # Layers, width, heads, BPE to learn (0: GPT-2's).
-    steps: int = Field(400, ge=1)  # Optimizer steps.
+    size: Annotated[tuple[int, int, int, int], N] = (4, 128, 4, 2048)  # Layers, width, heads, BPE (0: GPT-2's).
+    steps: int = Field(300, ge=1)  # Optimizer steps.
     batch_size: int = Field(16, ge=1)  # Sequences in a micro-batch.
     accumulation: int = Field(1, ge=1)  # Micro-batches in a step.
     context: int = Field(128, ge=2)  # Tokens in a sequence.
-    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
-    warmup: int = Field(30, ge=0)  # Steps of linear warm-up; then half a cosine, down to a tenth.
+    lr: float = Field(3e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
+    warmup: int = Field(30, ge=0)  # Steps of linear warm-up, before half a cosine to a tenth.
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # Of the matrices.
     clip: float = Field(1.0, gt=0)  # Largest norm of the gradient.
     dropout: float = Field(0.0, ge=0, lt=1)  # Share of activations that are dropped.
-    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"  # muon: AdamW for what is no matrix.
-    signal: Literal["train", "validation"] = "train"  # The loss that the gate judges.
+    optimizer: Annotated[Literal["adamw", "muon", "adamw8bit"], NAME] = "adamw"  # adamw, muon (and AdamW) or adamw8bit.
+    signal: Annotated[Literal["train", "validation"], NAME] = "train"  # The loss that the gate judges, or validation.
     layers: str = "transformer.h.*"  # Glob of the modules that are watched.
     train_tokens: int = Field(0, ge=0)  # Only the first N of the corpus; 0: all.
     eval_every: int = Field(50, ge=1)  # Steps between validations.
     eval_sequences: int = Field(128, ge=1)  # Sequences in a validation.
-    checkpoint_every: int = Field(100, ge=1)  # Steps between checkpoints.
+    save_every: int = Field(100, ge=1)  # Steps between checkpoints.
     device: str = "auto"  # cpu, cuda, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on GPUs.
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], NAME] = "auto"  # float32, bfloat16; auto: that on GPUs.
     compile: bool = False  # torch.compile: a slow start, then fast.
-    parallel: Literal["none", "ddp", "fsdp"] = "none"  # Over the processes of torchrun.
+    parallel: Annotated[Literal["none", "ddp", "fsdp"], NAME] = "none"  # ddp or fsdp, under torchrun.
     threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: all cores.
 
 
 # What may differ in a run that is resumed.
-FREE = "out resume overwrite quiet compile parallel threads device steps checkpoint_every eval_every eval_sequences"
+FREE = "out resume overwrite quiet compile parallel threads device steps save_every eval_every eval_sequences"
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
-    import tyro
-
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
 
 import numpy as np
@@ -241,7 +245,7 @@ def train(
             if step == 1 and RANK == 0:
                 tqdm.write(f"{method:>9}, step 1: loss {optimizer.metrics.loss:.3f}")
             stopped = stop()
-            if stopped or step == config.steps or step % config.checkpoint_every == 0:
+            if stopped or step == config.steps or step % config.save_every == 0:
                 folder.save_checkpoint(step, model, optimizer, schedule, say=tqdm.write)
             if stopped:
                 raise view.StoppedError(f"{method}: stopped after step {step} of {config.steps}; go on with --resume")
