@@ -73,10 +73,10 @@ def hub_problem() -> str | None:
     return problem_within(HUB_SECONDS, ask)
 
 
-def _rows(name: str, **options: Any) -> Iterator[str]:
+def _rows(path: str, **options: Any) -> Iterator[str]:
     from datasets import load_dataset
 
-    return (row["text"] for row in load_dataset(name, split="train", streaming=True, **options) if row["text"])
+    return (row["text"] for row in load_dataset(path, split="train", streaming=True, **options) if row["text"])
 
 
 def _sotu() -> Iterator[str]:
@@ -148,7 +148,8 @@ def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) 
 
 def _split_bin(source: Source, *_: Any) -> Written:
     """Both parts of a file of little-endian uint16 GPT-2 ids, and how often each is in the first."""
-    path, ids = Path(source.name).resolve(), np.memmap(source.name, dtype="<u2", mode="r")
+    path = Path(source.name).resolve()
+    ids = np.memmap(path, dtype="<u2", mode="r", shape=path.stat().st_size // 2 or 1)
     if path.stat().st_size % 2 or int(ids.max()) >= GPT2_VOCABULARY:
         raise ValueError("a .bin holds GPT-2 ids, 0 to 50256, as uint16 without a header")
     cut = len(ids) - max(1, len(ids) // 10)

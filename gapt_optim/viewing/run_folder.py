@@ -345,19 +345,22 @@ class RunFolder:
         return int(latest["step"])
 
     def _latest(self, check: bool = True) -> dict[str, Any] | None:
+        """What ``checkpoint/latest.json`` says, after the files that it lists were compared with their checksums."""
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
         try:
             latest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            folder = self.path / latest["folder"]
-            whole = _is_inside(latest["folder"]) and isinstance(latest["step"], int) and latest["step"] > 0
-            files = latest["files"].items()
-            if not whole or (check and any(_checksum(folder / name) != sum_ for name, sum_ in files)):
+            place, files = latest["folder"], dict(latest["files"])
+            if not (_is_inside(place) and isinstance(latest["step"], int) and latest["step"] > 0 and files):
                 raise ValueError
+            for name, noted in files.items() if check else ():
+                path = self.path / place / str(name)
+                if not _is_inside(name) or _checksum(path) != noted:
+                    raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunFolderError(
-                f"{path.parent}: the checkpoint is damaged (a file is missing, cut or changed); {_ANEW}"
+                f"{path}: the checkpoint is damaged (this file of it is missing, cut or changed); {_ANEW}"
             ) from error
         return latest
 
