@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -157,15 +157,28 @@ class RunFolder:
         self._check_file(name)
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
-    def begin(self, settings: dict[str, Any], *, free: Collection[str] = ()) -> None:
+    def begin(
+        self,
+        settings: dict[str, Any],
+        *,
+        free: Collection[str] = (),
+        children: Sequence[str] = (),
+        replace: bool = False,
+        keep: str = "",
+    ) -> None:
         """Stores the settings of a run, and refuses others than those of the run that is resumed.
 
         Args:
-            settings: nested tables; ``free`` names those that may change, as paths like ``config.steps``.
+            settings: nested tables.
+            free: settings that may change when a run is resumed, as paths like ``config.steps``.
+            children: sub-folders of the methods that it compares.
+            replace: first `clear` what the last run left, but for files whose names begin with ``keep``.
 
         Raises:
             RunFolderError: names a setting that differs, and both values.
         """
+        if replace:
+            self.clear(keep=keep)
         if SETTINGS in self._files and (self.path / SETTINGS).exists():
             was, now = _flat(self.read_json(SETTINGS)), _flat(json.loads(json.dumps(_plain(settings))))
             for name in (name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)):
@@ -174,6 +187,8 @@ class RunFolder:
                     f"{now.get(name)}; drop the flag, or choose another folder"
                 )
         self.write_json(SETTINGS, settings)
+        for name in children:
+            self.child(name)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Adds a line to a ``.jsonl`` file."""
