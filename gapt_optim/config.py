@@ -48,8 +48,8 @@ class EntropyConfig(_Section):
     def _centering_leaves_an_entropy(self) -> EntropyConfig:
         if self.center and self.window == 2:
             raise ValueError(
-                "window=2 with center=True leaves one direction, whose entropy is always 0; set window to 3 or more, or "
-                "center=False"
+                "window=2 with center=True leaves one direction, whose entropy is always 0; set window to 3 or more, "
+                "or center=False"
             )
         return self
 
