@@ -51,6 +51,7 @@ class ModuleTap:
             if h.is_nested:
                 picked = self.store.masks[-1] if self.store.masks else None
                 h, mask = padded(h, 0 if picked is None else picked.shape[1])
+            h = self._batch_first(h, output)
             given = self.mask_for(h, False)
             mask = given if mask is None else mask if given is None else mask & given
             found = entropies_of([grams_of(h, mask, measurement.config)], measurement.config, with_factors=False)
@@ -68,6 +69,7 @@ class ModuleTap:
                 f'module "{self.name}" returned a nested tensor, which has no taps in training; tap a module with '
                 "padded sequences in its output, and pass mask="
             )
+        found, h = h, self._batch_first(h, output)
         mask = self.mask_for(h, recomputing)
         if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
             if not recomputing:
@@ -93,7 +95,7 @@ class ModuleTap:
             if calls and not torch.compiler.is_compiling():
                 calls[:] = unspent(calls)
             calls.append(captured(h, mask, plan.entropy, gram, carrier, beside))
-        return replace_tensor(output, h, tapped, self.name)
+        return replace_tensor(output, found, tapped if h is found else tapped.transpose(0, 1), self.name)
 
     def hidden(self, output: Any) -> Tensor:
         """The hidden tensor in a module's output, checked."""
@@ -120,6 +122,15 @@ class ModuleTap:
                 "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
             )
         return h
+
+    def _batch_first(self, h: Tensor, output: Any) -> Tensor:
+        """``h`` as (batch, seq, d): a view, where the module puts the sequence first.
+
+        Only of the tensor that its ``batch_first`` is about: the last states of an LSTM have an order of their own.
+        """
+        if not (self.sequence_first and h.ndim == 3):
+            return h
+        return h.transpose(0, 1) if self.output is None or h is hidden_tensor(output) else h
 
     def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
         """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
