@@ -24,10 +24,14 @@ from .tap import Tap
 class ModuleTap:
     """Forward hook of one tapped module."""
 
-    def __init__(self, name: str, store: CaptureStore, output: Callable[[Any], Tensor] | None) -> None:
-        self.name, self.store, self.output = name, store, output
-        # Autograd puts a Function's name into the message about an in-place operation on its output.
-        self.function: Any = type(f"Tap of module '{name}' ", (Tap,), {})
+    def __init__(
+        self, name: str, store: CaptureStore, output: Callable[[Any], Tensor] | None, *, sequence_first: bool = False
+    ) -> None:
+        self.name, self.store, self.output, self.sequence_first = name, store, output, sequence_first
+        # Autograd puts a Function's name into the message about an in-place operation on its output, as that of the
+        # ReLU behind nearly every BatchNorm.
+        advice = "what follows it works in place: tap that module instead, or give it inplace=False"
+        self.function: Any = type(f"Tap of module '{name}' ({advice}) ", (Tap,), {})
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if getattr(module, "_is_replica", False):
