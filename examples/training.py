@@ -211,7 +211,10 @@ def train(
         observers: list[Callable[[StepMetrics], None]] = []
         if ranks.first:
             bar = ProgressBar(config.steps, initial=state["step"], desc=method, disable=not progress, leave=True)
-            observers = [stack.enter_context(JSONLines(folder / "metrics.jsonl")), stack.enter_context(bar)]
+            observers = [
+                stack.enter_context(JSONLines(folder / "metrics.jsonl", resume=True)),
+                stack.enter_context(bar),
+            ]
         stop = stack.enter_context(stop_after_step(ranks))
         while state["step"] < config.steps:
             step: int = state["step"]

@@ -145,6 +145,7 @@ class GAPTOptimizer(OptimizerWrapper):
         if not (math.isfinite(scaled_by) and scaled_by > 0):
             raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")
         state = self._state
+        state.compare_ranks(loss.device)
         state.forget_skipped(self.param_groups)
         objective = build_objective(loss, store_of(self._hook).take(loss), state.plan, scaled_by)
         state.add(loss if scaled_by == 1.0 else loss.detach() / scaled_by, objective)

@@ -70,17 +70,40 @@ def test_non_finite_numbers_become_null_everywhere(tmp_path: Path, bad: float) -
     assert record["alignment"]["layers"]["layers.0"]["loss_norm"] is None
 
 
-def test_a_second_run_appends(tmp_path: Path) -> None:
-    for step in (1, 2):
-        with JSONLines(tmp_path / "m.jsonl") as observer:
-            observer(metrics(step))
-    assert [record["step"] for record in records(tmp_path / "m.jsonl")] == [1, 2]
+def test_a_second_run_does_not_mix_with_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with JSONLines(path) as observer:
+        observer(metrics(1))
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"m\.jsonl.*resume=True.*overwrite=True"):
+        JSONLines(path)
+    with pytest.raises(ValueError, match=r"resume=True.*overwrite=True"):
+        JSONLines(path, resume=True, overwrite=True)
+    assert path.read_bytes() == before
+
+    with JSONLines(path, resume=True) as observer:
+        observer(metrics(2))
+    assert [record["step"] for record in records(path)] == [1, 2]
+    with JSONLines(path, overwrite=True) as observer:
+        assert records(path) == []
+        observer(metrics(7))
+    assert [record["step"] for record in records(path)] == [7]
+
+
+@pytest.mark.parametrize("choice", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("there", [False, True])
+def test_an_empty_or_missing_file_holds_no_run(tmp_path: Path, choice: dict[str, bool], there: bool) -> None:
+    if there:
+        (tmp_path / "m.jsonl").touch()
+    with JSONLines(tmp_path / "m.jsonl", **choice) as observer:
+        observer(metrics(1))
+    assert [record["step"] for record in records(tmp_path / "m.jsonl")] == [1]
 
 
 def test_a_half_written_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    with JSONLines(path) as observer:
+    with JSONLines(path, resume=True) as observer:
         observer(metrics(3))
     first, half, third = path.read_text().splitlines()
     assert json.loads(first) == {"step": 1}

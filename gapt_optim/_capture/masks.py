@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .store import CaptureStore, Inert
+from .store import CaptureStore
+from .unsaved import Unsaved
 
 
-class ModelCall:
+class ModelCall(Unsaved):
     """Forward pre-hook of the model, or of a module around the taps that takes an attention_mask: keeps the mask."""
 
     def __init__(self, store: CaptureStore, parameters: list[str], *, is_model: bool) -> None:
@@ -48,11 +49,8 @@ class ModelCall:
             raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
         return mask
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Inert, ()
 
-
-class ModelReturn:
+class ModelReturn(Unsaved):
     """Forward hook to a :class:`ModelCall`: a module called by itself afterwards has no mask."""
 
     def __init__(self, call: ModelCall) -> None:
@@ -62,9 +60,6 @@ class ModelReturn:
         masks = self.call.store.masks
         if self.call.kept and self.call.kept.pop() and masks:
             masks.pop()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Inert, ()
 
 
 def argument_names(model: nn.Module) -> list[str]:

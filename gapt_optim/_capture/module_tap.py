@@ -1,6 +1,6 @@
 """The forward hook of one tapped module.
 
-It refers to no module, so that it never keeps a model alive, and a copy of the model gets an inert one.
+It refers to no module, so that it never keeps a model alive, and a copy of the model does not have it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from .grams import captured, grams_of, kernel_of
 from .graph import unspent
 from .measurement import Measurement
 from .outputs import hidden_tensor, padded, replace_tensor
-from .store import WITHOUT_GRAD, CaptureStore, Inert
+from .store import WITHOUT_GRAD, CaptureStore
 from .tap import Tap
+from .unsaved import Unsaved
 
 
-class ModuleTap:
+class ModuleTap(Unsaved):
     """Forward hook of one tapped module."""
 
     def __init__(
@@ -157,9 +158,6 @@ class ModuleTap:
                 f"{tuple(h.shape[:2])}; return a mask of that shape, or None"
             )
         return mask.to(device=h.device, dtype=torch.bool)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Inert, ()  # the copy of a model does not feed this hook
 
 
 def _in_backward() -> bool:

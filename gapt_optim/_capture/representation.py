@@ -17,6 +17,7 @@ from .module_tap import ModuleTap
 from .outputs import puts_sequence_first
 from .selection import Layers, select_layers
 from .store import CaptureStore
+from .unsaved import leave_out
 
 
 class RepresentationHook:
@@ -24,13 +25,21 @@ class RepresentationHook:
 
     Place it before the first call of a compiled model. Two hooks on one model do not see each other.
 
+    >>> import torch
+    >>> blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    >>> model = torch.nn.ModuleDict({"blocks": blocks, "head": torch.nn.Linear(4, 2)})
+    >>> RepresentationHook(model, "blocks.*").names
+    ['blocks.0', 'blocks.1', 'blocks.2']
+    >>> RepresentationHook(model, ["blocks.0", "head"]).names
+    ['blocks.0', 'head']
+
     Args:
         model: any module. It is referred to weakly: the hook keeps no model alive.
         layers: a glob over ``model.named_modules()`` (``*`` does not cross a dot), a module, a list of
             globs, names or modules, or None for the model's longest ``nn.ModuleList`` of one class.
         output: picks the hidden tensor out of a module's output. By default the output itself, the first item of
             a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
-            (batch, channels, *positions).
+            ``(batch, channels, *positions)``.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
             model's call. By default ``attention_mask`` where the call has one of that shape.
         batch_first: False where outputs of three dimensions are (seq, batch, d). By default each module's own
@@ -64,12 +73,13 @@ class RepresentationHook:
         self.names: list[str] = list(modules)
         self._output, self._mask, self._batch_first = output, mask, batch_first
         self._store = store = CaptureStore(model, self.names, mask)
-        handles: list[RemovableHandle] = []
+        handles: list[RemovableHandle | leave_out] = [leave_out(module) for module in modules.values()]
         for name, module in modules.items():
             sequence_first = puts_sequence_first(model, name) if batch_first is None else not batch_first
             tap = ModuleTap(name, store, output, sequence_first=sequence_first)
             handles.append(module.register_forward_hook(tap))
         for module in masked_modules(model, modules) if mask is None else [model]:
+            handles.append(leave_out(module))
             call = ModelCall(store, argument_names(module), is_model=module is model)
             handles.append(module.register_forward_pre_hook(call, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(ModelReturn(call), always_call=True))
@@ -134,7 +144,7 @@ def store_of(hook: RepresentationHook) -> CaptureStore:
     return hook._store
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[RemovableHandle | leave_out]) -> None:
     for handle in handles:
         handle.remove()
 

@@ -197,13 +197,6 @@ class CaptureStore:
         )
 
 
-class Inert:
-    """What a copied or unpickled model has in place of a tap."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 def _make_probe(device: torch.device) -> Tensor:
     return torch.zeros(PROBE_SIZE, device=device, requires_grad=True)
 

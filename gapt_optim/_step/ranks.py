@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +27,93 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)  # gloo has no average
     return total.div_(dist.get_world_size(group))
+
+
+def refuse_different_ranks(
+    described: Mapping[str, str], group: dist.ProcessGroup | None, device: torch.device | str = "cpu"
+) -> None:
+    """Raise on all ranks where they are not the same.
+
+    All ranks of the group call it together. One small collective compares a digest, and only where that differs is
+    what lies behind it sent round.
+
+    Args:
+        described: what must be the same, by name, such as ``{"config.objective.weight": "0.1"}``.
+        group: ranks to compare; None compares nothing.
+        device: one that the group's backend reduces on.
+
+    Raises:
+        ValueError: ranks differ; the message names each field with the values of two ranks, the same on every rank.
+    """
+    if group is None:
+        return
+    digest = torch.tensor(_digest(described), dtype=torch.int64, device=device)
+    lowest_and_highest = torch.stack((digest, -digest))
+    dist.all_reduce(lowest_and_highest, op=dist.ReduceOp.MIN, group=group)
+    lowest, negated_highest = lowest_and_highest
+    if torch.equal(lowest, -negated_highest):
+        return
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, dict(described), group=group)
+    raise ValueError(difference_between(everyone))
+
+
+def difference_between(described: Sequence[Mapping[str, str]]) -> str:
+    """What differs between ranks, in one line that is the same for all of them.
+
+    >>> difference_between([{"weight": "0.1"}, {"weight": "0.2"}]).split(";")[0]
+    'ranks differ in weight (rank 0: 0.1, rank 1: 0.2)'
+    """
+    fields = dict.fromkeys(name for each in described for name in each)
+    different: list[str] = []
+    for name in fields:
+        values = [each.get(name, "nothing") for each in described]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            different.append(f"{name} (rank 0: {values[0]}, rank {other}: {values[other]})")
+    more = f" and {len(different) - _MOST_NAMED} more" if len(different) > _MOST_NAMED else ""
+    return (
+        f"ranks differ in {', '.join(different[:_MOST_NAMED])}{more}; give all ranks the same configuration, layers "
+        "and checkpoint, or say with process_group= which ranks train together"
+    )
+
+
+def agreement_columns(described: Mapping[str, str], world: int) -> list[float]:
+    """Numbers whose means over ranks show whether all of them described the same, for a collective there is anyway.
+
+    Each is a small part of a digest, and its square: ranks agree where the mean square is the square of the mean. Parts
+    are small enough that float32 sums of so many ranks are exact, and found again in their means.
+
+    Args:
+        world: number of ranks.
+    """
+    bits = max(1, (22 - world.bit_length()) // 2)
+    digest = int.from_bytes(_sha(described)[:8], "big")
+    parts = [(digest >> (i * bits)) & ((1 << bits) - 1) for i in range(_AGREEMENT_PARTS)]
+    return [float(number) for part in parts for number in (part, part * part)]
+
+
+def ranks_agree(means: Sequence[float], world: int) -> bool:
+    """Whether :func:`agreement_columns` were the same on all ranks, from their means."""
+    sums = [round(mean * world) for mean in means]
+    return all(world * squares == total * total for total, squares in zip(sums[::2], sums[1::2], strict=True))
+
+
+AGREEMENT_COLUMNS = 8
+"""How many numbers :func:`agreement_columns` gives."""
+
+_AGREEMENT_PARTS = AGREEMENT_COLUMNS // 2
+_MOST_NAMED = 5
+
+
+def _sha(described: Mapping[str, str]) -> bytes:
+    return hashlib.sha256(json.dumps(sorted(described.items())).encode()).digest()
+
+
+def _digest(described: Mapping[str, str]) -> list[int]:
+    """Four numbers of 62 bits, so that they can be negated."""
+    sha = _sha(described)
+    return [int.from_bytes(sha[i : i + 8], "big") >> 2 for i in range(0, 32, 8)]
 
 
 class HostCopy:

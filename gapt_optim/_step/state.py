@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ from ..gate import Phase
 from ..metrics import Measures, Observer, StepMetrics
 from .evasion import EvasionWatch
 from .parameter_alignment import Comparison, ParameterMeasurement, refuse_unmeasurable
-from .progress import Progress
-from .ranks import group_of
+from .progress import Progress, flat_state
+from .ranks import group_of, refuse_different_ranks
 from .record import Reading, StepRecord, mean_or_nan
 
 _SILENT_STEPS = 10
@@ -51,6 +52,7 @@ class StepState:
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
         self._silent_steps = 0
         self._warned_unmeasured = False
+        self._ranks_compared = False
         self.plan = self._next_plan()
 
     # The plan
@@ -75,6 +77,16 @@ class StepState:
             parameter_alignment=every > 0 and counts.steps % every == 0,
             group=group_of(self.process_group),  # ranks may have met after the optimizer was made
         )
+
+    def compare_ranks(self, device: torch.device) -> None:
+        """Before the first step, and after loading: all ranks have the same settings, layers and state.
+
+        Raises:
+            ValueError: on all ranks, where they differ; the message names the field and the values.
+        """
+        if not self._ranks_compared and self.plan.group is not None:
+            refuse_different_ranks(flat_state(self.state_dict()), self.plan.group, device)
+            self._ranks_compared = True
 
     # What a step records
 
@@ -220,6 +232,7 @@ class StepState:
         if state is not None:
             self.progress.load_state_dict(state)
         self.store.ran = set() if state is None else set(state["ran"])
+        self._ranks_compared = False
         self.forget()
         self.begin()
 

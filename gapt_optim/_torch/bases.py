@@ -208,8 +208,8 @@ class Bases:
             if sum(part["groups"] for part in saved) != len(groups):
                 counts = [part["groups"] for part in saved]
                 raise ValueError(
-                    f"state_dict: {PARTS_KEY} is of {counts} parameter groups, param_groups has "
-                    f"{len(groups)}; {_AS_IT_WAS}"
+                    f"state_dict: {PARTS_KEY} is of {counts} parameter groups, param_groups has {len(groups)}; "
+                    f"{_AS_IT_WAS}"
                 )
             each = _cut(groups, [part["groups"] for part in saved])
         parts: list[dict[str, Any]] = []
@@ -250,8 +250,8 @@ class Bases:
             return [groups]
         if len(groups) != sum(sizes):
             raise ValueError(
-                f"expected {sum(sizes)} parameter groups for optimizers of {sizes}, found {len(groups)}; load or set "
-                "as many as there are"
+                f"expected {sum(sizes)} parameter groups for optimizers of {sizes}, found {len(groups)}; load or "
+                "set as many as there are"
             )
         return _cut(groups, sizes)
 
