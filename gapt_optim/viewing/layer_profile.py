@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -428,7 +428,7 @@ def _counted(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     yield from track(batches, "profiling", total=total, console=Console(stderr=True), transient=True)
 
 

@@ -122,7 +122,7 @@ class LayerSums:
     def __init__(self, what: What) -> None:
         self.what = what
         self.features = 0
-        self.rows = 0
+        self.rows = torch.zeros((), dtype=torch.int64)
         self.sequences = 0
         self.tokens = False  # rows are tokens in order, so that the first one and curvature mean something
         keys = [(window, first) for window in what.windows for first in (True, False)]
@@ -152,7 +152,7 @@ class LayerSums:
         rows = rows.masked_fill(~live.unsqueeze(-1), 0)
         first = live & (live.cumsum(1) == 1) if self.tokens else torch.zeros_like(live)
         self.features = rows.shape[-1]
-        self.rows = self.rows + live.sum()
+        self.rows = self.rows.to(h.device) + live.sum()
         self.sequences += len(rows)
         norms = rows.square().sum(-1)
         for window in self.what.windows:
