@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,8 +57,7 @@ def curvature(rows: Tensor) -> list[float]:
     z = rows.double()
     steps = z[1:] - z[:-1]
     return [
-        math.degrees(math.acos(max(-1.0, min(1.0, float(a @ b / (a.norm() * b.norm()))))))
-        for a, b in zip(steps[:-1], steps[1:], strict=True)
+        math.degrees(math.acos(max(-1.0, min(1.0, float(a @ b / (a.norm() * b.norm())))))) for a, b in pairwise(steps)
     ]
 
 

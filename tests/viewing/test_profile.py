@@ -242,7 +242,6 @@ def test_encoder_that_packs_padded_sequences() -> None:
     batch = {"x": x, "padding": padding}
     with pytest.warns(UserWarning, match="nested tensors"):
         result = profile(model, [batch], mask=lambda b: ~b["padding"])
-        alone = [model(x=x[i : i + 1, : int((~padding[i]).sum())], padding=None) for i in range(3)]  # noqa: F841
     direct = profile(model, [{"x": x[i : i + 1, : int((~padding[i]).sum())], "padding": None} for i in range(3)])
     for found, expected in zip(result.layers, direct.layers, strict=True):
         assert found.rankme == pytest.approx(expected.rankme, rel=1e-3)
@@ -265,7 +264,7 @@ def test_samples_without_a_sequence() -> None:
 
 
 def test_agrees_with_the_hook_of_training() -> None:
-    model, batches = gpt2(), tokens(True, batches=1)
+    model, batches = gpt2().eval(), tokens(True, batches=1)
     result = profile(model, batches, windows=(8,))
     hook = RepresentationHook(model, "transformer.h.*")
     for kernel, center in KINDS:
@@ -395,5 +394,5 @@ def test_errors_name_what_to_change(change: dict[str, Any], error: type[Exceptio
     arguments: dict[str, Any] = {"model": gpt2(), "batches": tokens(), "layers": None} | change
     with pytest.raises(error, match=message):
         profile(arguments.pop("model"), arguments.pop("batches"), arguments.pop("layers"), **arguments)
-    with pytest.raises(KeyError, match="was not measured|no entropy of"):
+    with pytest.raises(KeyError, match="no entropy of"):
         profile(nn.Sequential(nn.Identity()), [torch.randn(2, 3)], "0").layers[0].entropy(window=4)
