@@ -77,7 +77,17 @@ def test_the_table_is_printed_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "SMALL", TINY)
-    words = ["--rounds", "2", "--repeats", "1", "--no-memory", "--only", "alignment", "--json", str(tmp_path / "t.json")]
+    words = [
+        "--rounds",
+        "2",
+        "--repeats",
+        "1",
+        "--no-memory",
+        "--only",
+        "alignment",
+        "--json",
+        str(tmp_path / "t.json"),
+    ]
     assert table.main(words) == 0
     figures = json.loads((tmp_path / "t.json").read_text())
     assert figures[BARE]["cpu"] == 1.0
