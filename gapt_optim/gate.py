@@ -14,7 +14,11 @@ from .config import GateConfig
 
 
 class Phase(str, Enum):
-    """What a training step follows."""
+    """What a training step follows.
+
+    >>> Phase("compression") is Phase.COMPRESSION
+    True
+    """
 
     MEMORIZATION = "memorization"
     """The task loss alone."""
@@ -63,6 +67,12 @@ class PhaseGate:
     is overfitting, not harm done by compression.
 
     `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
+
+    >>> gate = PhaseGate(GateConfig(patience_memorization=5))
+    >>> for _ in range(6):
+    ...     phase = gate.update(loss=2.0, entropy=1.5)
+    >>> print(phase, gate.reason)
+    compression plateau
 
     Args:
         config: rule and thresholds; see :class:`gapt_optim.GateConfig`.

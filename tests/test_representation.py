@@ -37,7 +37,7 @@ def entropies(optimizer: GAPTOptimizer) -> dict[str, float]:
 
 
 def captured(hook: RepresentationHook) -> int:
-    return sum(map(len, hook._capture.calls.values()))
+    return sum(map(len, hook._store.calls.values()))
 
 
 # Which layers

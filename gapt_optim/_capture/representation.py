@@ -24,13 +24,21 @@ class RepresentationHook:
 
     Place it before the first call of a compiled model. Two hooks on one model do not see each other.
 
+    >>> import torch
+    >>> blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    >>> model = torch.nn.ModuleDict({"blocks": blocks, "head": torch.nn.Linear(4, 2)})
+    >>> RepresentationHook(model, "blocks.*").names
+    ['blocks.0', 'blocks.1', 'blocks.2']
+    >>> RepresentationHook(model, ["blocks.0", "head"]).names
+    ['blocks.0', 'head']
+
     Args:
         model: any module. It is referred to weakly: the hook keeps no model alive.
         layers: a glob over ``model.named_modules()`` (``*`` does not cross a dot), a module, a list of
             globs, names or modules, or None for the model's longest ``nn.ModuleList`` of one class.
         output: picks the hidden tensor out of a module's output. By default the output itself, the first item of
             a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
-            (batch, channels, *positions).
+            ``(batch, channels, *positions)``.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
             model's call. By default ``attention_mask`` where the call has one of that shape.
 
