@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from gapt_optim.report import read_metrics
+from gapt_optim.viewing import read_metrics
 
 
 def main() -> None:

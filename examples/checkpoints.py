@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gapt_optim.report import read_metrics
+from gapt_optim.viewing import read_metrics
 
 # Whole tensors under the names of the plain model, however it is spread: what one run saves, any other can load.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -36,7 +36,7 @@ from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
 from text_data import open_source
 from training import TrainConfig, check_config, check_layers, train
 
-from gapt_optim.report import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
+from gapt_optim.viewing import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:

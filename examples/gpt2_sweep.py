@@ -24,7 +24,7 @@ from training import TrainConfig, train
 
 from gapt_optim import GAPTConfig
 from gapt_optim._step.record import mean_or_nan
-from gapt_optim.report import read_metrics
+from gapt_optim.viewing import read_metrics
 
 METRICS = ("val_loss", "best_val_loss", "entropy", "train_loss", "compression_share", "switches")
 

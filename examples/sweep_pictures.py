@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from gapt_optim.charts import COLORS, FAINT
+from gapt_optim.viewing.charts import COLORS, FAINT
 
 CLOUD_COLORS = ("#1f6feb", "#cf222e")
 STYLE: Any = {

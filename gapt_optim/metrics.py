@@ -217,34 +217,6 @@ class ProgressBar:
         self.close()
 
 
-class TensorBoard:
-    """Writes loss, entropies, phase and alignment as TensorBoard scalars under ``folder``.
-
-    >>> with TensorBoard("runs/tensorboard") as board:  # GAPTOptimizer(..., observers=[board])
-    ...     pass
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("TensorBoard needs tensorboard: pip install tensorboard") from error
-        self._writer = SummaryWriter(os.fspath(folder))
-
-    def __call__(self, metrics: StepMetrics) -> None:
-        for name, value in metrics.scalars().items():
-            self._writer.add_scalar(name, value, metrics.step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def __enter__(self) -> TensorBoard:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
 def _last_byte(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)

@@ -25,7 +25,7 @@ from methods import METHODS, of_method
 from training import learning_rate_factor
 
 from gapt_optim import GAPTConfig, GateConfig
-from gapt_optim.report import read_metrics
+from gapt_optim.viewing import read_metrics
 from tests.examples.conftest import Interrupting
 
 DATA = Path(os.environ.get("GAPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

@@ -17,7 +17,7 @@ from optimizers import LOW_BIT, OPTIMIZERS, check_optimizer, make_optimizers, st
 from speedups import check_float8, to_float8, use_linear_layers
 from torch import nn
 
-from gapt_optim.report import read_metrics
+from gapt_optim.viewing import read_metrics
 from tests.examples.conftest import Interrupting
 
 CPU = torch.device("cpu")

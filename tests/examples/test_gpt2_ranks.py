@@ -18,7 +18,7 @@ from errors import StoppedError, UserError
 from gpt2_fineweb import run
 from parallel import PARALLEL, Ranks
 
-from gapt_optim.report import read_metrics
+from gapt_optim.viewing import read_metrics
 from tests.examples.conftest import ROOT, Interrupting
 
 SCRIPT = str(ROOT / "examples" / "gpt2_fineweb.py")

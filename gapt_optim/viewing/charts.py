@@ -22,7 +22,7 @@ def import_matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError("gapt_optim.report draws with matplotlib: pip install matplotlib") from error
+        raise ImportError("gapt_optim.viewing draws with matplotlib: pip install matplotlib") from error
     return matplotlib
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gapt_optim import JSONLines, StepMetrics
-from gapt_optim.report import (
+from gapt_optim.viewing import (
     RunHistory,
     compression_spans,
     draw_alignment,
