@@ -1,7 +1,7 @@
 """What `gapt-optim doctor` can find, in its own words: a section each.
 
-    ```{findings}
-    ```
+```{findings}
+```
 """
 
 from __future__ import annotations
