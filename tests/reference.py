@@ -10,6 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+KERNELS = {
+    "linear": ("linear", False),
+    "centered linear": ("linear", True),
+    "cosine": ("cosine", False),
+    "centered cosine": ("cosine", True),
+}
+"""Each kernel by the name of its tests: ``kernel`` and ``center``."""
+
 
 def reference_rows(z: Tensor, mask: Tensor | None, kernel: str, center: bool) -> Tensor:
     """The rows of one matrix (n, d) that count, as the kernel sees them."""

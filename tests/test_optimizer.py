@@ -255,12 +255,17 @@ def test_train_reaches_those_of_several_that_have_it() -> None:
 
 
 def test_step_hooks_run_once_a_step() -> None:
+    """Those on all optimizers are called with the wrapped one, as without us."""
     seen: list[str] = []
     model = make_net()
     optimizer = wrap(model)
 
     def note(what: str) -> Callable[..., None]:
-        return lambda *args: seen.append(what) if args[0] is optimizer else None
+        def hook(*args: Any) -> None:
+            assert args[0] is (optimizer.base if "global" in what else optimizer)
+            seen.append(what)
+
+        return hook
 
     handles = [
         optimizer.register_step_pre_hook(note("pre")),
@@ -270,7 +275,7 @@ def test_step_hooks_run_once_a_step() -> None:
         register_optimizer_step_post_hook(note("global post")),
     ]
     run(model, optimizer, range(1))
-    assert seen == ["global pre", "pre", "base", "post", "global post"]
+    assert seen == ["pre", "global pre", "base", "global post", "post"]
     for handle in handles:
         handle.remove()
     run(model, optimizer, range(1))

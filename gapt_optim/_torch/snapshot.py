@@ -60,7 +60,10 @@ def _opaque(value: Any) -> bool:
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:
-    kept, version = tensor.detach().clone(), tensor._version
+    try:
+        kept, version = tensor.detach().clone(), tensor._version
+    except (NotImplementedError, RuntimeError):  # a kind of tensor that cannot be copied is not written into, either
+        return lambda: None
 
     def undo() -> None:
         if tensor._version != version:

@@ -1,4 +1,4 @@
-"""One training step per workload: pytest benchmarks -n 0 --benchmark-enable"""
+"""One training step per row of the table: pytest benchmarks/cost -n 0 --benchmark-enable"""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from workloads import STEPS
+
+from benchmarks.cost.workloads import SMALL, STEPS
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.benchmark(group="step")
 def test_step(benchmark: Any, name: str) -> None:
     torch.set_num_threads(1)
-    if name == "TorchJD PCGrad":
+    if "TorchJD" in name:
         pytest.importorskip("torchjd")
-    step = STEPS[name]()
-    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(STEPS[name](SMALL), rounds=10, warmup_rounds=2)
