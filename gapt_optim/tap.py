@@ -245,8 +245,14 @@ def _mean_entropies(
 
 
 def _shares(live: Tensor) -> Tensor:
-    """What each window counts for in a mean: those with a row that counts alike, the others nothing."""
-    share = (live > 0).to(torch.get_default_dtype() if not live.is_floating_point() else live.dtype)
+    """What each window counts for in a mean: those with a row that counts alike, the others nothing.
+
+    Where no window has one, all count: their entropy is 0, and the longest of no rows is as long as the others.
+    """
+    counts = live > 0
+    share = (counts | ~counts.any(-1, keepdim=True)).to(
+        live.dtype if live.is_floating_point() else torch.get_default_dtype()
+    )
     return share / share.sum(-1, keepdim=True).clamp(min=1)
 
 
