@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gapt_optim import Measures
+from gapt_optim import Measures, RepresentationHook
 from tests.models import CASES, Case
 from tests.reference import KERNELS, reference_layer_measures
 from tests.training import gradients, recorded, wrapped
@@ -126,8 +126,8 @@ def test_tokens_of_zeros_do_not_count() -> None:
         found = []
         for data, mask in ((zeroed, None), (x, kept)):
             model = nn.Sequential(nn.Identity())
-            optimizer = wrapped(model, "0", mask=lambda keywords, mask=mask: mask)
-            with optimizer.hook.measuring() as measured:
+            hook = RepresentationHook(model, "0", mask=lambda keywords, mask=mask: mask)
+            with hook.measuring() as measured:
                 model(data[..., :width])
             found.append(astuple(measured.measures["0"]))
         assert found[0] == pytest.approx(found[1], rel=1e-12)
@@ -136,10 +136,10 @@ def test_tokens_of_zeros_do_not_count() -> None:
 def test_a_window_without_a_token_has_no_part_in_a_mean() -> None:
     model, x = nn.Sequential(nn.Identity()), torch.randn(1, 24, 20, dtype=torch.float64)
     x[0, 8:16] = 0
-    optimizer = wrapped(model, "0")
-    with optimizer.hook.measuring() as measured:
+    hook = RepresentationHook(model, "0")
+    with hook.measuring() as measured:
         model(x)
-    with optimizer.hook.measuring() as without:
+    with hook.measuring() as without:
         model(torch.cat([x[:, :8], x[:, 16:]], dim=1))
     assert astuple(measured.measures["0"]) == pytest.approx(astuple(without.measures["0"]), rel=1e-12)
     assert measured.mean == pytest.approx(without.mean, rel=1e-12)
@@ -149,8 +149,8 @@ def test_a_window_without_a_token_has_no_part_in_a_mean() -> None:
 def test_an_overflow_is_no_compression(width: int) -> None:
     """What lies beyond the range of the squares is not finite, neither the entropy nor its measures."""
     model, x = nn.Sequential(nn.Identity()), torch.randn(1, 8, width) * 1e30
-    optimizer = wrapped(model, "0")
-    with optimizer.hook.measuring() as measured:
+    hook = RepresentationHook(model, "0")
+    with hook.measuring() as measured:
         model(x)
     assert not torch.tensor(measured.mean).isfinite()
     assert not torch.tensor(measured.measures["0"].centered_cosine_entropy).isfinite()
@@ -166,6 +166,6 @@ def test_a_layer_of_zeros_has_no_entropy_and_plain_measures(width: int, kernel: 
     optimizer = wrapped(model, "0", entropy={"kernel": kernel, "center": center})
     optimizer.backward(model(torch.randn(2, 8, width)).sum() * 0)
     optimizer.step()
-    assert astuple(optimizer.metrics.layer_measures["0"]) == (0.0, 0.0, 0.0, 0.0)
+    assert astuple(optimizer.metrics.layer_measures["0"]) == (0.0, 0.0, 1.0, 0.0)
     assert optimizer.metrics.entropy == 0
     assert all((gradient == 0).all() for gradient in gradients(model).values())

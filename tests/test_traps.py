@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gapt_optim import GAPTOptimizer, RepresentationHook
-
-from .training import config, wrapped
+from .training import wrapped
 
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
 

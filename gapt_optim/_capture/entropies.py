@@ -93,6 +93,11 @@ def _mean_entropies(
 
 
 def _shares(live: Tensor) -> Tensor:
-    """What each window counts for in a mean: those with a row that counts alike, the others nothing."""
-    share = (live > 0).to(torch.get_default_dtype() if not live.is_floating_point() else live.dtype)
+    """What each window counts for in a mean: those with a row that counts alike, the others nothing.
+
+    Where no window has one, all count: their entropy is 0, and the longest of no rows is as long as the others.
+    """
+    counts = live > 0
+    dtype = live.dtype if live.is_floating_point() else torch.get_default_dtype()
+    share = (counts | ~counts.any(-1, keepdim=True)).to(dtype)
     return share / share.sum(-1, keepdim=True).clamp(min=1)
