@@ -1,13 +1,45 @@
 """Memorization-compression cycles for any PyTorch training loop."""
 
-from ._capture import Measurement, RepresentationHook
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
-from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
-from .entropy import matrix_entropy
-from .gate import Phase, PhaseGate
-from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics, TensorBoard
-from .optimizer import GAPTOptimizer
+
+if TYPE_CHECKING:
+    from ._capture import Measurement, RepresentationHook
+    from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
+    from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
+    from .entropy import matrix_entropy
+    from .gate import Phase, PhaseGate
+    from .integrations.trackers import TensorBoard
+    from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
+    from .optimizer import GAPTOptimizer
+
+# Imported when they are used: `gapt-optim report` needs no torch, and a logger that is not used is not imported.
+_HOMES = {
+    "Alignment": "alignment",
+    "AlignmentConfig": "config",
+    "Angle": "alignment",
+    "EntropyConfig": "config",
+    "GAPTConfig": "config",
+    "GAPTOptimizer": "optimizer",
+    "GateConfig": "config",
+    "JSONLines": "metrics",
+    "LayerConfig": "config",
+    "Measurement": "_capture",
+    "Measures": "metrics",
+    "ObjectiveConfig": "config",
+    "Observer": "metrics",
+    "Phase": "gate",
+    "PhaseGate": "gate",
+    "ProgressBar": "metrics",
+    "RepresentationHook": "_capture",
+    "StepMetrics": "metrics",
+    "TensorBoard": "integrations.trackers",
+    "gradient_alignment": "alignment",
+    "gradient_cosines": "alignment",
+    "matrix_entropy": "entropy",
+}
 
 __all__ = [
     "Alignment",
@@ -34,3 +66,15 @@ __all__ = [
     "gradient_cosines",
     "matrix_entropy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -18,20 +18,24 @@ Parameters: TypeAlias = Tensor | Iterable[Tensor | tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Angle:
-    """How the loss gradient g and the entropy gradient d lie to each other in one layer or tensor."""
+    """How the loss gradient g and the entropy gradient d lie to each other in one layer or tensor.
+
+    >>> Angle.of(gd=3.0, gg=9.0, dd=4.0).cosine  # <g,d>, ‖g‖², ‖d‖²
+    0.5
+    """
 
     cosine: float | None
-    """<g,d> / (|g| |d|), in [-1, 1]; None where a norm is zero or not finite."""
+    """<g,d> / (‖g‖ ‖d‖), in [-1, 1]; None where a norm is zero or not finite."""
     projection: float | None
-    """<d,g> / |g|², the coefficient of d's projection on g; None like the cosine."""
+    """<d,g> / ‖g‖², the coefficient of d's projection on g; None like the cosine."""
     loss_norm: float
-    """|g|, of the loss as it was differentiated (scaled, where the loss was scaled)."""
+    """‖g‖, of the loss as it was differentiated (scaled, where the loss was scaled)."""
     entropy_norm: float
-    """|d|, on the same scale; without the objective's weight."""
+    """‖d‖, on the same scale; without the objective's weight."""
 
     @classmethod
     def of(cls, gd: float, gg: float, dd: float) -> Angle:
-        """From <g,d>, |g|² and |d|²."""
+        """From <g,d>, ‖g‖² and ‖d‖²."""
         defined = gg > 0 and dd > 0 and math.isfinite(gg) and math.isfinite(dd) and math.isfinite(gd)
         return cls(
             cosine=max(-1.0, min(1.0, gd / math.sqrt(gg) / math.sqrt(dd))) if defined else None,
@@ -43,7 +47,14 @@ class Angle:
 
 @dataclass(frozen=True)
 class Alignment(Angle):
-    """The angle over everything, and in parts."""
+    """The angle over everything, and in parts.
+
+    >>> import torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> found = gradient_alignment(w.sum(), w[0], {"w": w}.items())
+    >>> round(found.cosine, 3), round(found.parameters["w"].cosine, 3), found.shared
+    (0.707, 0.707, 1)
+    """
 
     layers: dict[str, Angle] = field(default_factory=dict)
     """Per tapped layer."""
@@ -60,7 +71,7 @@ class Alignment(Angle):
 def activation_alignment(
     names: Sequence[str], statistics: Sequence[Sequence[float]], counted: Sequence[str]
 ) -> Alignment | None:
-    """Alignment from each layer's <g,d>, |g|² and |d|², for the mean entropy over the layers that count.
+    """Alignment from each layer's <g,d>, ‖g‖² and ‖d‖², for the mean entropy over the layers that count.
 
     The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all.
     """
@@ -80,7 +91,7 @@ def parameter_alignment(
     statistics: Sequence[Sequence[float]],
     layers: Sequence[str],
 ) -> Alignment:
-    """Alignment from each parameter tensor's <g,d>, |g|² and |d|².
+    """Alignment from each parameter tensor's <g,d>, ‖g‖² and ‖d‖².
 
     Args:
         names: of the parameters.
@@ -112,6 +123,11 @@ def gradient_alignment(loss_a: Tensor, loss_b: Tensor, parameters: Parameters) -
     Neither ``.grad`` nor the graph is touched, so both losses can still be differentiated. Takes two backward
     passes and the memory of both gradients.
 
+    >>> import torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> round(gradient_alignment(w.sum(), -w.sum(), w).cosine, 6)
+    -1.0
+
     Args:
         loss_a, loss_b: scalars.
         parameters: a tensor, tensors, or (name, tensor) pairs as ``model.named_parameters()`` gives them. Those that
@@ -135,6 +151,11 @@ def gradient_cosines(losses: Sequence[Tensor], parameters: Parameters) -> list[l
 
     With ``[*cross_entropies, *entropies]`` of n micro-batches, the blocks of the result are the CE-CE, CE-MBE and
     MBE-MBE cosines of arXiv 2505.08727. Takes one backward pass and the memory of a gradient per loss.
+
+    >>> import torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> gradient_cosines([w[0], w[1], 2 * w[0]], w)
+    [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
 
     Args:
         losses: scalars.

@@ -17,7 +17,11 @@ class _Section(BaseModel):
 
 
 class EntropyConfig(_Section):
-    """How the entropy of one layer is computed."""
+    """How the entropy of one layer is computed.
+
+    >>> EntropyConfig(window=16).kernel
+    'cosine'
+    """
 
     kernel: Literal["linear", "cosine"] = "cosine"
     """What the Gram matrix holds: `cosine` counts the direction of each token, `linear` also its length. Under
@@ -59,6 +63,10 @@ class GateConfig(_Section):
 
     An *update* of the gate is one optimizer step with ``signal="train"`` and one recorded
     validation loss with ``signal="validation"``; both patiences count updates.
+
+    >>> GateConfig(patience_memorization=30).rule
+    'smoothed'
+    >>> plain, penalty = GateConfig(frozen=True), GateConfig(initial_phase="compression", frozen=True)
     """
 
     rule: Literal["smoothed", "published"] = "smoothed"
@@ -124,9 +132,13 @@ class GateConfig(_Section):
 
 
 class ObjectiveConfig(_Section):
-    """What compression minimizes: loss + weight * entropy."""
+    """What compression minimizes: loss + weight * entropy.
 
-    weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    >>> ObjectiveConfig(weight=0.1, floor=0.2).combine
+    'sum'
+    """
+
+    weight: float = Field(0.05, ge=0.0, allow_inf_nan=False)
     """Weight of the entropy in the objective, per nat."""
 
     combine: Literal["sum", "project", "cap"] = "sum"
@@ -144,7 +156,11 @@ class ObjectiveConfig(_Section):
 
 
 class LayerConfig(_Section):
-    """Which of the tapped layers count, and how their entropies become one number."""
+    """Which of the tapped layers count, and how their entropies become one number.
+
+    >>> LayerConfig(skip_first=1, skip_last=1).schedule
+    'all'
+    """
 
     schedule: Literal["all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"] = "all"
     """Weight of each layer at each step of compression; see :mod:`gapt_optim.layers`."""
@@ -172,7 +188,11 @@ class LayerConfig(_Section):
 
 
 class AlignmentConfig(_Section):
-    """What is measured of the angle between loss and entropy gradients."""
+    """What is measured of the angle between loss and entropy gradients.
+
+    >>> AlignmentConfig(parameter_every=50).activation
+    True
+    """
 
     activation: bool = True
     """Measure at every tapped layer, every step, in the one backward pass."""
@@ -198,7 +218,12 @@ class AlignmentConfig(_Section):
 
 
 class GAPTConfig(_Section):
-    """All settings of a :class:`gapt_optim.GAPTOptimizer`."""
+    """All settings of a :class:`gapt_optim.GAPTOptimizer`.
+
+    >>> config = GAPTConfig(gate=GateConfig(patience_memorization=30), objective=ObjectiveConfig(weight=0.1))
+    >>> GAPTConfig.model_validate_json(config.model_dump_json()) == config
+    True
+    """
 
     entropy: EntropyConfig = EntropyConfig()
     gate: GateConfig = GateConfig()

@@ -20,6 +20,11 @@ class Measures:
     An entropy falls without any compression where a few tokens grow long, which ``norm_ratio`` and the centered cosine
     entropy show, or where all tokens come to share one large vector, which ``mean_share`` shows. Tokens that are
     masked, or all zero, do not count.
+
+    >>> long_tokens = Measures(linear_entropy=0.1, centered_cosine_entropy=1.1, norm_ratio=26.0, mean_share=0.2)
+    >>> usual = Measures(linear_entropy=1.1, centered_cosine_entropy=1.1, norm_ratio=2.0, mean_share=0.2)
+    >>> Measures.mean([long_tokens, usual]).norm_ratio
+    14.0
     """
 
     linear_entropy: float
@@ -40,7 +45,13 @@ class Measures:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. Losses and entropies are means over micro-batches and ranks."""
+    """One optimizer step. Losses and entropies are means over micro-batches and ranks.
+
+    >>> phase = "memorization"
+    >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})
+    >>> metrics.scalars()["gapt/loss"]
+    2.0
+    """
 
     step: int
     """Optimizer steps so far, this one included."""
@@ -107,7 +118,13 @@ class StepMetrics:
 
 
 class Observer(Protocol):
-    """Called once per optimizer step. ``close`` is called by whoever made it."""
+    """Called once per optimizer step. ``close`` is called by whoever made it.
+
+    >>> def switches(metrics: StepMetrics) -> None:
+    ...     if metrics.reason is not None:
+    ...         print(metrics.step, metrics.phase, "ends:", metrics.reason)
+    >>> observer: Observer = switches
+    """
 
     def __call__(self, metrics: StepMetrics) -> None: ...
 
@@ -125,6 +142,13 @@ class JSONLines:
         resume: go on behind the records that the file holds, if any. A last line that was cut short is ended, so that
             no two records are glued together.
         overwrite: begin anew; records that the file holds are lost.
+
+    >>> phase = "memorization"
+    >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})
+    >>> with JSONLines("runs/first/metrics.jsonl") as log:
+    ...     log(metrics)  # GAPTOptimizer(..., observers=[log]) does this after each step
+    >>> json.loads(log.path.read_text())["loss"]
+    2.0
 
     Raises:
         FileExistsError: the file holds records, and neither ``resume`` nor ``overwrite`` is set.
@@ -162,7 +186,11 @@ class JSONLines:
 
 
 class ProgressBar:
-    """A `tqdm` bar with phase, loss and entropy. ``options`` go to `tqdm`."""
+    """A `tqdm` bar with phase, loss and entropy. ``options`` go to `tqdm`.
+
+    >>> bar = ProgressBar(total=1000, disable=True)  # GAPTOptimizer(..., observers=[bar])
+    >>> bar.close()
+    """
 
     def __init__(self, total: int | None = None, **options: Any) -> None:
         try:
@@ -183,30 +211,6 @@ class ProgressBar:
         self._bar.close()
 
     def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class TensorBoard:
-    """Writes loss, entropies, phase and alignment as TensorBoard scalars under ``folder``."""
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("TensorBoard needs tensorboard: pip install tensorboard") from error
-        self._writer = SummaryWriter(os.fspath(folder))
-
-    def __call__(self, metrics: StepMetrics) -> None:
-        for name, value in metrics.scalars().items():
-            self._writer.add_scalar(name, value, metrics.step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, *exception: object) -> None:

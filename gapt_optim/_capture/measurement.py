@@ -10,7 +10,16 @@ from ..metrics import Measures
 
 
 class Measurement:
-    """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module."""
+    """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module.
+
+    >>> from gapt_optim import RepresentationHook
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> hook = RepresentationHook(model, "1")
+    >>> with torch.no_grad(), hook.measuring() as measured:
+    ...     _ = model(torch.randn(64, 4))
+    >>> list(measured.entropies), measured.measures["1"].norm_ratio >= 1
+    (['1'], True)
+    """
 
     def __init__(self, config: EntropyConfig) -> None:
         self.config = config

@@ -15,11 +15,21 @@ from .common import Replacement, unwrapped
 class GAPTCallback(Callback):
     """Joins the :class:`GAPTOptimizer` that ``configure_optimizers`` returns to Lightning's training.
 
-        def configure_optimizers(self):
-            hook = RepresentationHook(self.model, "layers.*")
-            return GAPTOptimizer(torch.optim.AdamW(self.parameters(), lr=3e-4), hook)
-
-        Trainer(callbacks=[GAPTCallback()]).fit(module)
+    >>> import torch
+    >>> from gapt_optim import RepresentationHook
+    >>> class Module(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    ...
+    ...     def training_step(self, batch, index):
+    ...         return self.model(batch).square().mean()
+    ...
+    ...     def configure_optimizers(self):
+    ...         hook = RepresentationHook(self.model, "1")
+    ...         return GAPTOptimizer(torch.optim.AdamW(self.parameters(), lr=3e-4), hook)
+    >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    >>> callback = GAPTCallback()  # Trainer(callbacks=[callback], **quiet).fit(Module(), loader)
 
     In automatic optimization the loss of ``training_step`` goes through ``optimizer.objective`` on its way to the
     backward pass. In manual optimization, call ``objective`` yourself: ``self.manual_backward(opt.objective(loss))``.

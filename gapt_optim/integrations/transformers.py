@@ -16,10 +16,24 @@ from .common import Replacement, unwrapped
 class GAPTCallback(TrainerCallback):
     """Joins a :class:`GAPTOptimizer` to a ``transformers.Trainer`` or a subclass of it.
 
-        optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), hook)
-        trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, scheduler))
-        trainer.add_callback(GAPTCallback(trainer))
-        trainer.train()
+    >>> import torch
+    >>> from gapt_optim import RepresentationHook
+    >>> from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=2, n_head=1))
+    >>> hook = RepresentationHook(model, "transformer.h.*")
+    >>> optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), hook)
+    >>> row = torch.arange(16)
+    >>> trainer = Trainer(
+    ...     model,
+    ...     TrainingArguments("out", max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True),
+    ...     train_dataset=[{"input_ids": row, "labels": row}] * 8,
+    ...     optimizers=(optimizer, None),
+    ... )
+    >>> trainer.add_callback(GAPTCallback(trainer))
+    >>> trained = trainer.train()
+    {...}
+    >>> optimizer.metrics.step
+    1
 
     The gate judges the loss that the Trainer trains on, as a mean over the whole accumulated batch: cross-entropy
     per token, whatever the number of tokens in a micro-batch. A gate with ``signal="validation"`` judges ``metric``

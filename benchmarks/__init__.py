@@ -1,0 +1,1 @@
+"""What a step costs (`cost`) and what the method does (`evidence`)."""

@@ -1,0 +1,119 @@
+"""Gate against penalty as curves: loss over centred cosine entropy, five weights each, on text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..harness import Record, Run
+from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table, values, versus
+from ..stats import at_equal, compare
+from ..tasks import text
+
+WEIGHTS = {"penalty": (0.005, 0.01, 0.02, 0.05, 0.1), "gapt": (0.01, 0.02, 0.05, 0.1, 0.2)}
+
+
+def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
+    """Plain, and both methods at five weights; seed by seed."""
+    base = text.SMALL if first_look else text.PAPER
+    found = []
+    for seed in seeds or range(300, 305):
+        found.append(Run("text", replace(base, seed=seed)))
+        for method, weights in WEIGHTS.items():
+            found += [Run("text", replace(base, method=method, weight=w, seed=seed)) for w in weights]
+    return found
+
+
+def tables(records: list[Record]) -> dict[str, str]:
+    """The points of both curves, and the penalty's loss at the gate's entropy."""
+    plain = [r for r in records if r.settings["method"] == "plain"]
+    gate = {w: g for (w,), g in group([r for r in records if r.settings["method"] == "gapt"], "weight").items()}
+    penalty = {w: g for (w,), g in group([r for r in records if r.settings["method"] == "penalty"], "weight").items()}
+    header = ["method", "weight", "loss", "change", "centred cosine", "change", "cosine", "linear", "norm ratio",
+              "mean share", "compression", "switches"]  # fmt: skip
+    rows = []
+    for method, groups in (("plain", {0.0: plain}), ("penalty", penalty), ("gapt", gate)):
+        for weight, found in sorted(groups.items()):
+            rows.append(
+                [
+                    method,
+                    f"{weight:g}",
+                    mean_cell(found, "loss"),
+                    "" if method == "plain" else change_cell(versus(found, plain, "loss")),
+                    mean_cell(found, "centred_cosine"),
+                    "" if method == "plain" else change_cell(versus(found, plain, "centred_cosine"), digits=0),
+                    mean_cell(found, "cosine"),
+                    mean_cell(found, "linear"),
+                    mean_cell(found, "norm_ratio", digits=1),
+                    mean_cell(found, "mean_share", digits=2),
+                    f"{100 * sum(r.result['final']['compression'] for r in found) / len(found):.0f} %",
+                    mean_cell(found, "switches", digits=0),
+                ]
+            )
+    first = f"Bytes of text, {seeds_line(records)}, {records[0].settings['steps']} steps.\n\n" + table(header, rows)
+    lead = []
+    for weight, found in sorted(gate.items()):
+        ours, theirs = at_equal_entropy(found, [r for g in (penalty | {0.0: plain}).values() for r in g])
+        if len(ours) > 1:
+            c = compare(ours, theirs)
+            lead.append(
+                [
+                    f"{weight:g}",
+                    f"{len(ours)}",
+                    f"{c.difference.mean:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}]",
+                    p_cell(c.p_t),
+                ]
+            )
+    second = (
+        "Loss of the gate less that of a penalty (plain being one of weight 0) at the same centred cosine entropy, by "
+        "straight lines between its weights, seed by seed. Negative: the gate's curve lies beyond.\n\n"
+    )
+    return {
+        "curves": first,
+        "curves-lead": second + table(["gate's weight", "seeds", "difference (nats)", "p"], lead),
+    }
+
+
+def at_equal_entropy(gate: list[Record], penalty: list[Record]) -> tuple[list[float], list[float]]:
+    """The gate's losses, and those of penalties of the same seed at the same entropy where they reach it."""
+    ours, theirs = [], []
+    for record in gate:
+        same = [r for r in penalty if r.settings["seed"] == record.settings["seed"]]
+        if len(same) < 2:
+            continue
+        loss = at_equal(record.result["final"]["centred_cosine"], values(same, "centred_cosine"), values(same, "loss"))
+        if loss == loss:  # not nan: within the curve
+            ours.append(record.result["final"]["loss"])
+            theirs.append(loss)
+    return ours, theirs
+
+
+def pictures(records: list[Record], folder: Path) -> list[Path]:
+    """Both curves."""
+    from ..pictures import curves_of_methods, spread
+
+    points: dict[str, list[tuple[float, float, float, float]]] = {}
+    plain = [r for r in records if r.settings["method"] == "plain"]
+    for (method, _), found in group(
+        [r for r in records if r.settings["method"] != "plain"], "method", "weight"
+    ).items():
+        x, y = versus(found, plain, "centred_cosine"), versus(found, plain, "loss")
+        if x is None or y is None:
+            continue
+        entropies = [
+            a / b for a, b in zip(values(found, "centred_cosine"), values(plain, "centred_cosine"), strict=False)
+        ]
+        losses = [a - b for a, b in zip(values(found, "loss"), values(plain, "loss"), strict=False)]
+        points.setdefault(method, []).append(
+            (100 * (1 + x.change.mean), 100 * y.change.mean, 100 * spread(entropies), 100 * spread(losses))
+        )
+    return [
+        curves_of_methods(
+            points,
+            folder / "curves.png",
+            labels=("centred cosine entropy, % of plain's", "held-out loss against plain (%)"),
+            title="What compression costs: gate and constant penalty",
+            marked={"plain": (100.0, 0.0)},
+        )
+    ]

@@ -1,0 +1,186 @@
+"""What the numbers of several seeds say, with scipy: paired comparisons with 95 % intervals and p-values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+LEVEL = 0.95
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds. Without an interval (nan) where there are fewer than two."""
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against another on the same seeds."""
+
+    change: Interval
+    """Of the means, relative (-0.05 is 5 % lower); a paired bootstrap."""
+    difference: Interval
+    """Of the means, in their unit; a paired t interval."""
+    p_t: float
+    """Paired t-test, two-sided; nan for fewer than two seeds."""
+    p_wilcoxon: float
+    """Wilcoxon signed-rank test, two-sided. It cannot be below 2 ** (1 - seeds)."""
+    seeds: int
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean and its t interval."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return Interval(float(x.mean()))
+    if np.ptp(x) == 0:
+        return Interval(float(x[0]), float(x[0]), float(x[0]))
+    low, high = stats.t.interval(LEVEL, len(x) - 1, loc=x.mean(), scale=stats.sem(x))
+    return Interval(float(x.mean()), float(low), float(high))
+
+
+def compare(values: Sequence[float], baseline: Sequence[float]) -> Comparison:
+    """``values`` against ``baseline``, which are of the same seeds in the same order.
+
+    Raises:
+        ValueError: they differ in length, or are empty.
+    """
+    a, b = np.asarray(values, float), np.asarray(baseline, float)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"need as many values as baseline values, found {a.shape} and {b.shape}")
+    difference = mean_interval(a - b)
+    change = Interval(*_relative_change(a, b))
+    if len(a) < 2:
+        return Comparison(change, difference, math.nan, math.nan, len(a))
+    if np.ptp(a - b) == 0:  # no scatter: a test has nothing to divide by
+        p = 1.0 if a[0] == b[0] else 0.0
+        return Comparison(change, difference, p, 1.0 if a[0] == b[0] else 2.0 ** (1 - len(a)), len(a))
+    return Comparison(
+        change,
+        difference,
+        float(stats.ttest_rel(a, b).pvalue),
+        float(stats.wilcoxon(a, b).pvalue),
+        len(a),
+    )
+
+
+def _relative_change(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float]:
+    """Mean of a over mean of b, less 1, with the interval of a bootstrap over pairs.
+
+    Drawing n seeds again from n varies by sqrt((n - 1) / n) less than new seeds would, which matters for a handful:
+    the interval is widened about the mean by the inverse of that.
+    """
+    if not b.mean() > 0:
+        return math.nan, math.nan, math.nan  # a ratio says nothing there
+
+    def change(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> Any:
+        return x.mean(axis=axis) / y.mean(axis=axis) - 1
+
+    mean = float(change(a, b))
+    if len(a) < 2:
+        return mean, math.nan, math.nan
+    if np.ptp(a / b) == 0:
+        return mean, mean, mean
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        interval = stats.bootstrap(
+            (a, b),
+            change,
+            paired=True,
+            vectorized=True,
+            confidence_level=LEVEL,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    wider = math.sqrt(len(a) / (len(a) - 1))
+    low, high = (mean + wider * (bound - mean) for bound in interval)
+    return mean, max(float(low), -1.0) if (a >= 0).all() else float(low), float(high)
+
+
+def at_equal(x: float, curve_x: Sequence[float], curve_y: Sequence[float]) -> float:
+    """The value at ``x`` of a curve given by points in any order, straight between them; nan outside of it."""
+    order = np.argsort(curve_x)
+    xs, ys = np.asarray(curve_x, float)[order], np.asarray(curve_y, float)[order]
+    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else math.nan
+
+
+@dataclass(frozen=True)
+class Swings:
+    """Whether a series swings more than chance would make it."""
+
+    runs: int
+    """Stretches of one sign."""
+    expected_runs: float
+    """Of a series whose signs come in random order."""
+    p_runs: float
+    """Wald-Wolfowitz, two-sided. Few runs: signs persist, as in a cycle or a trend; many: they alternate."""
+    autocorrelation: float
+    """Of neighbouring measurements, about a slow trend."""
+    p_autocorrelation: float
+    """Against the same values in random order, two-sided."""
+    beyond_noise: float
+    """Variance about the trend over the variance that the measurements' own errors give; 1: noise alone."""
+    p_beyond_noise: float
+    """Chi-squared, one-sided: more than noise."""
+    reversals: int
+    """Changes between a value below 0 and one above 0 that are both beyond two standard errors."""
+
+
+def swings(values: Sequence[float], errors: Sequence[float], *, trend_degree: int = 3) -> Swings:
+    """Tests a series for swings beyond its noise.
+
+    Args:
+        values: in order of time.
+        errors: standard error of each.
+        trend_degree: of the polynomial in time that is taken off for autocorrelation and variance. A slow drift is
+            no cycle.
+    """
+    x, e = np.asarray(values, float), np.asarray(errors, float)
+    if len(x) < 10:
+        raise ValueError(f"needs at least 10 measurements, found {len(x)}")
+    signs = x > 0
+    runs = 1 + int((signs[1:] != signs[:-1]).sum())
+    positive, negative = int(signs.sum()), int((~signs).sum())
+    n = len(x)
+    expected = 1 + 2 * positive * negative / n
+    variance = (expected - 1) * (expected - 2) / (n - 1)
+    p_runs = float(2 * stats.norm.sf(abs(runs - expected) / math.sqrt(variance))) if variance > 0 else math.nan
+    time = np.linspace(-1, 1, n)
+    weights = 1 / e
+    trend = np.polynomial.polynomial.polyval(time, np.polynomial.polynomial.polyfit(time, x, trend_degree, w=weights))
+    residual = x - trend
+
+    def neighbours(r: NDArray[Any]) -> Any:
+        centred = r - r.mean(-1, keepdims=True)
+        return (centred[..., 1:] * centred[..., :-1]).sum(-1) / np.square(centred).sum(-1)
+
+    shuffled = np.random.default_rng(0).permuted(np.tile(residual, (2000, 1)), axis=1)
+    null, found = neighbours(shuffled), float(neighbours(residual))
+    p_auto = float((1 + (np.abs(null - null.mean()) >= abs(found - null.mean())).sum()) / (1 + len(null)))
+    chi = float(np.square(residual / e).sum())
+    freedom = n - trend_degree - 1
+    z = x / e
+    clear = np.sign(z[np.abs(z) > 2])
+    return Swings(
+        runs,
+        expected,
+        p_runs,
+        found,
+        p_auto,
+        chi / freedom,
+        float(stats.chi2.sf(chi, freedom)),
+        int((clear[1:] != clear[:-1]).sum()),
+    )

@@ -1,0 +1,17 @@
+"""What viewing takes from the rest of the library beyond its public names, in one place."""
+
+from __future__ import annotations
+
+from .._capture import Layers, hidden_tensor, padded, select_layers
+from ..entropy import Kernel, KernelMatrix, entropy_of_gram, windows_last
+
+__all__ = [
+    "Kernel",
+    "KernelMatrix",
+    "Layers",
+    "entropy_of_gram",
+    "hidden_tensor",
+    "padded",
+    "select_layers",
+    "windows_last",
+]

@@ -1,0 +1,256 @@
+"""First aid: what a run's metrics say about its gate, its weight and its entropies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ..config import GAPTConfig
+from .findings import CONSTANT_PENALTY, FINDINGS, NO_STEPS, NOTHING_FOUND, PLAIN_RUN, Diagnosis
+from .history import Record, RunHistory, compression_spans, switches_of, values_of
+
+Points = list[tuple[float, float]]
+
+
+def diagnose(run: RunHistory) -> list[Diagnosis]:
+    """What is wrong with a run, the most basic first; empty where nothing stands out.
+
+    for found in diagnose(read_run("runs/first")):
+        print(found.title, found.what, found.change)
+    """
+    if not run.steps:
+        return []
+    case = _Case(run)
+    found = [*case.gate(), *case.weight(), *case.layers(), *case.kernels(), *case.numbers()]
+    order = list(FINDINGS)
+    return sorted(found, key=lambda diagnosis: order.index(diagnosis.key))
+
+
+def verdict(run: RunHistory, found: Sequence[Diagnosis]) -> str:
+    """One sentence on a run for which :func:`diagnose` found nothing; empty where it found something."""
+    if found:
+        return ""
+    if not run.steps:
+        return NO_STEPS
+    case = _Case(run)
+    if not case.spans and case.setting("gate", "frozen"):
+        return PLAIN_RUN
+    return CONSTANT_PENALTY if case.spans and case.setting("gate", "frozen") else NOTHING_FOUND
+
+
+class _Case:
+    def __init__(self, run: RunHistory) -> None:
+        self.run = run
+        self.steps = run.steps
+        self.n = len(run.steps)
+        self.spans = compression_spans(run.steps)
+        self.switches = switches_of(run.steps)
+        self.losses = values_of(run.steps, "loss")
+        self.defaults = GAPTConfig().model_dump()
+
+    def setting(self, section: str, name: str) -> Any:
+        """A setting of the run; the library's default where the run does not say."""
+        table = find_section(self.run.settings, section)
+        value = table.get(name)
+        return self.defaults[section][name] if value is None else value
+
+    def gate(self) -> list[Diagnosis]:
+        if self.setting("gate", "frozen"):
+            return []
+        found = [] if self.spans else self._never()
+        overfit = self._overfits()
+        if overfit is not None and self.setting("gate", "signal") == "train":
+            found.append(overfit)
+        if not self.spans:
+            return found
+        first = self.spans[0][0]
+        patience = self.setting("gate", "patience_memorization")
+        then, last = _near(self.losses, first), _tail(self.losses)
+        soon = first <= max(patience + 3, 0.03 * self.n) and self.n >= 4 * first
+        if soon and then is not None and last is not None and last < 0.8 * then:
+            found.append(_diagnosis("compressed_at_once", at=first, steps=self.n, then=then, last=last))
+        lengths = [end - begin + 1 for begin, end in self.spans]
+        exits = [reason for _, phase, reason in self.switches if phase == "memorization"]
+        spikes = exits.count("spike")
+        if len(exits) >= 3 and spikes >= 0.6 * len(exits):
+            found.append(
+                _diagnosis(
+                    "spiked",
+                    spikes=spikes,
+                    exits=len(exits),
+                    tolerance=100 * self.setting("gate", "spike_tolerance"),
+                    length=median(lengths),
+                )
+            )
+        elif len(self.spans) >= 3 and median(lengths) <= 3:
+            share = sum(lengths) / self.n
+            found.append(_diagnosis("short_phases", phases=len(lengths), length=median(lengths), share=share))
+        begin, end = self.spans[-1]
+        if end >= self.steps[-1]["step"] and lengths[-1] > max(0.4 * self.n, 4 * self._patience_compression()):
+            entropy = _tail(values_of(self.steps, "entropy"))
+            if entropy is not None:
+                found.append(
+                    _diagnosis(
+                        "stuck_in_compression",
+                        at=begin,
+                        length=lengths[-1],
+                        share=lengths[-1] / self.n,
+                        entropy=entropy,
+                    )
+                )
+        return found
+
+    def _patience_compression(self) -> int:
+        return int(self.setting("gate", "patience_compression"))
+
+    def _never(self) -> list[Diagnosis]:
+        patience = self.setting("gate", "patience_memorization")
+        if self.setting("gate", "signal") == "validation":
+            validations = len(values_of(self.steps, "validation_loss")) or len(self.run.validations)
+            if validations <= patience:
+                return [_diagnosis("few_validations", validations=validations, steps=self.n, patience=patience)]
+        elif self.n <= patience:
+            return [_diagnosis("too_short", updates=self.n, patience=patience)]
+        head, last = _head(self.losses), _tail(self.losses)
+        if head is None or last is None:
+            return []
+        improvement = 100 * self.setting("gate", "min_improvement")
+        return [
+            _diagnosis(
+                "never_compressed", steps=self.n, first=head, last=last, patience=patience, improvement=improvement
+            )
+        ]
+
+    def _overfits(self) -> Diagnosis | None:
+        held_out = values_of(self.run.validations, "loss")
+        if len(held_out) < 4:
+            return None
+        at, best = min(held_out, key=lambda point: point[1])
+        last, training = held_out[-1][1], _tail(self.losses)
+        then = _near(self.losses, at)
+        if training is None or then is None or last < 1.02 * best or training > 0.98 * then:
+            return None
+        return _diagnosis("overfits_unseen", best=best, at=int(at), last=last, training=training)
+
+    def weight(self) -> list[Diagnosis]:
+        if not self.spans:
+            return []
+        inside = [record for record in self.steps if record.get("phase") == "compression"]
+        shares = [share for _, share in values_of(inside, "entropy_share")]
+        change = self._change("entropy")
+        if len(shares) < 5 or change is None:
+            return []
+        share, (before, after) = median(shares), change
+        found = []
+        relative = after / before - 1 if before else 0.0
+        if share < 0.01 and relative > -0.05:
+            found.append(_diagnosis("weight_too_small", share=share, change=relative))
+        loss = self._change("loss")
+        if share > 0.4 and loss is not None and loss[1] > 1.05 * loss[0]:
+            found.append(_diagnosis("weight_too_large", share=share, before=loss[0], after=loss[1]))
+        return found
+
+    def layers(self) -> list[Diagnosis]:
+        if not self.spans or self.setting("entropy", "normalize"):
+            return []
+        rows = [(record["step"], record["layer_entropy"]) for record in self.steps if record.get("layer_entropy")]
+        if not rows:
+            return []
+        pressed = {}
+        for name in rows[-1][1]:
+            points = [(step, values[name]) for step, values in rows if values.get(name) is not None]
+            before, after = _before(points, self.spans[0][0]), _tail(points)
+            if before is not None and after is not None and after < 0.1 and before > 0.3:
+                pressed[name] = (before, after)
+        if not pressed or self._by_norms() is not None or self._by_mean() is not None:
+            return []
+        name = min(pressed, key=lambda layer: pressed[layer][1])
+        before, after = pressed[name]
+        layers = f"Layer {name}" if len(pressed) == 1 else f"{len(pressed)} layers were; the lowest, {name},"
+        return [_diagnosis("pressed_below_use", layers=layers, entropy=after, rank=math.exp(after), before=before)]
+
+    def kernels(self) -> list[Diagnosis]:
+        found = [self._by_norms(), self._by_mean()]
+        return [diagnosis for diagnosis in found if diagnosis is not None]
+
+    def _by_norms(self) -> Diagnosis | None:
+        linear, cosine, ratio = (
+            self._change(f"measures.{name}") for name in ("linear_entropy", "centered_cosine_entropy", "norm_ratio")
+        )
+        if linear is None or cosine is None or ratio is None or not linear[0] or not cosine[0]:
+            return None
+        fell, kept = 1 - linear[1] / linear[0], 1 - cosine[1] / cosine[0]
+        if fell < 0.2 or kept > 0.3 * fell or ratio[1] < 1.5 * ratio[0]:
+            return None
+        return _diagnosis(
+            "norms_alone", linear=fell, cosine=max(kept, 0.0), ratio_before=ratio[0], ratio_after=ratio[1]
+        )
+
+    def _by_mean(self) -> Diagnosis | None:
+        pressed, cosine, share = (
+            self._change(name) for name in ("entropy", "measures.centered_cosine_entropy", "measures.mean_share")
+        )
+        if pressed is None or cosine is None or share is None or not pressed[0] or not cosine[0]:
+            return None
+        fell, kept = 1 - pressed[1] / pressed[0], 1 - cosine[1] / cosine[0]
+        if fell < 0.2 or kept > 0.3 * fell or share[1] < share[0] + 0.2:
+            return None
+        return _diagnosis(
+            "common_vector", pressed=fell, cosine=max(kept, 0.0), share_before=share[0], share_after=share[1]
+        )
+
+    def numbers(self) -> list[Diagnosis]:
+        counts = [count for _, count in values_of(self.steps, "nonfinite_steps")]
+        if counts and counts[-1] > 0.002 * self.n:
+            return [_diagnosis("not_finite", nonfinite=int(counts[-1]), steps=self.n)]
+        return []
+
+    def _change(self, key: str) -> tuple[float, float] | None:
+        """A value before the first compression and at the end of the last; None where either is missing."""
+        if not self.spans:
+            return None
+        points = values_of(self.steps, key)
+        before, after = _before(points, self.spans[0][0]), _near(points, self.spans[-1][1])
+        return None if before is None or after is None else (before, after)
+
+
+def find_section(settings: Record, section: str) -> Record:
+    """The table of that name in a run's settings, however deep it lies; empty where there is none."""
+    value = settings.get(section)
+    if isinstance(value, dict):
+        return value
+    for inner in settings.values():
+        if isinstance(inner, dict) and (found := find_section(inner, section)):
+            return found
+    return {}
+
+
+def _diagnosis(key: str, **figures: Any) -> Diagnosis:
+    return Diagnosis(FINDINGS[key], FINDINGS[key].filled(**figures))
+
+
+def _width(points: Points) -> int:
+    return max(1, min(20, len(points) // 20))
+
+
+def _tail(points: Points) -> float | None:
+    values = [value for _, value in points[-_width(points) :]]
+    return sum(values) / len(values) if values else None
+
+
+def _head(points: Points) -> float | None:
+    values = [value for _, value in points[: _width(points)]]
+    return sum(values) / len(values) if values else None
+
+
+def _near(points: Points, step: float) -> float | None:
+    """Mean of the last values up to a step."""
+    return _tail([point for point in points if point[0] <= step])
+
+
+def _before(points: Points, step: float) -> float | None:
+    """Mean of the last values before a step; the first value where there is none."""
+    earlier = [point for point in points if point[0] < step]
+    return _tail(earlier) if earlier else points[0][1] if points else None

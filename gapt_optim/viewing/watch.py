@@ -1,0 +1,148 @@
+"""A run in the terminal while it trains: phase, switches with their reasons, and sparklines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .history import Record, switches_of, values_of
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class Follower:
+    """Reads a file of JSON lines as it grows. A line that is not whole yet is read when it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        self.unreadable = 0
+        self._place = 0
+        self._rest = b""
+
+    def read(self) -> int:
+        """Take what is new; the number of new records."""
+        try:
+            size = self.path.stat().st_size
+            if size < self._place:  # another run took the file's place
+                self.__init__(self.path)  # type: ignore[misc]
+            with self.path.open("rb") as file:
+                file.seek(self._place)
+                new = file.read()
+        except FileNotFoundError:
+            return 0
+        self._place += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        before = len(self.records)
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                record["step"] = int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                self.unreadable += 1
+                continue
+            # Only what is drawn: a run's layers need not fit into memory.
+            kept = ("step", "phase", "next_phase", "reason", "loss", "entropy", "validation_loss", "measures")
+            record = {key: record[key] for key in kept if key in record}
+            while self.records and self.records[-1]["step"] >= record["step"]:
+                self.records.pop()  # the run went on from an earlier checkpoint
+            self.records.append(record)
+        return max(0, len(self.records) - before)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of some values in so many characters, from the lowest to the highest."""
+    values = [value for value in values if isinstance(value, int | float)]
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    means = []
+    for i in range(count):
+        part = values[i * len(values) // count : (i + 1) * len(values) // count]
+        means.append(sum(part) / len(part))
+    low, high = min(means), max(means)
+    if not high > low:
+        return _BARS[0] * count
+    return "".join(_BARS[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
+
+
+def phase_line(records: Sequence[Record], width: int) -> str:
+    """A character per stretch of steps: full where most of it was compression."""
+    if not records:
+        return ""
+    count = min(width, len(records))
+    parts = (records[i * len(records) // count : (i + 1) * len(records) // count] for i in range(count))
+    shares = (sum(record.get("phase") == "compression" for record in part) / len(part) for part in parts)
+    return "".join("█" if share > 0.5 else "▄" if share > 0 else "·" for share in shares)
+
+
+def screen(name: str, records: Sequence[Record], width: int, unreadable: int = 0, state: str = "") -> Any:
+    """What is shown, as a rich renderable."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table.grid(padding=(0, 2))
+    shown.add_column(style="dim")
+    shown.add_column(overflow="fold")
+    shown.add_row("run", Text(name))
+    if not records:
+        shown.add_row("", "waiting for the first step")
+        return shown
+    last = records[-1]
+    phase = str(last.get("phase") or "memorization")
+    style = "bold blue" if phase == "compression" else "bold"
+    room = max(10, min(60, width - 40))
+    shown.add_row("step", Text(f"{last['step']:,}{'  ' + state if state else ''}"))
+    shown.add_row("phase", Text.assemble((phase, style), "  ", (phase_line(records, room), "blue")))
+    for key, title in (("loss", "loss"), ("entropy", "entropy"), ("measures.centered_cosine_entropy", "centred cosine"),
+                       ("measures.norm_ratio", "norm ratio"), ("validation_loss", "held-out loss")):  # fmt: skip
+        points = [value for _, value in values_of(records, key) if isinstance(value, int | float)]
+        if points:
+            shown.add_row(title, Text(f"{points[-1]:9.4g}  {sparkline(points, room)}"))
+    switches = switches_of(records)
+    share = sum(record.get("phase") == "compression" for record in records) / len(records)
+    shown.add_row("switches", Text(f"{len(switches)}, {share:.0%} of the steps in compression"))
+    for step, phase, reason in list(islice(reversed(switches), 5)):
+        shown.add_row("", Text(f"{step:>9,}  {reason}: {phase}"))
+    if unreadable:
+        shown.add_row("note", Text(f"{unreadable} lines could not be read"))
+    return shown
+
+
+def ended(folder: Path) -> bool:
+    """The run has written its results."""
+    return (folder / "results.json").exists()
+
+
+def follow(folder: Path, *, interval: float, patience: float, once: bool = False) -> Iterator[tuple[Follower, str]]:
+    """The run's records again and again, with a word on its state, until it ends.
+
+    Args:
+        folder: of the run.
+        interval: seconds between two looks.
+        patience: seconds without a new step after which the run counts as ended.
+        once: look only once.
+    """
+    follower = Follower(folder / "metrics.jsonl")
+    latest = time.monotonic()
+    while True:
+        over = ended(folder)  # before reading, so that nothing written until then is missed
+        new = follower.read()
+        now = time.monotonic()
+        latest = now if new else latest
+        if over:
+            yield follower, "ended"
+            return
+        if now - latest > patience:
+            yield follower, f"no new step for {patience:g} s"
+            return
+        yield follower, ""
+        if once:
+            return
+        time.sleep(interval)

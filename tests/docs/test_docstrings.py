@@ -1,0 +1,61 @@
+"""Every public class and function has an example in its docstring, and every example in a docstring runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import gapt_optim
+
+PUBLIC_MODULES = [
+    "gapt_optim",
+    "gapt_optim.integrations.lightning",
+    "gapt_optim.integrations.transformers",
+]
+
+
+def public() -> dict[str, Any]:
+    """Classes and functions that others import, by their full name."""
+    found: dict[str, Any] = {}
+    for module_name in PUBLIC_MODULES:
+        module = importlib.import_module(module_name)
+        for name in getattr(module, "__all__", None) or _defined_in(module):
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found[f"{module_name}.{name}"] = value
+    return found
+
+
+def _defined_in(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def modules() -> Iterator[str]:
+    yield "gapt_optim"
+    for found in pkgutil.walk_packages(gapt_optim.__path__, "gapt_optim."):
+        yield found.name
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_public_name_has_an_example(name: str) -> None:
+    assert ">>> " in (inspect.getdoc(public()[name]) or ""), f"{name} has no example in its docstring"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_examples_of_the_module_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(importlib.import_module(name), optionflags=options)
+    assert result.failed == 0
