@@ -81,7 +81,9 @@ def _mean_entropies(
     )
     measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
     windows = values.shape[0] // count
-    measured = (measures.reshape(count, windows, -1) * _shares(alive.reshape(count, windows)).unsqueeze(-1)).sum(-2)
+    measured = (
+        measures.reshape(count, windows, measures.shape[-1]) * _shares(alive.reshape(count, windows)).unsqueeze(-1)
+    ).sum(-2)
     if live is None:
         shares = values.new_full((count, windows), 1 / max(windows, 1))  # an empty batch has no window
     else:
