@@ -511,3 +511,75 @@ def test_the_overall_angle_is_that_of_the_layers_that_count(first: int, last: in
     assert alignment.cosine == pytest.approx(gd / loss_norm / entropy_norm, rel=1e-4)
     assert alignment.loss_norm == pytest.approx(loss_norm, rel=1e-4)
     assert alignment.entropy_norm == pytest.approx(entropy_norm / len(counted), rel=1e-4)
+
+
+# What the automatic choice of layers proposes
+
+
+class Recommender(nn.Module):
+    """User and item into one MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(5, 4), nn.Embedding(5, 4)
+        self.joint_mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+
+class Stages(nn.Module):
+    """As torchvision's ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3)
+        self.layer1, self.layer2 = (nn.Sequential(ResidualBlock(), ResidualBlock()) for _ in range(2))
+        self.head = nn.Linear(3, 2)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(
+            nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(4))}) for _ in range(2)
+        )
+
+
+class Seq2Seq(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.GRU(4, 4), nn.GRU(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "names"),
+    [
+        (Recommender(), "joint_mlp.*", ["joint_mlp.0", "joint_mlp.1", "joint_mlp.2"]),
+        (Numbered(), "fc*", ["fc1", "fc2"]),
+        (Stages(), "layer*.*", ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
+        (Experts(), "h.*.experts.*", [f"h.{i}.experts.{j}" for i in range(2) for j in range(4)]),
+        (Seq2Seq(), "encoder", ["encoder"]),
+        (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), "*", ["0", "1"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_is_proposed_matches(model: nn.Module, first: str, names: list[str]) -> None:
+    with pytest.raises(ValueError, match="layers=None") as caught:
+        RepresentationHook(model)
+    proposed = re.findall('"([^"]+)"', str(caught.value))
+    assert proposed[0] == first
+    assert RepresentationHook(model, first).names == names
+    for glob in proposed:
+        for name in RepresentationHook(model, glob).names:
+            assert type(model.get_submodule(name)).forward is not nn.Module.forward  # it can be called
+
+
+def test_a_model_that_is_one_module() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"pass it: RepresentationHook\(model, model\)"):
+        RepresentationHook(model)
+    assert RepresentationHook(model, model).names == [""]
