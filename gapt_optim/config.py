@@ -138,7 +138,7 @@ class ObjectiveConfig(_Section):
     'sum'
     """
 
-    weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    weight: float = Field(0.05, ge=0.0, allow_inf_nan=False)
     """Weight of the entropy in the objective, per nat."""
 
     combine: Literal["sum", "project", "cap"] = "sum"

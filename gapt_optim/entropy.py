@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -122,10 +123,17 @@ class _MatrixEntropy(torch.autograd.Function):
         gram = gram_matrix(rows, alpha, ctx.kernel)
         live = count_rows(rows, mask, alpha, ctx.kernel)
         value, factor, _ = entropy_of_gram(
-            gram, alpha, ctx.kernel, z.shape[-2:], z.dtype, live, normalize, with_gradient=ctx.needs_input_grad[0]
+            kernel_matrix(windows_last(gram), ctx.kernel, z.shape[-2:]),
+            alpha,
+            ctx.kernel,
+            z.shape[-2:],
+            z.dtype,
+            None if live is None else live.reshape(-1),
+            normalize,
+            with_gradient=ctx.needs_input_grad[0],
         )
-        ctx.save_for_backward(z, mask, factor)
-        return value.to(torch.promote_types(z.dtype, torch.float32))
+        ctx.save_for_backward(z, mask, None if factor is None else windows_first(factor).reshape(gram.shape))
+        return value.reshape(z.shape[:-2]).to(torch.promote_types(z.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,14 +193,102 @@ def entropy_gradient(factor: Tensor, z: Tensor, kernel: Kernel) -> Tensor:
             return _matmul(z, factor).to(dtype)
         d = _matmul(_kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
         if kernel.cosine:
-            scale = _inverse(_squared_norms(z)).sqrt_().unsqueeze(-1)
+            scale = _inverse_norms(_squared_norms(z)).unsqueeze(-1)
             unit = z * scale
             d = (d - unit * (d * unit).sum(-1, keepdim=True)) * scale
         return d.to(dtype)
 
 
+def windows_last(gram: Tensor) -> Tensor:
+    """(..., m, m) as (m, m, windows): operations on so small matrices are fast where they run over windows."""
+    flat = gram.unsqueeze(0).flatten(0, -3)
+    moved = flat.permute(1, 2, 0)
+    # Few large matrices stay as they lie in memory.
+    return moved.contiguous() if len(flat) > gram.shape[-1] else moved
+
+
+def windows_first(matrices: Tensor) -> Tensor:
+    """(m, m, windows) as (windows, m, m), contiguous."""
+    m, _, count = matrices.shape
+    # A transposition of two dimensions is several times as fast as a permutation of three.
+    return matrices.reshape(m * m, count).mT.contiguous().reshape(count, m, m)
+
+
+def kernel_matrix(gram: Tensor, kernel: Kernel, shape: Sequence[int]) -> KernelMatrix:
+    """The matrix of ``kernel`` from that of :func:`gram_matrix`, windows last, for matrices Z of ``shape`` (n, d)."""
+    n, d = shape
+    return KernelMatrix(gram, LINEAR) if n > d else KernelMatrix(gram, kernel)
+
+
+class KernelMatrix:
+    """The Gram matrices of a kernel, from the linear ones K = Z Zᵀ.
+
+    Args:
+        gram: (n, n, windows), linear. Under all but the plain kernel a row of zeros does not count.
+        kernel: the kernel. Where n > d, the Gram matrix is that of the kernel already, to be given as the plain one.
+    """
+
+    def __init__(self, gram: Tensor, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.live: Tensor | None = None
+        """(windows,) rows that count; None where all do."""
+        self.least: Tensor | float = _least(gram)
+        """A trace at or below this counts as zero."""
+        self.noise: Tensor | None = None
+        """(windows,) rounding of the matrix, where it is the difference of larger ones."""
+        matrix = gram
+        if not kernel.plain:
+            inverse = _inverse(gram.diagonal().mT)
+            self.alive = (inverse > 0).to(gram.dtype)  # (n, windows), 1 for rows that count, otherwise 0
+            self.live = self.alive.sum(0)
+            self.count = self.live.clamp(min=1)
+        if kernel.cosine:
+            self.scale = inverse.sqrt_()
+            matrix = self._scaled(gram.clone())
+        self.uncentered = matrix
+        if kernel.center:
+            whole = matrix.diagonal().sum(-1)
+            self.least = self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp(min=_least(gram))
+            matrix = self._centered(matrix)
+        self.matrix = matrix
+        """(n, n, windows)"""
+        self.inverse = _inverse(matrix.diagonal().sum(-1), self.least)
+        """(windows,) 1 / trace; 0 for a matrix that counts as zero."""
+
+    @cached_property
+    def rho(self) -> Tensor:
+        """(n, n, windows), of trace 1. It is squared, not the matrix, so that the range of scales is the trace's."""
+        return self.matrix * self.inverse
+
+    @cached_property
+    def purity(self) -> Tensor:
+        """(windows,) tr(rho²)"""
+        return self.rho.square().sum((0, 1))
+
+    def differential(self, factor: Tensor) -> Tensor:
+        """2 dS/dK of the linear Gram matrices, from 2 dS/d(matrix), in its place."""
+        if self.kernel.center:
+            factor = self._centered(factor, out=factor)
+        if self.kernel.cosine:
+            # A length of its own changes nothing: the gradient of a row is orthogonal to it.
+            factor.diagonal().sub_((factor * self.uncentered).sum(0).mT)
+            factor = self._scaled(factor)
+        return factor
+
+    def _scaled(self, matrix: Tensor) -> Tensor:
+        return matrix.mul_(self.scale.unsqueeze(0)).mul_(self.scale.unsqueeze(1))
+
+    def _centered(self, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+        """H M H, with H = diag(l) - l lᵀ / count over the rows l that count."""
+        # Entries between a row that counts and one that does not are 0.
+        means = matrix.sum(0) / self.count
+        half = ((means * self.alive).sum(0) / (-2 * self.count) + means) * self.alive
+        matrix = torch.addcmul(matrix, self.alive.unsqueeze(0), half.unsqueeze(1), value=-1, out=out)
+        return matrix.addcmul_(self.alive.unsqueeze(1), half.unsqueeze(0), value=-1)
+
+
 def entropy_of_gram(
-    gram: Tensor,
+    gram: KernelMatrix,
     alpha: float,
     kernel: Kernel,
     shape: Sequence[int],
@@ -202,138 +298,68 @@ def entropy_of_gram(
     *,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Entropy from the matrix of :func:`gram_matrix`, and the symmetric matrix that turns Z into its gradient.
+    """Entropy of each window, and the symmetric matrix that turns Z into its gradient.
 
     Args:
-        gram: (..., m, m).
+        gram: from :func:`kernel_matrix`.
         alpha: order of the entropy.
         kernel: the kernel of the entropy.
         shape: (n, d) of the matrices Z; with ``dtype``, it tells rank from rounding.
         dtype: that of Z.
-        live: (...,) rows that count, from :func:`count_rows`.
+        live: (windows,) rows that count, from :func:`count_rows`.
         normalize: divide by the logarithm of the largest rank.
         with_gradient: False returns None for the factor and saves its work.
 
     Returns:
-        The entropy (...) in nats and the factor (..., m, m) = 2 dS/dK, both in the Gram matrix's dtype, and the rows
-        that count (...,), None where all do. Where the Gram matrix is not finite, neither is the entropy.
+        The entropy (windows,) in nats and the factor (m, m, windows) = 2 dS/dK, both in the Gram matrix's dtype, and
+        the rows that count (windows,), None where all do. Where the Gram matrix is not finite, neither is the entropy.
     """
-    n, d = shape
-    from_rows = n > d or kernel.plain  # the Gram matrix is that of the kernel already
-    if from_rows:
-        matrix = gram
-        least: Tensor | float = _least(gram)
-        noise: Tensor | float | None = None
-    else:
-        scaled = KernelMatrix(gram, kernel)
-        matrix, live = scaled.matrix, scaled.live
-        least = noise = scaled.least
-    # Normalized before it is squared, so that the range of scales is that of the trace itself. A matrix whose
-    # trace has no reciprocal counts as zero.
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    inverse = _inverse(trace, least)
-    rho = matrix * inverse[..., None, None]
-    with _full_precision(gram):
-        if _by_power(alpha):
-            value, factor = _from_powers(rho, int(alpha), with_gradient)
-        else:
-            tolerance = _rank_tolerance(dtype, *shape)
-            relative = None if noise is None else noise * inverse
-            value, factor = _from_eigenvalues(rho, alpha, with_gradient, tolerance, relative)
+    value, factor = _entropy_of(gram, alpha, shape, dtype, with_gradient)
+    inverse, live = gram.inverse, live if gram.live is None else gram.live
     if normalize:
         scale = _normalizer(value, live, shape, kernel)
         value, inverse = value * scale, inverse * scale
-    if factor is None:
-        return value, None, live
-    factor = factor.mul_(inverse[..., None, None])
-    return value, factor if from_rows else scaled.differential(factor), live
+    return value, None if factor is None else gram.differential(factor.mul_(inverse)), live
 
 
-class KernelMatrix:
-    """The Gram matrix of ``kernel`` where n <= d, from the linear one K = Z Zᵀ.
+def measures_of_gram(gram: Tensor, known: KernelMatrix) -> tuple[Tensor, Tensor]:
+    """What can hide in an entropy, from the linear Gram matrices of the rows of Z, (n, n, windows).
 
     Args:
-        gram: (..., n, n), linear. A row of zeros does not count.
-        kernel: not the plain one.
-    """
-
-    def __init__(self, gram: Tensor, kernel: Kernel) -> None:
-        self.kernel = kernel
-        inverse = _inverse(gram.diagonal(dim1=-2, dim2=-1))
-        self.alive = (inverse > 0).to(gram.dtype)
-        """(..., n), 1 for rows that count, otherwise 0."""
-        self.live = self.alive.sum(-1)
-        """(...,) rows that count."""
-        self.count = self.live.clamp(min=1).unsqueeze(-1)
-        self.scale = inverse.sqrt_()
-        self.uncentered = self._scaled(gram) if kernel.cosine else gram
-        self.matrix = self._centered(self.uncentered) if kernel.center else self.uncentered
-        """(..., n, n)"""
-        self.least: Tensor | float = _least(gram)
-        """A trace at or below this is rounding: the rows are equal."""
-        if kernel.center:
-            whole = self.uncentered.diagonal(dim1=-2, dim2=-1).sum(-1)
-            self.least = (16 * torch.finfo(gram.dtype).eps * whole).clamp(min=_least(gram))
-
-    def differential(self, factor: Tensor) -> Tensor:
-        """2 dS/dK of the linear Gram matrix, from 2 dS/d(matrix)."""
-        if self.kernel.center:
-            factor = self._centered(factor)
-        if self.kernel.cosine:
-            # A length of its own changes nothing: the gradient of a row is orthogonal to it.
-            along = (factor * self.uncentered).sum(-1)
-            factor.diagonal(dim1=-2, dim2=-1).sub_(along)
-            factor = self._scaled(factor)
-        return factor
-
-    def _scaled(self, matrix: Tensor) -> Tensor:
-        return matrix * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
-
-    def _centered(self, matrix: Tensor) -> Tensor:
-        """H M H, with H = diag(l) - l lᵀ / count over the rows l that count."""
-        means = (
-            matrix.sum(-1) * self.alive / self.count
-        )  # entries between a row that counts and one that does not are 0
-        half = means - self.alive * (means.sum(-1, keepdim=True) / (2 * self.count))
-        outer = self.alive.unsqueeze(-1) * half.unsqueeze(-2)
-        return matrix - outer - outer.mT
-
-
-def measures_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """What can hide in an entropy, from the linear Gram matrix of the rows of Z, (..., n, n).
+        gram: linear.
+        known: a matrix made of it, to be used again where it is one of those needed.
 
     Returns:
-        (..., 4): order-2 entropy of the linear kernel, of the centered cosine one, the largest over the median norm of
-        the rows, and the share of their squared norm that lies in their mean; and (...,) the rows that count, which are
-        those that are not zero.
+        (windows, 4): order-2 entropy of the linear kernel, of the centered cosine one, the largest over the median norm
+        of the rows, and the share of their squared norm that lies in their mean; and (windows,) the rows that count,
+        which are those that are not zero.
     """
-    centered = KernelMatrix(gram, CENTERED_COSINE)
-    squares, live = gram.diagonal(dim1=-2, dim2=-1), centered.live
-    trace = squares.sum(-1)
-    share = gram.sum((-2, -1)) * _inverse(trace) / live.clamp(min=1)
-    linear = _collision_entropy(gram, trace, _least(gram))
-    cosine = _collision_entropy(centered.matrix, None, centered.least)
-    return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
+    linear, cosine = (
+        known if known.kernel == kernel else KernelMatrix(gram, kernel) for kernel in (LINEAR, CENTERED_COSINE)
+    )
+    live = cosine.alive.sum(0)
+    share = gram.sum((0, 1)) * linear.inverse / live.clamp(min=1)
+    ratio = _norm_ratio(gram.diagonal(), live)
+    entropies = (_collision_entropy(matrix.purity) for matrix in (linear, cosine))
+    return torch.stack((*entropies, ratio, share.clamp(0, 1)), dim=-1), live
 
 
 def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as :func:`measures_of_gram` where n > d, from the rows (..., n, d) and d x d matrices."""
+    """The same as :func:`measures_of_gram` where n > d, from the rows (windows, n, d) and d x d matrices."""
     z = _wide(z)
     squares = _squared_norms(z)
     live = (squares > _least(z)).sum(-1).to(z.dtype)
-    trace = squares.sum(-1)
-    share = z.sum(-2).square().sum(-1) * _inverse(trace) / live.clamp(min=1)
+    share = z.sum(-2).square().sum(-1) * _inverse(squares.sum(-1)) / live.clamp(min=1)
     with _full_precision(z):
         y = _kernel_rows(z, CENTERED_COSINE)
-        linear, cosine = (_collision_entropy(_matmul(rows.mT, rows), None, _least(z)) for rows in (z, y))
+        grams = (windows_last(_matmul(rows.mT, rows)) for rows in (z, y))
+        linear, cosine = (_collision_entropy(KernelMatrix(gram, LINEAR).purity) for gram in grams)
     return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
 
 
-def _collision_entropy(matrix: Tensor, trace: Tensor | None, least: Tensor | float) -> Tensor:
-    """Order-2 entropy of a kernel matrix (..., m, m)."""
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) if trace is None else trace
-    total = (matrix * _inverse(trace, least)[..., None, None]).square().sum((-2, -1))
-    return torch.where(total > 0, total, 1).log().clamp(max=0).abs()
+def _collision_entropy(purity: Tensor) -> Tensor:
+    """Order-2 entropy from tr(rho²); 0 for a matrix that counts as zero."""
+    return torch.where(purity == 0, 1, purity).log().clamp(max=0).abs()
 
 
 def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
@@ -341,7 +367,7 @@ def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
     n = squares.shape[-1]
     if n == 0:
         return torch.ones_like(live)
-    norms = squares.sort(-1).values.sqrt()  # the rows that do not count come first
+    norms = squares.contiguous().sort(-1).values.sqrt()  # the rows that do not count come first
     first, count = n - live.long(), live.long().clamp(min=1)
     middle = torch.stack((first + (count - 1) // 2, first + count // 2), dim=-1).clamp(max=n - 1)
     median = norms.gather(-1, middle).mean(-1)
@@ -375,13 +401,18 @@ def _inverse(values: Tensor, least: Tensor | float | None = None) -> Tensor:
     return torch.where(values > least, values, math.inf).reciprocal_()
 
 
+def _inverse_norms(squares: Tensor) -> Tensor:
+    """1 / norm of rows, 0 for those that count as zero; nan where a square overflows, as that row has a direction."""
+    return (_inverse(squares) + squares * 0).sqrt_()
+
+
 def _kernel_rows(z: Tensor, kernel: Kernel) -> Tensor:
     """The rows whose linear Gram matrix is that of ``kernel``. Rows that are all equal, to rounding, become zero."""
     if kernel.plain:
         return z
     squares = _squared_norms(z)
     if kernel.cosine:
-        z = z * _inverse(squares).sqrt_().unsqueeze(-1)
+        z = z * _inverse_norms(squares).unsqueeze(-1)
     if not kernel.center:
         return z
     alive = (squares > _least(z)).to(z.dtype)
@@ -403,20 +434,35 @@ def _by_power(alpha: float) -> bool:
     return 2 <= alpha <= _LARGEST_POWER and float(alpha).is_integer()
 
 
-def _from_powers(rho: Tensor, alpha: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """S and tr(K) dS/dK * 2 for integer alpha >= 2, from matrix products alone."""
-    power = rho if alpha == 2 else torch.linalg.matrix_power(rho, alpha - 1)
-    total = (power * rho).sum((-2, -1))
+def _entropy_of(
+    gram: KernelMatrix, alpha: float, shape: Sequence[int], dtype: torch.dtype, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """S (windows,) and tr(C) dS/dC * 2 (m, m, windows)."""
+    if alpha == 2:
+        return _from_power(gram.rho, gram.purity, 2, with_gradient)
+    rho = windows_first(gram.rho)
+    with _full_precision(rho):
+        if _by_power(alpha):
+            power = torch.linalg.matrix_power(rho, int(alpha) - 1)
+            total = (power * rho).sum((-2, -1))
+            return _from_power(power.permute(1, 2, 0), total, int(alpha), with_gradient)
+        noise = None if gram.noise is None else gram.noise * gram.inverse
+        value, factor = _from_eigenvalues(rho, alpha, with_gradient, _rank_tolerance(dtype, *shape), noise)
+        return value, None if factor is None else windows_last(factor)
+
+
+def _from_power(power: Tensor, total: Tensor, alpha: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The same for integer alpha >= 2, from rho^(alpha - 1) (m, m, windows) and tr(rho^alpha) (windows,)."""
     # tr(rho^alpha) is at least m^(1 - alpha); below it there was no trace to normalize by: a matrix of zeros.
-    zero = total < 0.5 * max(rho.shape[-1], 1) ** (1 - alpha)
-    total = total.masked_fill_(zero, 1)
+    zero = total < 0.5 * max(len(power), 1) ** (1 - alpha)
+    total = total.masked_fill(zero, 1)
     value = total.log().clamp_(max=0).abs_().div_(alpha - 1)
     if not with_gradient:
         return value, None
     factor = 2 * alpha / (alpha - 1)
-    kernel = power * (-factor / total)[..., None, None]
-    kernel.diagonal(dim1=-2, dim2=-1).add_(factor)
-    return value, kernel
+    slope = power * (-factor / total)
+    slope.diagonal().add_(factor)
+    return value, slope
 
 
 def _from_eigenvalues(

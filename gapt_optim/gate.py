@@ -61,6 +61,7 @@ class PhaseGate:
     The spike threshold is about 95 % of the tolerance, the part of a rise that a moving average
     shows after three time constants: a lasting rise beyond the tolerance ends compression by then.
     A run that starts in compression takes its level from the first two time constants.
+    While the learning rate is warmed up, a loss that does not fall is no plateau.
 
     With ``signal="validation"`` the loss that it watches is a held-out one, while the rise that ends
     compression is one of the training loss: a held-out loss that rises while the training loss falls
@@ -97,13 +98,17 @@ class PhaseGate:
         """Number of phase switches so far."""
         return self._state.switches
 
-    def update(self, loss: float, entropy: float, *, training_loss: float | None = None) -> Phase:
+    def update(
+        self, loss: float, entropy: float, *, training_loss: float | None = None, warming_up: bool = False
+    ) -> Phase:
         """Take one loss and one entropy, return the phase of the next step.
 
         Non-finite values are ignored: the phase stays and nothing is remembered.
 
         Args:
             training_loss: where ``loss`` is a held-out one, the training loss of the same time.
+            warming_up: the learning rate is being raised: a loss that does not fall yet is no plateau, and `smoothed`
+                does not count the update towards one. `published` knows no warm-up.
         """
         self.reason = None
         loss, entropy = float(loss), float(entropy)  # a tensor or numpy number would stay in the state
@@ -113,14 +118,14 @@ class PhaseGate:
         if self.config.rule == "published":
             self.reason = self._published(loss, entropy)
         else:
-            self.reason = self._smoothed(loss, entropy, training_loss)
+            self.reason = self._smoothed(loss, entropy, training_loss, warming_up=warming_up)
         if self.reason is not None:
             compressing = self._state.phase == Phase.COMPRESSION.value
             self._state.phase = (Phase.MEMORIZATION if compressing else Phase.COMPRESSION).value
             self._state.switches += 1
         return self.phase
 
-    def _smoothed(self, loss: float, entropy: float, training_loss: float) -> str | None:
+    def _smoothed(self, loss: float, entropy: float, training_loss: float, *, warming_up: bool) -> str | None:
         config, s = self.config, self._state
         s.loss = _average(s.loss, loss, config.smoothing)
         s.entropy = _average(s.entropy, entropy, config.smoothing)
@@ -136,7 +141,7 @@ class PhaseGate:
         level = s.entry_entropy if compressing and s.entry_entropy is not None else s.best
         if s.best is None or watched < s.best - config.min_improvement * abs(level or s.best):
             s.best, s.stale = watched, 0
-        else:
+        elif compressing or not warming_up:
             s.stale += 1
         shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
         if compressing and s.training_loss - entry > config.spike_tolerance * shown * abs(entry):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ._capture import RepresentationHook, store_of
-from ._objective import build_objective
+from ._objective import check_loss
 from ._step import StepState, checked_state, notify, warn_of_another_model
 from ._torch.bases import Bases
 from ._torch.wrapper import OptimizerWrapper
@@ -46,6 +44,8 @@ class GAPTOptimizer(OptimizerWrapper):
         config: settings, by default ``GAPTConfig()``.
         process_group: ranks to average loss and entropy over, by default all of them.
         observers: called with :class:`StepMetrics` after each step. One that raises is dropped with a warning.
+        announce: log the first switch to compression and the first return from it, in a line each, through the logger
+            ``gapt_optim``.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and says what to do.
@@ -62,6 +62,7 @@ class GAPTOptimizer(OptimizerWrapper):
         *,
         process_group: dist.ProcessGroup | None = None,
         observers: Sequence[Observer] = (),
+        announce: bool = True,
     ) -> None:
         if not isinstance(hook, RepresentationHook):
             raise TypeError(
@@ -79,7 +80,7 @@ class GAPTOptimizer(OptimizerWrapper):
             raise ValueError("hook was removed; make a new RepresentationHook")
         if store_of(hook).plan is not None:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
-        self._build(bases, hook, config if config is not None else GAPTConfig(), process_group, observers)
+        self._build(bases, hook, config if config is not None else GAPTConfig(), process_group, observers, announce)
         warn_of_another_model(store_of(hook).model(), self.param_groups, bases.all)
 
     def _build(
@@ -89,11 +90,12 @@ class GAPTOptimizer(OptimizerWrapper):
         config: GAPTConfig,
         process_group: dist.ProcessGroup | None,
         observers: Sequence[Observer],
+        announce: bool,
     ) -> None:
         self._wrap(bases)
         self._config, self._hook, self._observers = config, hook, list(observers)
         store = store_of(hook)
-        self._state = StepState(config, store, process_group)
+        self._state = StepState(config, store, process_group, announce=announce)
         self._state.refuse_unmeasurable(self.param_groups)
         self._state.begin()  # attaches the hook: nothing may be refused from here on
         weakref.finalize(self, store.release)  # a hook outlives its optimizer; what it captures then would be kept
@@ -135,21 +137,10 @@ class GAPTOptimizer(OptimizerWrapper):
             TypeError, ValueError: an argument is of another kind.
             RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss must be a tensor, found {type(loss).__name__}")
-        if loss.numel() != 1 or not loss.is_floating_point():
-            raise ValueError(
-                f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
-                "reduce it first, for example with loss.mean()"
-            )
-        if not (math.isfinite(scaled_by) and scaled_by > 0):
-            raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")
-        state = self._state
-        state.compare_ranks(loss.device)
-        state.forget_skipped(self.param_groups)
-        objective = build_objective(loss, store_of(self._hook).take(loss), state.plan, scaled_by)
-        state.add(loss if scaled_by == 1.0 else loss.detach() / scaled_by, objective)
-        return objective.total
+        check_loss(loss, scaled_by)
+        self._state.compare_ranks(loss.device)
+        self._state.forget_skipped(self.param_groups)
+        return self._state.objective(loss, scaled_by)
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, scaled_by: float = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -190,7 +181,7 @@ class GAPTOptimizer(OptimizerWrapper):
         if reading is None:
             state.note_silence()
             return result
-        metrics = state.finish(reading())
+        metrics = state.finish(reading(), self.param_groups)
         notify(self._observers, metrics)
         state.refuse_nonfinite(metrics)
         return result
@@ -212,19 +203,7 @@ class GAPTOptimizer(OptimizerWrapper):
         Raises:
             TypeError, ValueError: ``loss`` is not one number.
         """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"loss must be one number, found shape {tuple(loss.shape)}; give its mean")
-            loss = loss.item()
-        if not isinstance(loss, SupportsFloat):
-            raise TypeError(f"loss must be a number or a tensor of one, found {type(loss).__name__}")
-        value = float(loss)
-        if math.isfinite(value):
-            self._state.progress.validation.append(value)
-        else:
-            warnings.warn(
-                f"a held-out loss of {value} is left out: the gate cannot judge it", UserWarning, stacklevel=2
-            )
+        self._state.record_validation(loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
@@ -244,10 +223,11 @@ class GAPTOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # Observers hold files and process groups live in one process: neither goes along.
-        return {"base": self.base, "hook": self._hook, "config": self.config, "own": self._own_state()}
+        own = {"announce": self._state.announce, "own": self._own_state()}
+        return {"base": self.base, "hook": self._hook, "config": self.config, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._build(Bases(state["base"]), state["hook"], state["config"], None, ())
+        self._build(Bases(state["base"]), state["hook"], state["config"], None, (), state.get("announce", True))
         self._load_own_state(state["own"])
 
     def __copy__(self) -> GAPTOptimizer:

@@ -10,6 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+KERNELS = {
+    "linear": ("linear", False),
+    "centered linear": ("linear", True),
+    "cosine": ("cosine", False),
+    "centered cosine": ("cosine", True),
+}
+"""Each kernel by the name of its tests: ``kernel`` and ``center``."""
+
 
 def reference_rows(z: Tensor, mask: Tensor | None, kernel: str, center: bool) -> Tensor:
     """The rows of one matrix (n, d) that count, as the kernel sees them."""
@@ -59,6 +67,16 @@ def reference_measures(z: Tensor, mask: Tensor | None = None) -> list[float]:
         max(norms) / statistics.median(norms),
         float(rows.mean(0).norm() ** 2 / rows.square().sum(-1).mean()),
     ]
+
+
+def reference_layer_measures(h: Tensor, window: int | None = 8, mask: Tensor | None = None) -> list[float]:
+    """Means over the windows of one hidden tensor that have a row that is not zero."""
+    found = [
+        reference_measures(z, live)
+        for z, live in reference_windows(h, window, mask)
+        if len(reference_rows(z, live, "cosine", False))
+    ]
+    return [statistics.fmean(column) for column in zip(*found, strict=True)]
 
 
 PLAIN_AND_CENTERED = (("linear", False), ("cosine", True))

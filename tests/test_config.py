@@ -23,6 +23,8 @@ def test_unknown_field_is_refused_by_name(section: type[BaseModel]) -> None:
 @pytest.mark.parametrize(
     ("section", "field", "values"),
     [
+        (EntropyConfig, "kernel", ["rbf", "Cosine", None]),
+        (EntropyConfig, "center", ["maybe", None]),
         (EntropyConfig, "alpha", [0.0, -1.0, math.nan, "two", None]),
         (EntropyConfig, "window", [1, 0, -8, 2.5, "eight"]),
         (EntropyConfig, "normalize", ["maybe", None]),
@@ -108,6 +110,22 @@ def test_projection_of_parameter_gradients_goes_with_the_plain_objective_only(pa
         GAPTConfig(alignment=alignment, **parts)
 
 
+def test_a_centered_window_of_two_is_refused_with_what_to_do() -> None:
+    for kernel in ("linear", "cosine"):
+        with pytest.raises(ValidationError, match=r"window=2 .*always 0; set window to 3 or more, or center=False"):
+            EntropyConfig(kernel=kernel, window=2)
+        EntropyConfig(kernel=kernel, window=3)
+        EntropyConfig(kernel=kernel, center=False, window=2)
+
+
+def test_published_has_the_gate_and_the_entropy_of_the_paper() -> None:
+    config = GAPTConfig.published()
+    assert config.gate == GateConfig.published()
+    assert config.entropy == EntropyConfig(kernel="linear", center=False)
+    other = EntropyConfig(kernel="linear", center=False, alpha=1)
+    assert GAPTConfig.published(entropy=other) == config.model_copy(update={"entropy": other})
+
+
 def test_published_gate_has_the_settings_of_the_paper() -> None:
     gate = GateConfig.published()
     assert gate.rule == "published"
@@ -133,7 +151,7 @@ def test_validation_gate_judges_held_out_losses_one_by_one() -> None:
     [
         GAPTConfig(),
         GAPTConfig(
-            entropy=EntropyConfig(alpha=math.inf, window=None, normalize=True),
+            entropy=EntropyConfig(kernel="linear", center=False, alpha=math.inf, window=None, normalize=True),
             gate=GateConfig.published(signal="validation", initial_phase="compression", frozen=True),
             objective=ObjectiveConfig(weight=0.0, combine="cap", max_ratio=0.5, floor=0.1, max_nonfinite=1),
             layers=LayerConfig(schedule="blocks", skip_first=1, skip_last=2, reduce="max", period=7),

@@ -92,6 +92,30 @@ def test_improvement_is_judged_within_the_present_phase() -> None:
     assert C in seen["published"]
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_phases_alternate_while_an_entropy_decays_under_noise(floor: float) -> None:
+    """Each compression halves the entropy in 40 steps, each memorization leaves it; both numbers scatter by 5 %."""
+    for seed in range(20):
+        noise, gate = random.Random(seed), PhaseGate()
+        entropy, reasons = 2.0, []
+        for _ in range(1500):
+            if gate.phase is C:
+                entropy = floor + (entropy - floor) * 0.5 ** (1 / 40)
+            gate.update(3.0 * noise.uniform(0.95, 1.05), entropy * noise.uniform(0.95, 1.05))
+            reasons += [gate.reason] if gate.reason else []
+        assert set(reasons) == {"plateau", "compressed"}
+        assert len(reasons) >= 6
+
+
+def test_compression_is_judged_by_the_level_at_which_it_began() -> None:
+    """Under 1 % of that level in 5 updates is a plateau, however large a part of what is left it is."""
+    config = GateConfig(initial_phase="compression", smoothing=0.0, patience_compression=5, min_improvement=0.01)
+    gate = PhaseGate(config)
+    assert {phase for phase, _ in feed(gate, [1.0] * 50, [1.0 - i / 90 for i in range(50)])} == {C}
+    seen = feed(gate, [1.0] * 10, [0.004 * 0.5**i for i in range(10)])
+    assert [reason for _, reason in seen if reason] == ["compressed"]
+
+
 # With a held-out loss
 
 
@@ -184,7 +208,8 @@ def test_rise_is_noticed_in_a_run_that_starts_in_compression() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
 def test_rise_within_the_tolerance_is_tolerated(smoothing: float) -> None:
     gate = in_compression(GateConfig(smoothing=smoothing, spike_tolerance=0.2))
-    assert {phase for phase, _ in feed(gate, [2.0 * 1.17] * 500, falling())} == {C}
+    entropies = [100 - i / 5 for i in range(500)]  # by 0.2 % a step of the 100 at which compression began
+    assert {phase for phase, _ in feed(gate, [2.0 * 1.17] * 500, entropies)} == {C}
 
 
 def test_short_burst_is_smoothed_away() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gapt_optim._objective.layers import REDUCTIONS, SCHEDULES, counted, reduction_coefficients, schedule_shares
+from gapt_optim._objective.layers import REDUCTIONS, SCHEDULES, counted_layers, reduction_coefficients, schedule_shares
 from tests.reference import REFERENCE_REDUCTIONS, REFERENCE_SHARES
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
@@ -121,4 +121,5 @@ def test_layers_without_a_share_take_no_part(name: str, expected: float) -> None
     ],
 )
 def test_skipping_applies_only_where_it_leaves_a_layer(n: int, first: int, last: int, expected: list[bool]) -> None:
-    assert counted(n, first, last) == expected
+    names = [f"h.{i}" for i in range(n)]
+    assert counted_layers(names, first, last) == [name for name, kept in zip(names, expected, strict=True) if kept]

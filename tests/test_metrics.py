@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 
-from gapt_optim import Alignment, Angle, GAPTConfig, JSONLines, ProgressBar, StepMetrics, TensorBoard
+from gapt_optim import (
+    Alignment,
+    Angle,
+    GAPTConfig,
+    JSONLines,
+    LayerConfig,
+    Measures,
+    ObjectiveConfig,
+    ProgressBar,
+    StepMetrics,
+    TensorBoard,
+)
 
 from .loops import RESTLESS, make_net, run, train, wrap
 
@@ -31,6 +42,12 @@ def metrics(step: int = 1, **changes: Any) -> StepMetrics:
         "layer_entropy": {"layers.0": 1.5, "layers.1": 0.5},
     }
     return StepMetrics(**(values | changes))
+
+
+BOTH: dict[str, Any] = {
+    "measures": Measures(1.5, 1.0, 2.0, 0.25),
+    "layer_measures": {"layers.0": Measures(2.0, 1.25, 1.5, 0.5), "layers.1": Measures(1.0, 0.75, 2.5, 0.0)},
+}
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -52,11 +69,32 @@ def test_record_holds_every_value(tmp_path: Path) -> None:
     angle = Angle(cosine=0.5, projection=0.25, loss_norm=1.0, entropy_norm=2.0)
     alignment = Alignment(0.1, 0.2, 0.3, 0.4, {"layers.0": angle})
     with JSONLines(tmp_path / "m.jsonl") as observer:
-        observer(metrics(alignment=alignment, validation_loss=3.0, switches=2))
+        observer(metrics(alignment=alignment, validation_loss=3.0, switches=2, entropy_share=0.125, **BOTH))
     (record,) = records(tmp_path / "m.jsonl")
     assert record["layer_entropy"] == {"layers.0": 1.5, "layers.1": 0.5}
     assert record["alignment"]["layers"]["layers.0"]["cosine"] == 0.5
     assert (record["reason"], record["validation_loss"], record["switches"]) == ("spike", 3.0, 2)
+    assert record["measures"] == {
+        "linear_entropy": 1.5,
+        "centered_cosine_entropy": 1.0,
+        "norm_ratio": 2.0,
+        "mean_share": 0.25,
+    }
+    assert record["layer_measures"]["layers.1"]["norm_ratio"] == 2.5
+    assert record["entropy_share"] == 0.125
+
+
+def test_measures_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    with JSONLines(tmp_path / "m.jsonl") as observer:
+        observer(metrics(**BOTH))
+    (record,) = records(tmp_path / "m.jsonl")
+    assert Measures(**record["measures"]) == BOTH["measures"]
+    assert {name: Measures(**each) for name, each in record["layer_measures"].items()} == BOTH["layer_measures"]
+
+
+def test_a_mean_of_measures_is_that_of_each() -> None:
+    assert Measures.mean(BOTH["layer_measures"].values()) == Measures(1.5, 1.0, 2.0, 0.25)
+    assert Measures.mean(each for each in [Measures(1.0, 2.0, 3.0, 0.5)]) == Measures(1.0, 2.0, 3.0, 0.5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -64,10 +102,14 @@ def test_non_finite_numbers_become_null_everywhere(tmp_path: Path, bad: float) -
     angle = Angle(cosine=None, projection=None, loss_norm=bad, entropy_norm=bad)
     alignment = Alignment(None, bad, bad, bad, {"layers.0": angle})
     with JSONLines(tmp_path / "m.jsonl") as observer:
-        observer(metrics(loss=bad, entropy=bad, layer_entropy={"layers.0": bad}, alignment=alignment))
+        layers = {"layers.0": Measures(bad, 1.0, bad, 0.5)}
+        observer(
+            metrics(loss=bad, entropy=bad, layer_entropy={"layers.0": bad}, layer_measures=layers, alignment=alignment)
+        )
     (record,) = records(tmp_path / "m.jsonl")
     assert record["loss"] is record["entropy"] is record["layer_entropy"]["layers.0"] is None
     assert record["alignment"]["layers"]["layers.0"]["loss_norm"] is None
+    assert list(record["layer_measures"]["layers.0"].values()) == [None, 1.0, None, 0.5]
 
 
 def test_a_second_run_does_not_mix_with_the_first(tmp_path: Path) -> None:
@@ -169,6 +211,23 @@ def test_scalars_with_everything_there() -> None:
     assert (found["gapt/validation_loss"], found["gapt/parameter_cosine"]) == (4.0, -0.5)
 
 
+def test_scalars_of_measures_are_named_by_measure_and_layer() -> None:
+    found = metrics(3, entropy_share=0.125, **BOTH).scalars()
+    assert found["gapt/entropy_share"] == 0.125
+    assert found["gapt/linear_entropy"] == 1.5
+    assert found["gapt/centered_cosine_entropy"] == 1.0
+    assert found["gapt/norm_ratio"] == 2.0
+    assert found["gapt/mean_share"] == 0.25
+    assert found["gapt/norm_ratio/layers.1"] == 2.5
+    assert found["gapt/linear_entropy/layers.0"] == 2.0
+    of_layers = {name for name in found if name.endswith(("layers.0", "layers.1"))}
+    assert len(of_layers) == 2 * 5  # of each layer its entropy and four measures
+    assert not {name for name in metrics(3, **BOTH).scalars(layers=False) if "layers" in name}
+    hidden = metrics(3, measures=Measures(math.nan, 1.0, math.inf, 0.5)).scalars(layers=False)
+    assert not {"gapt/linear_entropy", "gapt/norm_ratio"} & set(hidden)
+    assert hidden["gapt/mean_share"] == 0.5
+
+
 # Progress bar and TensorBoard
 
 
@@ -220,6 +279,33 @@ def test_observers_are_called_once_a_step_with_its_metrics() -> None:
     assert seen[-1].switches == sum(m.reason is not None for m in seen) > 2
     assert all(set(m.layer_entropy) == {"layers.0", "layers.1", "layers.2"} for m in seen)
     assert all(m.entropy == pytest.approx(sum(m.layer_entropy.values()) / 3) for m in seen)
+
+
+def test_measures_of_a_step_are_means_over_the_layers_that_count() -> None:
+    config = GAPTConfig(gate=RESTLESS, layers=LayerConfig(skip_first=1))
+    model = make_net()
+    seen: list[StepMetrics] = []
+    run(model, wrap(model, config=config, observers=[seen.append]), range(6))
+    for step in seen:
+        assert set(step.layer_measures) == set(step.layer_entropy)
+        counted = [step.layer_measures[name] for name in ("layers.1", "layers.2")]
+        assert step.measures == Measures.mean(counted)
+        # The default kernel is one of those measured.
+        for name, entropy in step.layer_entropy.items():
+            assert step.layer_measures[name].centered_cosine_entropy == pytest.approx(entropy, rel=1e-6)
+
+
+def test_entropy_share_is_the_part_of_the_objective_that_is_entropy() -> None:
+    weight = 0.3
+    seen: list[StepMetrics] = []
+    config = GAPTConfig(gate=RESTLESS, objective=ObjectiveConfig(weight=weight))
+    model = make_net()
+    run(model, wrap(model, config=config, observers=[seen.append]), range(12))
+    assert {step.phase for step in seen} == {"memorization", "compression"}
+    for step in seen:
+        penalty = weight * step.entropy
+        share = penalty / (step.loss + penalty) if step.phase == "compression" else None
+        assert step.entropy_share == (share if share is None else pytest.approx(share, rel=1e-5))
 
 
 def test_nothing_is_observed_without_a_loss() -> None:

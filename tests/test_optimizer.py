@@ -28,8 +28,8 @@ from gapt_optim import (
     Phase,
     PhaseGate,
     RepresentationHook,
-    progress,
 )
+from gapt_optim._step import progress
 
 from .loops import (
     COMPRESSING,

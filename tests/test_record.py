@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,56 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from gapt_optim import Measures
+from gapt_optim._objective import Objective
 from gapt_optim._step.record import Reading, StepRecord, mean_or_nan
 
 
-def entropies(**values: float) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+def objective(penalty: float | None = None, **entropies: float) -> Objective:
+    """Of layers with these entropies; the measures of a layer are its entropy times 10, 100, 1000 and 10,000."""
+    tens = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
+    return Objective(
+        total=torch.tensor(0.0),
+        entropies={name: torch.tensor(value, requires_grad=True) for name, value in entropies.items()},
+        measures={name: value * tens for name, value in entropies.items()},
+        penalty=None if penalty is None else torch.tensor(penalty, requires_grad=True),
+        mean_entropy=None,
+    )
+
+
+def measures(entropy: float) -> Measures:
+    return Measures(entropy * 10, entropy * 100, entropy * 1000, entropy * 10000)
 
 
 def test_means_are_over_the_micro_batches_in_which_a_layer_ran() -> None:
     record = StepRecord(["a", "b", "c"])
-    record.add(torch.tensor(1.0, requires_grad=True), entropies(a=1.0, b=4.0), None)
-    record.add(torch.tensor([3.0]), entropies(a=2.0), None)
+    record.add(torch.tensor(1.0, requires_grad=True), objective(a=1.0, b=4.0, penalty=0.5), None)
+    record.add(torch.tensor([3.0]), objective(a=2.0, penalty=1.0), None)
     read = record.start_reading(torch.arange(9.0).reshape(3, 3), 0.5, None)
     record.clear()  # the reading does not depend on what comes next
     assert read is not None
-    assert read() == Reading(2.0, {"a": 1.5, "b": 4.0}, 0.5, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    assert read() == Reading(
+        loss=2.0,
+        penalty=0.75,
+        entropies={"a": 1.5, "b": 4.0},
+        measures={"a": measures(1.5), "b": measures(4.0)},
+        validation=0.5,
+        statistics=[[0, 1, 2], [3, 4, 5], [6, 7, 8]],
+    )
+
+
+def test_memorization_has_no_penalty() -> None:
+    record = StepRecord(["a"])
+    record.add(torch.tensor(1.0), objective(a=1.0), None)
+    read = record.start_reading(None, math.nan, None)
+    assert read is not None
+    assert read().penalty == 0
 
 
 def test_nothing_recorded_is_no_reading() -> None:
     record = StepRecord(["a"])
     assert record.start_reading(None, math.nan, None) is None
-    record.add(torch.tensor(1.0), entropies(a=1.0), None)
+    record.add(torch.tensor(1.0), objective(a=1.0), None)
     record.clear()
     assert record.start_reading(None, math.nan, None) is None
 
@@ -39,7 +69,7 @@ def test_nothing_recorded_is_no_reading() -> None:
 def test_half_precision_loss_is_summed_in_single_precision() -> None:
     record = StepRecord(["a"])
     for _ in range(1000):
-        record.add(torch.tensor(1.001, dtype=torch.float16), entropies(a=1.0), None)
+        record.add(torch.tensor(1.001, dtype=torch.float16), objective(a=1.0), None)
     read = record.start_reading(None, math.nan, None)
     assert read is not None
     assert read().loss == pytest.approx(float(torch.tensor(1.001, dtype=torch.float16)), rel=1e-5)
@@ -56,13 +86,14 @@ def on_two_ranks(rank: int, folder: str) -> None:
     record = StepRecord(["a", "b", "c"])
     # Layer b rests on rank 0, layer c on both; rank 1 has two micro-batches.
     if rank == 0:
-        record.add(torch.tensor(1.0), entropies(a=1.0), group)
+        record.add(torch.tensor(1.0), objective(a=1.0, penalty=0.5), group)
     else:
-        record.add(torch.tensor(2.0), entropies(a=2.0, b=5.0), group)
-        record.add(torch.tensor(4.0), entropies(a=4.0), group)
+        record.add(torch.tensor(2.0), objective(a=2.0, b=5.0, penalty=0.25), group)
+        record.add(torch.tensor(4.0), objective(a=4.0, penalty=0.75), group)
     read = record.start_reading(torch.full((3, 3), float(rank)), 1.0 + rank, group)
     assert read is not None
-    torch.save(read()._asdict(), f"{folder}/{rank}.pt")
+    found = read()
+    torch.save(found._asdict() | {"measures": {k: asdict(v) for k, v in found.measures.items()}}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -70,7 +101,9 @@ def test_ranks_agree_even_where_a_layer_ran_on_one_of_them(tmp_path: Path) -> No
     mp.spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
     expected: dict[str, Any] = {
         "loss": 2.0,
+        "penalty": 0.5,
         "entropies": {"a": 2.0, "b": 5.0},
+        "measures": {"a": asdict(measures(2.0)), "b": asdict(measures(5.0))},
         "validation": 1.5,
         "statistics": [[0.25] * 3] * 3,  # of the gradient that all ranks share, the mean of theirs
     }

@@ -51,7 +51,7 @@ def test_passes_without_a_loss_are_not_kept_forever() -> None:
         loss_of(model)
     for _ in range(MOST_WAITING):
         loss_of(model)
-    kept = optimizer.hook._capture.calls.values()
+    kept = optimizer.hook._store.calls.values()
     assert max(map(len, kept)) <= MOST_WAITING
 
 
@@ -61,7 +61,7 @@ def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:
     del optimizer
     gc.collect()
     loss_of(model)
-    assert not any(hook._capture.calls.values())
+    assert not any(hook._store.calls.values())
     again = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook)
     again.backward(loss_of(model))
     again.step()

@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from gapt_optim import GAPTOptimizer, matrix_entropy
 from tests.memory import Live
 from tests.models import CASES, MLP, Block, Case, TiedLM, gpt2, masked_tokens
-from tests.reference import REFERENCE_REDUCTIONS, REFERENCE_SHARES, reference_layer_entropy, reference_objective
+from tests.reference import (
+    KERNELS,
+    REFERENCE_REDUCTIONS,
+    REFERENCE_SHARES,
+    reference_layer_entropy,
+    reference_objective,
+)
 from tests.training import distance, gradients, recorded, wrapped
 
 PRECISIONS = pytest.mark.parametrize(
@@ -23,6 +29,7 @@ PRECISIONS = pytest.mark.parametrize(
 )
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
+kernels = pytest.mark.parametrize(("kernel", "center"), KERNELS.values(), ids=KERNELS)
 WEIGHT = 3.0
 
 
@@ -59,7 +66,7 @@ def tapped_gradients(case: Case, dtype: torch.dtype, weight: float = WEIGHT, **p
 
 
 @PRECISIONS
-@pytest.mark.parametrize("window", [8, 5, 2, 1000, None])
+@pytest.mark.parametrize("window", [8, 5, 3, 1000, None])
 @cases
 def test_gradient_equals_the_reference(case: Case, window: int | None, dtype: torch.dtype, tolerance: float) -> None:
     expected = reference_gradients(case, dtype, window=window)
@@ -69,13 +76,23 @@ def test_gradient_equals_the_reference(case: Case, window: int | None, dtype: to
     assert distance(plain, expected) > 0.01  # the entropy matters here
 
 
+@kernels
+@pytest.mark.parametrize("window", [8, None])
+@cases
+def test_gradient_under_every_kernel(case: Case, window: int | None, kernel: str, center: bool) -> None:
+    entropy = {"window": window, "kernel": kernel, "center": center}
+    expected = reference_gradients(case, torch.float64, **entropy)
+    assert distance(tapped_gradients(case, torch.float64, entropy=entropy), expected) < 1e-10
+
+
+@kernels
 @pytest.mark.parametrize("normalize", [False, True], ids=["nats", "normalized"])
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5, 2.0, 3.0, 9.0, math.inf])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 9.0, math.inf])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt2 masked"])
-def test_gradient_of_every_order(name: str, alpha: float, normalize: bool) -> None:
-    entropy = {"window": 5, "alpha": alpha, "normalize": normalize}
+def test_gradient_of_every_order(name: str, alpha: float, normalize: bool, kernel: str, center: bool) -> None:
+    entropy = {"window": 5, "alpha": alpha, "normalize": normalize, "kernel": kernel, "center": center}
     expected = reference_gradients(CASES[name], torch.float64, **entropy)
-    assert distance(tapped_gradients(CASES[name], torch.float64, entropy=entropy), expected) < 1e-9
+    assert distance(tapped_gradients(CASES[name], torch.float64, entropy=entropy), expected) < 1e-10
 
 
 @pytest.mark.parametrize("reduce", REFERENCE_REDUCTIONS)
@@ -138,31 +155,37 @@ def test_memorization_leaves_the_gradient_bit_for_bit(case: Case) -> None:
         assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
-def test_objective_has_the_value_of_the_sum() -> None:
+@kernels
+def test_objective_has_the_value_of_the_sum(kernel: str, center: bool) -> None:
     case = CASES["gpt2 masked"]
     model, inputs = case.model(torch.float64), case.inputs(torch.float64)
-    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    entropy = {"kernel": kernel, "center": center}
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT}, entropy=entropy)
     with recorded(tapped_modules(model, optimizer)) as calls:
         loss = case.loss(model, inputs)
-    expected = reference_objective(loss, [h for (h,) in calls], WEIGHT, mask=inputs["attention_mask"])
+    expected = reference_objective(loss, [h for (h,) in calls], WEIGHT, mask=inputs["attention_mask"], **entropy)
     torch.testing.assert_close(optimizer.objective(loss), expected, rtol=1e-12, atol=0)
 
 
-def test_scale_and_accumulation_reach_the_entropy() -> None:
+@kernels
+def test_scale_and_accumulation_reach_the_entropy(kernel: str, center: bool) -> None:
     case = CASES["sequence mlp"]
     model, inputs = case.model(torch.float64), case.inputs(torch.float64)
-    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    entropy = {"kernel": kernel, "center": center}
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT}, entropy=entropy)
     for _ in range(3):
         optimizer.backward(case.loss(model, inputs), scale=1024 / 3)
-    expected = reference_gradients(case, torch.float64)
+    expected = reference_gradients(case, torch.float64, **entropy)
     assert distance(gradients(model), {name: gradient * 1024 for name, gradient in expected.items()}) < 1e-10
 
 
+@kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_close(dtype: torch.dtype) -> None:
+def test_half_precision_is_close(dtype: torch.dtype, kernel: str, center: bool) -> None:
     case = CASES["sequence mlp"]
-    exact = reference_gradients(case, torch.float32)
-    found = tapped_gradients(case, dtype)
+    entropy = {"kernel": kernel, "center": center}
+    exact = reference_gradients(case, torch.float32, **entropy)
+    found = tapped_gradients(case, dtype, entropy=entropy)
     assert distance({name: gradient.float() for name, gradient in found.items()}, exact) < 0.03
 
 
@@ -411,7 +434,7 @@ def test_recomputation_changes_nothing(
             for _ in range(micro_batches):
                 with set_checkpoint_early_stop(early_stop):
                     optimizer.backward(each.loss(model, inputs), scale=1 / micro_batches)
-                assert not any(optimizer.hook._capture.calls.values())
+                assert not any(optimizer.hook._store.calls.values())
             optimizer.step()
         found.append((gradients(model), optimizer.metrics))
     (expected, before), (gradient, after) = found
@@ -420,6 +443,21 @@ def test_recomputation_changes_nothing(
     assert (after.alignment is None) == (not activation)
     if activation:
         assert after.alignment.cosine == pytest.approx(before.alignment.cosine, rel=1e-6)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("plain", "recomputing"),
+    [("sequence mlp", recomputing_mlp), ("tied masked", recomputing_lm), ("gpt2 masked", checkpointed_gpt2)],
+    ids=["mlp", "tied masked", "gpt2 masked"],
+)
+def test_recomputed_gradients_under_every_kernel(
+    plain: str, recomputing: Callable[[], nn.Module], kernel: str, center: bool
+) -> None:
+    case, entropy = CASES[plain], {"kernel": kernel, "center": center}
+    twin = Case(recomputing, case.layers, case.batch, case.classes)
+    expected = reference_gradients(case, torch.float64, **entropy)
+    assert distance(tapped_gradients(twin, torch.float64, entropy=entropy), expected) < 1e-10
 
 
 def test_recomputing_the_whole_model_keeps_its_mask() -> None:
@@ -651,13 +689,14 @@ def compilations(counters: Any) -> int:
 
 
 @compiling
+@kernels
 @pytest.mark.parametrize("name", ["sequence mlp", "cnn", "gpt2 masked"])
 @PHASES
-def test_compiled_gradients_are_equal(name: str, phase: str, counters: Any) -> None:
-    case = CASES[name]
-    expected = tapped_gradients(case, torch.float32, phase=phase)
+def test_compiled_gradients_are_equal(name: str, phase: str, kernel: str, center: bool, counters: Any) -> None:
+    case, entropy = CASES[name], {"kernel": kernel, "center": center}
+    expected = tapped_gradients(case, torch.float32, phase=phase, entropy=entropy)
     model, inputs = case.model(), case.inputs()
-    optimizer = wrapped(model, case.layers, phase=phase, objective={"weight": WEIGHT})
+    optimizer = wrapped(model, case.layers, phase=phase, objective={"weight": WEIGHT}, entropy=entropy)
     compiled = torch.compile(model, backend="aot_eager")
     optimizer.backward(case.loss(compiled, inputs))
     assert distance(gradients(model), expected) < 1e-5
@@ -737,12 +776,13 @@ def test_compiled_wrappers_that_take_turns(counters: Any) -> None:
 
 
 @compiling
-def test_compiled_with_recomputation(counters: Any) -> None:
-    case = CASES["sequence mlp"]
-    expected = tapped_gradients(case, torch.float32)
+@kernels
+def test_compiled_with_recomputation(kernel: str, center: bool, counters: Any) -> None:
+    case, entropy = CASES["sequence mlp"], {"kernel": kernel, "center": center}
+    expected = tapped_gradients(case, torch.float32, entropy=entropy)
     twin = Case(recomputing_mlp, case.layers, case.batch, case.classes)
     model, inputs = twin.model(), twin.inputs()
-    optimizer = wrapped(model, twin.layers, objective={"weight": WEIGHT})
+    optimizer = wrapped(model, twin.layers, objective={"weight": WEIGHT}, entropy=entropy)
     optimizer.backward(twin.loss(torch.compile(model, backend="aot_eager"), inputs))
     assert distance(gradients(model), expected) < 1e-5
     assert not counters["graph_break"]

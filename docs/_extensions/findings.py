@@ -1,11 +1,12 @@
 """What `gapt-optim doctor` can find, in its own words: a section each.
 
-    ```{findings}
-    ```
+```{findings}
+```
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -23,14 +24,13 @@ class Findings(SphinxDirective):
 
 def section(finding: Finding) -> str:
     """With the figures of an example."""
-    settings = ", ".join(f"`{setting}`" for setting in finding.settings)
+    change = re.sub(r"\b((?:gate|objective|entropy|layers|alignment)\.[a-z_]+)", r"`\1`", finding.change)
     shown = finding.filled(**finding.example)
     return "\n\n".join(
         [
             f"### {finding.title}",
             finding.why,
-            f"**Change:** {finding.change}",
-            f"Settings: {settings}.",
+            f"**Change:** {change}",
             f"The doctor says, for example: *{shown}*",
         ]
     )

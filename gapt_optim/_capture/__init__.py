@@ -4,7 +4,9 @@ from .entropies import Entropies, entropies_of
 from .grams import Grams
 from .graph import nodes_behind
 from .measurement import Measurement
+from .outputs import hidden_tensor, padded
 from .representation import RepresentationHook, store_of
+from .selection import Layers, select_layers
 from .store import CaptureStore
 from .tap import PROBE_SIZE, link
 
@@ -13,10 +15,14 @@ __all__ = [
     "CaptureStore",
     "Entropies",
     "Grams",
+    "Layers",
     "Measurement",
     "RepresentationHook",
     "entropies_of",
+    "hidden_tensor",
     "link",
     "nodes_behind",
+    "padded",
+    "select_layers",
     "store_of",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import EntropyConfig
-from ..entropy import entropy_of_gram, measures_of_gram
+from ..entropy import entropy_of_gram, kernel_matrix, measures_of_gram, windows_first, windows_last
 from .grams import Grams, kernel_of
 
 
@@ -37,7 +37,9 @@ def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_factors: boo
         key = (matrices.shape, call.shape, call.live is None, matrices.dtype, call.dtype, matrices.device)
         alike.setdefault(key, []).append(i)
     for members in alike.values():
-        values, factors, measures = _mean_entropies(_batch([calls[i] for i in members]), config, with_factors)
+        values, factors, measures = _mean_entropies(
+            _batch([calls[i] for i in members]), config, len(members), with_factors
+        )
         for i, value, of_call in zip(members, values.unbind(), measures.unbind(), strict=True):
             found.values[i], found.measures[i] = value, of_call
         if factors is not None:
@@ -47,26 +49,28 @@ def entropies_of(calls: list[Grams], config: EntropyConfig, *, with_factors: boo
 
 
 def _batch(calls: list[Grams]) -> Grams:
-    """Calls of equal shape as one, with a leading dimension for the calls."""
-    first, one = calls[0], len(calls) == 1
-
-    def stack(tensors: list[Tensor]) -> Tensor:
-        return (tensors[0].unsqueeze(0) if one else torch.stack(tensors)).detach()
-
+    """Calls of equal shape as one, their windows one after the other; matrices have the windows last."""
     live = [call.live for call in calls if call.live is not None]
     beside = [call.measures for call in calls if call.measures is not None]
-    return first._replace(
-        matrices=stack([call.matrices for call in calls]),
-        live=stack(live) if live else None,
-        measures=(stack([m for m, _ in beside]), stack([n for _, n in beside])) if beside else None,
+    return calls[0]._replace(
+        matrices=windows_last(_joined([call.matrices for call in calls])),
+        live=_joined(live) if live else None,
+        measures=(_joined([m for m, _ in beside]), _joined([n for _, n in beside])) if beside else None,
     )
 
 
-def _mean_entropies(calls: Grams, config: EntropyConfig, with_factors: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).detach()
+
+
+def _mean_entropies(
+    calls: Grams, config: EntropyConfig, count: int, with_factors: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Means over windows: entropies (calls,), factors (calls, windows, m, m) and measures (calls, 4)."""
     kernel = kernel_of(config)
+    gram = kernel_matrix(calls.matrices, kernel, calls.shape)
     values, factors, live = entropy_of_gram(
-        calls.matrices,
+        gram,
         config.alpha,
         kernel,
         calls.shape,
@@ -75,20 +79,26 @@ def _mean_entropies(calls: Grams, config: EntropyConfig, with_factors: bool) -> 
         config.normalize,
         with_gradient=with_factors,
     )
-    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices)
-    measured = (measures * _shares(alive).unsqueeze(-1)).sum(-2)
+    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
+    windows = values.shape[0] // count
+    measured = (
+        measures.reshape(count, windows, measures.shape[-1])
+        * _shares(alive.reshape(count, windows), measures.dtype).unsqueeze(-1)
+    ).sum(-2)
     if live is None:
-        count = max(values.shape[-1], 1)  # an empty batch has no window
-        return values.sum(-1) / count, None if factors is None else factors.div_(count), measured
-    shares = _shares(live).to(values.dtype)
-    return (
-        (values * shares).sum(-1),
-        None if factors is None else factors.mul_(shares[..., None, None]),
-        measured,
-    )
+        shares = values.new_full((count, windows), 1 / max(windows, 1))  # an empty batch has no window
+    else:
+        shares = _shares(live.reshape(count, windows), values.dtype)
+    if factors is not None:
+        factors = windows_first(factors.mul_(shares.reshape(-1))).reshape(count, windows, *factors.shape[:2])
+    return (values.reshape(count, windows) * shares).sum(-1), factors, measured
 
 
-def _shares(live: Tensor) -> Tensor:
-    """What each window counts for in a mean: those with a row that counts alike, the others nothing."""
-    share = (live > 0).to(torch.get_default_dtype() if not live.is_floating_point() else live.dtype)
+def _shares(live: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each window counts for in a mean: those with a row that counts alike, the others nothing.
+
+    Where no window has one, all count: their entropy is 0, and the longest of no rows is as long as the others.
+    """
+    counts = live > 0
+    share = (counts | ~counts.any(-1, keepdim=True)).to(dtype)
     return share / share.sum(-1, keepdim=True).clamp(min=1)

@@ -25,10 +25,14 @@ from .unsaved import Unsaved
 class ModuleTap(Unsaved):
     """Forward hook of one tapped module."""
 
-    def __init__(self, name: str, store: CaptureStore, output: Callable[[Any], Tensor] | None) -> None:
-        self.name, self.store, self.output = name, store, output
-        # Autograd puts a Function's name into the message about an in-place operation on its output.
-        self.function: Any = type(f"Tap of module '{name}' ", (Tap,), {})
+    def __init__(
+        self, name: str, store: CaptureStore, output: Callable[[Any], Tensor] | None, *, sequence_first: bool = False
+    ) -> None:
+        self.name, self.store, self.output, self.sequence_first = name, store, output, sequence_first
+        # Autograd puts a Function's name into the message about an in-place operation on its output, as that of the
+        # ReLU behind nearly every BatchNorm.
+        advice = "what follows it works in place: tap that module instead, or give it inplace=False"
+        self.function: Any = type(f"Tap of module '{name}' ({advice}) ", (Tap,), {})
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if getattr(module, "_is_replica", False):
@@ -52,6 +56,7 @@ class ModuleTap(Unsaved):
             if h.is_nested:
                 picked = self.store.masks[-1] if self.store.masks else None
                 h, mask = padded(h, 0 if picked is None else picked.shape[1])
+            h = self._batch_first(h, output)
             given = self.mask_for(h, False)
             mask = given if mask is None else mask if given is None else mask & given
             found = entropies_of([grams_of(h, mask, measurement.config)], measurement.config, with_factors=False)
@@ -69,6 +74,7 @@ class ModuleTap(Unsaved):
                 f'module "{self.name}" returned a nested tensor, which has no taps in training; tap a module with '
                 "padded sequences in its output, and pass mask="
             )
+        found, h = h, self._batch_first(h, output)
         mask = self.mask_for(h, recomputing)
         if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
             if not recomputing:
@@ -94,7 +100,7 @@ class ModuleTap(Unsaved):
             if calls and not torch.compiler.is_compiling():
                 calls[:] = unspent(calls)
             calls.append(captured(h, mask, plan.entropy, gram, carrier, beside))
-        return replace_tensor(output, h, tapped, self.name)
+        return replace_tensor(output, found, tapped if h is found else tapped.transpose(0, 1), self.name)
 
     def hidden(self, output: Any) -> Tensor:
         """The hidden tensor in a module's output, checked."""
@@ -121,6 +127,15 @@ class ModuleTap(Unsaved):
                 "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
             )
         return h
+
+    def _batch_first(self, h: Tensor, output: Any) -> Tensor:
+        """``h`` as (batch, seq, d): a view, where the module puts the sequence first.
+
+        Only of the tensor that its ``batch_first`` is about: the last states of an LSTM have an order of their own.
+        """
+        if not (self.sequence_first and h.ndim == 3):
+            return h
+        return h.transpose(0, 1) if self.output is None or h is hidden_tensor(output) else h
 
     def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
         """The token mask of the model call that ``h`` belongs to, where it has one that fits."""

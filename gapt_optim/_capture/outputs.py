@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+"""Modules whose parts pass on tensors in the order that they themselves have."""
 
 
 def hidden_tensor(output: Any) -> Any:
@@ -20,6 +29,32 @@ def hidden_tensor(output: Any) -> Any:
         return output.get("last_hidden_state", tensors[0] if len(tensors) == 1 else None)
     if isinstance(output, tuple | list) and output:
         return output[0]
+    return None
+
+
+def puts_sequence_first(model: nn.Module, name: str) -> bool:
+    """The module ``name`` returns (seq, batch, d), by its ``batch_first`` or that of the transformer around it."""
+    module, around = model, [model]
+    for part in name.split(".") if name else []:
+        module = module.get_submodule(part)
+        around.append(module)
+    own = _batch_first(module)
+    flags = [own, *(_batch_first(outer) for outer in reversed(around[:-1]) if isinstance(outer, _TRANSFORMERS))]
+    return next((not flag for flag in flags if flag is not None), False)
+
+
+def _batch_first(module: Any) -> bool | None:
+    """A module's ``batch_first``; that of a transformer lies in its attention."""
+    flag = getattr(module, "batch_first", None)
+    if isinstance(flag, bool):
+        return flag
+    for wrapper in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if isinstance(getattr(module, wrapper, None), nn.Module):
+            return _batch_first(getattr(module, wrapper))
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        return _batch_first(module.layers[0]) if len(module.layers) else None
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return _batch_first(module.self_attn)
     return None
 
 

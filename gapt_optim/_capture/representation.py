@@ -14,6 +14,7 @@ from ..config import EntropyConfig
 from .masks import ModelCall, ModelReturn, argument_names, masked_modules
 from .measurement import Measurement
 from .module_tap import ModuleTap
+from .outputs import puts_sequence_first
 from .selection import Layers, select_layers
 from .store import CaptureStore
 from .unsaved import leave_out
@@ -41,6 +42,8 @@ class RepresentationHook:
             ``(batch, channels, *positions)``.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
             model's call. By default ``attention_mask`` where the call has one of that shape.
+        batch_first: False where outputs of three dimensions are (seq, batch, d). By default each module's own
+            ``batch_first``, where it has one, as ``nn.LSTM`` and the parts of ``nn.Transformer`` do, else True.
 
     Attributes:
         names: of the tapped modules, in the order of ``model.named_modules()``, which is taken for that of depth.
@@ -57,18 +60,24 @@ class RepresentationHook:
         *,
         output: Callable[[Any], Tensor] | None = None,
         mask: Callable[[dict[str, Any]], Tensor | None] | None = None,
+        batch_first: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
         for argument, value in (("output", output), ("mask", mask)):
             if value is not None and not callable(value):
                 raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
+        if not isinstance(batch_first, bool | None):
+            raise TypeError(f"batch_first must be True, False or None, found {batch_first!r}")
         modules = select_layers(model, layers)
         self.names: list[str] = list(modules)
-        self._output, self._mask = output, mask
+        self._output, self._mask, self._batch_first = output, mask, batch_first
         self._store = store = CaptureStore(model, self.names, mask)
         handles: list[RemovableHandle | leave_out] = [leave_out(module) for module in modules.values()]
-        handles += [module.register_forward_hook(ModuleTap(name, store, output)) for name, module in modules.items()]
+        for name, module in modules.items():
+            sequence_first = puts_sequence_first(model, name) if batch_first is None else not batch_first
+            tap = ModuleTap(name, store, output, sequence_first=sequence_first)
+            handles.append(module.register_forward_hook(tap))
         for module in masked_modules(model, modules) if mask is None else [model]:
             handles.append(leave_out(module))
             call = ModelCall(store, argument_names(module), is_model=module is model)
@@ -124,7 +133,7 @@ class RepresentationHook:
         model = self._store.model()
         if model is None:
             raise RuntimeError("cannot copy a RepresentationHook whose model no longer exists")
-        return _rebuild, (model, self.names, self._output, self._mask)
+        return _rebuild, (model, self.names, self._output, self._mask, self._batch_first)
 
     def __repr__(self) -> str:
         return f"RepresentationHook({self.names})"
@@ -140,5 +149,7 @@ def _remove(handles: list[RemovableHandle | leave_out]) -> None:
         handle.remove()
 
 
-def _rebuild(model: nn.Module, names: list[str], output: Any, mask: Any) -> RepresentationHook:
-    return RepresentationHook(model, names, output=output, mask=mask)
+def _rebuild(
+    model: nn.Module, names: list[str], output: Any, mask: Any, batch_first: bool | None = None
+) -> RepresentationHook:
+    return RepresentationHook(model, names, output=output, mask=mask, batch_first=batch_first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,19 @@ def build_objective(loss: Tensor, calls: dict[str, list[Grams]], plan: StepPlan,
     if not plan.compressing:
         return Objective(total, entropies, measures, None, mean_entropy)
     return Objective(total + (penalty * scaled_by).to(loss.dtype), entropies, measures, penalty, mean_entropy)
+
+
+def check_loss(loss: Tensor, scaled_by: float) -> None:
+    """Raise TypeError or ValueError where :func:`build_objective` has no use for an argument, naming it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a tensor, found {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(
+            f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
+            "reduce it first, for example with loss.mean()"
+        )
+    if not (math.isfinite(scaled_by) and scaled_by > 0):
+        raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")
 
 
 def _means_of_calls(values: list[Tensor], of_call: list[tuple[str, int]], device: torch.device) -> dict[str, Tensor]:

@@ -37,15 +37,19 @@ class Progress:
         self.counts = _Counts()
         self.validation: list[float] = []
         """Held-out losses since the last step."""
+        self.learning_rate: float | None = None
+        """The largest of the last step: a rise from one step to the next is a warm-up."""
 
     @property
     def phase(self) -> Phase:
         """Phase of the step that is being computed."""
         return self.gate.phase
 
-    def advance(self, loss: float, entropy: float, validation: float) -> str | None:
+    def advance(self, loss: float, entropy: float, validation: float, learning_rate: float | None = None) -> str | None:
         """One step more; returns why the phase switches after it, None where it does not."""
         counts, phase = self.counts, self.phase
+        before, self.learning_rate = self.learning_rate, learning_rate
+        warming_up = before is not None and learning_rate is not None and learning_rate > before
         finite = math.isfinite(loss) and math.isfinite(entropy)
         counts.steps += 1
         counts.compression_steps += phase is Phase.COMPRESSION
@@ -53,15 +57,15 @@ class Progress:
         counts.nonfinite_run = 0 if finite else counts.nonfinite_run + 1
         self.validation = []
         if finite:
-            self._judge(loss, entropy, validation)
+            self._judge(loss, entropy, validation, warming_up)
         elif not math.isnan(validation):
             self.validation = [validation]  # judged with the next entropy that is finite
         return self.gate.reason if self.phase is not phase else None
 
-    def _judge(self, loss: float, entropy: float, validation: float) -> None:
+    def _judge(self, loss: float, entropy: float, validation: float, warming_up: bool) -> None:
         counts = self.counts
         if self.gate.config.signal == "train":
-            self.gate.update(loss, entropy)
+            self.gate.update(loss, entropy, warming_up=warming_up)
             return
         counts.unjudged_loss += loss
         counts.unjudged_entropy += entropy
@@ -77,7 +81,7 @@ class Progress:
             mean_loss, mean_entropy = (
                 total / counts.unjudged_steps for total in (counts.unjudged_loss, counts.unjudged_entropy)
             )
-            self.gate.update(validation, mean_entropy, training_loss=mean_loss)
+            self.gate.update(validation, mean_entropy, training_loss=mean_loss, warming_up=warming_up)
             counts.unjudged_loss, counts.unjudged_entropy, counts.unjudged_steps = 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,12 +90,14 @@ class Progress:
             "gate": self.gate.state_dict(),
             **asdict(self.counts),
             "unjudged_validation": list(self.validation),
+            "learning_rate": self.learning_rate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gate.load_state_dict(state["gate"])
         self.counts = _Counts(**{part.name: state[part.name] for part in fields(_Counts)})
         self.validation = list(state["unjudged_validation"])
+        self.learning_rate = state["learning_rate"]
 
 
 # What a checkpoint holds
@@ -130,6 +136,7 @@ class _SavedState(_Saved):
     unjudged_entropy: float
     unjudged_steps: _Count
     unjudged_validation: list[float]
+    learning_rate: float | None = None
     layers: list[str]
     ran: list[str]
     config: GAPTConfig

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._capture import CaptureStore
-from .._objective import Objective, counted_layers, schedule_shares
+from .._objective import build_objective, counted_layers, schedule_shares
 from .._plan import StepPlan
 from ..alignment import activation_alignment
 from ..config import GAPTConfig
 from ..gate import Phase
 from ..metrics import Measures, Observer, StepMetrics
+from .announce import announce_switch
 from .evasion import EvasionWatch
+from .hints import DividedLossHint, SmallShareHint, ZeroEntropyHint
 from .parameter_alignment import Comparison, ParameterMeasurement, refuse_unmeasurable
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
@@ -37,10 +39,18 @@ class StepState:
         config: the optimizer's settings.
         store: of the optimizer's hook.
         process_group: ranks to average over; None for all.
+        announce: log the first switch to each phase.
     """
 
-    def __init__(self, config: GAPTConfig, store: CaptureStore, process_group: dist.ProcessGroup | None) -> None:
-        self.config, self.store, self.process_group = config, store, process_group
+    def __init__(
+        self,
+        config: GAPTConfig,
+        store: CaptureStore,
+        process_group: dist.ProcessGroup | None,
+        *,
+        announce: bool = True,
+    ) -> None:
+        self.config, self.store, self.process_group, self.announce = config, store, process_group, announce
         self.counted = counted_layers(store.names, config.layers.skip_first, config.layers.skip_last)
         self.progress = Progress(config.gate)
         self.record = StepRecord(store.names)
@@ -48,6 +58,7 @@ class StepState:
         self.zeroed = False
         """zero_grad was called since the last objective."""
         self._evasion = EvasionWatch()
+        self._zero_entropy, self._small_share, self._divided = ZeroEntropyHint(), SmallShareHint(), DividedLossHint()
         self._comparison: ParameterMeasurement | None = None  # from the first backward of a step that measures
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
         self._silent_steps = 0
@@ -84,16 +95,23 @@ class StepState:
         Raises:
             ValueError: on all ranks, where they differ; the message names the field and the values.
         """
-        if not self._ranks_compared and self.plan.group is not None:
-            refuse_different_ranks(flat_state(self.state_dict()), self.plan.group, device)
+        if not self._ranks_compared:
+            group = group_of(self.process_group)  # ranks may have met since the plan was made
+            if group is not None:
+                refuse_different_ranks(flat_state(self.state_dict()), group, device)
             self._ranks_compared = True
 
     # What a step records
 
-    def add(self, loss: Tensor, objective: Objective) -> None:
-        """One micro-batch."""
+    def objective(self, loss: Tensor, scaled_by: float) -> Tensor:
+        """One micro-batch: records it, and returns what to differentiate."""
+        calls = self.store.take(loss)
+        self._zero_entropy.look(self.plan, calls)
+        self._divided.add(loss, scaled_by)
+        objective = build_objective(loss, calls, self.plan, scaled_by)
         self._mean_entropy = objective.mean_entropy
-        self.record.add(loss, objective, self.plan.group)
+        self.record.add(loss if scaled_by == 1.0 else loss.detach() / scaled_by, objective, self.plan.group)
+        return objective.total
 
     def differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor, groups: list[dict[str, Any]]) -> None:
         """One backward pass of ``total``, and the parameter alignment of the loss and entropy in it when it is due.
@@ -132,6 +150,7 @@ class StepState:
         if gone and all(p.grad is None for group in groups for p in group["params"]):
             self.store.clear_statistics()
             self.record.clear()
+            self._divided.forget()
             self.begin()
 
     def forget(self) -> None:
@@ -139,6 +158,26 @@ class StepState:
         self.store.clear()
         self.store.clear_statistics()
         self.record.clear()
+
+    def record_validation(self, loss: float | Tensor) -> None:
+        """One held-out loss.
+
+        Raises:
+            TypeError, ValueError: it is not one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must be one number, found shape {tuple(loss.shape)}; give its mean")
+            loss = loss.item()
+        if not isinstance(loss, SupportsFloat):
+            raise TypeError(f"loss must be a number or a tensor of one, found {type(loss).__name__}")
+        value = float(loss)
+        if math.isfinite(value):
+            self.progress.validation.append(value)
+        else:
+            warnings.warn(
+                f"a held-out loss of {value} is left out: the gate cannot judge it", UserWarning, stacklevel=3
+            )
 
     # How a step ends
 
@@ -151,16 +190,14 @@ class StepState:
         group = group_of(self.process_group)
         return self.record.start_reading(statistics, mean_or_nan(self.progress.validation), group)
 
-    def finish(self, reading: Reading) -> StepMetrics:
-        """Let the gate judge the numbers of one step, and plan the next."""
+    def finish(self, reading: Reading, groups: list[dict[str, Any]]) -> StepMetrics:
+        """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""
         plan, progress = self.plan, self.progress
         judged = [name for name in self.counted if name in reading.entropies] or list(reading.entropies)
         entropy = math.fsum(reading.entropies[name] for name in judged) / len(judged)
         self._silent_steps = 0
-        reason = progress.advance(reading.loss, entropy, reading.validation)
+        reason = progress.advance(reading.loss, entropy, reading.validation, _largest_learning_rate(groups))
         compared = self._comparison.finish() if self._comparison is not None else None
-        self._evasion.look(plan, reading)
-        self._warn_unmeasured(missing=plan.parameter_alignment and compared is None)
         self.begin()
         objective = reading.loss + reading.penalty
         counts = progress.counts
@@ -184,6 +221,13 @@ class StepState:
             compression_steps=counts.compression_steps,
             nonfinite_steps=counts.nonfinite_steps,
         )
+        if self.announce:
+            announce_switch(plan, self.metrics)
+        # Last, so that a warning that is made an error leaves a step that is complete.
+        self._warn_unmeasured(missing=plan.parameter_alignment and compared is None)
+        self._evasion.look(plan, reading)
+        self._small_share.look(plan, reading)
+        self._divided.look()
         return self.metrics
 
     def refuse_nonfinite(self, metrics: StepMetrics) -> None:
@@ -235,6 +279,17 @@ class StepState:
         self._ranks_compared = False
         self.forget()
         self.begin()
+
+
+def _largest_learning_rate(groups: list[dict[str, Any]]) -> float | None:
+    """None where no group has one that is known here: a tensor on a device would have to be waited for."""
+    rates = [group.get("lr") for group in groups]
+    known = [float(lr) for lr in rates if isinstance(lr, int | float) or (_is_number(lr) and lr.device.type == "cpu")]
+    return max((lr for lr in known if math.isfinite(lr)), default=None)
+
+
+def _is_number(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def notify(observers: list[Observer], metrics: StepMetrics) -> None:

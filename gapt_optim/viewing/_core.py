@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from .._capture.outputs import hidden_tensor, padded
-from .._capture.selection import Layers, select_layers
-from ..entropy import Kernel, entropy_of_gram
+from .._capture import Layers, hidden_tensor, padded, select_layers
+from ..entropy import Kernel, KernelMatrix, entropy_of_gram, windows_last
 
-__all__ = ["Kernel", "Layers", "entropy_of_gram", "hidden_tensor", "padded", "select_layers"]
+__all__ = [
+    "Kernel",
+    "KernelMatrix",
+    "Layers",
+    "entropy_of_gram",
+    "hidden_tensor",
+    "padded",
+    "select_layers",
+    "windows_last",
+]

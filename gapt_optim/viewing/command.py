@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .history import RunHistory
     from .layer_profile import Profile
 
-Positional = tyro.conf.Positional
+Positional: Any = tyro.conf.Positional
 arg = tyro.conf.arg
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,8 @@ class _Collector:
         self.output = output
         self.mask: Tensor | None = None
         self.calls = dict.fromkeys(names, 0)
-        self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}  # of the views of an item
+        self.latest: dict[str, Tensor] = {}
 
     def tap(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -304,7 +305,7 @@ class _Collector:
             h, mask = self._hidden(name, output)
             embedding = self.sums[name].add(h, mask)
             if self.sums[name].lidar is not None:
-                self.embeddings[name].append(embedding)
+                self.latest[name] = embedding
 
         return hook
 
@@ -333,9 +334,9 @@ class _Collector:
         silent = [name for name, calls in self.calls.items() if calls == 0]
         if silent:
             raise ValueError(f'layer "{silent[0]}" did not run in a forward pass; leave it out of layers')
-        for name, embeddings in self.embeddings.items():
-            # A layer that ran several times in a call counts with its last output.
-            del embeddings[: len(embeddings) - 1 if self.calls[name] == len(embeddings) else -1]
+        for name, embedding in self.latest.items():  # of a layer that ran several times, the last
+            self.embeddings[name].append(embedding)
+        self.latest = {}
 
     def end_of_views(self) -> None:
         for name, sums in self.sums.items():
@@ -428,7 +429,7 @@ def _counted(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     yield from track(batches, "profiling", total=total, console=Console(stderr=True), transient=True)
 
 

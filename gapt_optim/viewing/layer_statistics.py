@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._core import Kernel, entropy_of_gram
+from ._core import Kernel, KernelMatrix, entropy_of_gram, windows_last
 
 KERNELS = ("linear", "cosine")
 LIDAR_REGULARIZATION = 1e-4
@@ -122,7 +122,7 @@ class LayerSums:
     def __init__(self, what: What) -> None:
         self.what = what
         self.features = 0
-        self.rows = 0
+        self.rows = torch.zeros((), dtype=torch.int64)
         self.sequences = 0
         self.tokens = False  # rows are tokens in order, so that the first one and curvature mean something
         keys = [(window, first) for window in what.windows for first in (True, False)]
@@ -152,7 +152,7 @@ class LayerSums:
         rows = rows.masked_fill(~live.unsqueeze(-1), 0)
         first = live & (live.cumsum(1) == 1) if self.tokens else torch.zeros_like(live)
         self.features = rows.shape[-1]
-        self.rows = self.rows + live.sum()
+        self.rows = self.rows.to(h.device) + live.sum()
         self.sequences += len(rows)
         norms = rows.square().sum(-1)
         for window in self.what.windows:
@@ -289,10 +289,13 @@ def values_of_gram(gram: Tensor, live: Tensor, features: int, kinds: list[Kind],
     n = gram.shape[-1]
     gram = gram * (live.unsqueeze(-1) & live.unsqueeze(-2))
     norms = gram.diagonal(dim1=-2, dim2=-1)
+    moved = windows_last(gram)
+    matrices = {kernel: KernelMatrix(moved, kernel) for kernel in {kind.matrix for kind in kinds}}
     entropies, counts = [], []
     for kind in kinds:
+        matrix, shape = matrices[kind.matrix], (n, features)
         value, _, rows = entropy_of_gram(
-            gram, kind.alpha, kind.matrix, (n, features), dtype, live.sum(-1), False, with_gradient=False
+            matrix, kind.alpha, kind.matrix, shape, dtype, live.sum(-1), False, with_gradient=False
         )
         entropies.append(value)
         counts.append(live.sum(-1) if rows is None else rows.long())
@@ -339,8 +342,9 @@ def values_of_rows(
                 left = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # where rows are equal, rounding
                 gram = gram * (left > 16 * torch.finfo(gram.dtype).eps * before)[..., None, None]
             rows_ = keep.sum(-1) if kind.matrix.plain else count
+            ready = KernelMatrix(windows_last(gram), Kernel(cosine=False, center=False))  # of the kernel already
             value, _, _ = entropy_of_gram(
-                gram, kind.alpha, kind.matrix, shape, dtype, rows_, False, with_gradient=False
+                ready, kind.alpha, kind.matrix, shape, dtype, rows_, False, with_gradient=False
             )
             entropies.append(value)
             counts.append(rows_)

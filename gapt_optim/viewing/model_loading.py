@@ -66,8 +66,8 @@ def load_model(spec: str) -> nn.Module:
         from transformers.utils import logging
     except ImportError as error:
         raise CommandError("a model's folder needs transformers: pip install transformers") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # The layers are all that is looked at; a head would only cost time and memory.
         model = AutoModel.from_pretrained(spec, dtype="auto")

@@ -575,10 +575,10 @@ class _Report:
             per_layer = layer_rows(histories[0], "cosine")
             if not per_layer:
                 continue
-            steps, names, values = heat_map(per_layer)
-            every = sorted(abs(value) for row in values for value in row if value is not None)
+            at, names, cells = heat_map(per_layer)
+            every = sorted(abs(value) for row in cells for value in row if value is not None)
             limit = (every[int(0.98 * (len(every) - 1))] if every else 1.0) or 1.0
-            trace = _heat(steps, names, values, (-limit, limit), "cosine", {"run": i}, colors="RdBu")
+            trace = _heat(at, names, cells, (-limit, limit), "cosine", {"run": i}, colors="RdBu")
             counts = _layer_signs(per_layer)
             title = f"Cosine at each layer, {name}"
             most = max(counts, key=lambda layer: counts[layer][1], default="")
@@ -655,7 +655,7 @@ def heat_map(
     rows: Sequence[tuple[float, Mapping[str, float]]],
 ) -> tuple[list[float], list[str], list[list[float | None]]]:
     """Steps, layers, and the values (layers, steps), means over stretches where there are more steps than cells."""
-    names = list(max((layers for _, layers in rows), key=len))
+    names: list[str] = max((list(layers) for _, layers in rows), key=len)
     limit = max(60, min(500, MOST_CELLS // max(1, len(names))))
     steps: list[float] = []
     columns: list[list[float | None]] = []

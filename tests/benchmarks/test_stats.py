@@ -117,3 +117,17 @@ def test_a_slow_drift_is_no_cycle() -> None:
 def test_too_few_measurements_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 10"):
         swings([0.1] * 5, [0.1] * 5)
+
+
+def test_alignment_in_both_spaces_is_related_phase_by_phase() -> None:
+    from benchmarks.evidence.alignment_spaces import relation
+
+    pairs = [(0.1, 0.2), (0.2, 0.4), (-0.1, -0.2), (0.3, -0.6)]
+    rows: list[dict[str, object]] = [
+        {"phase": "memorization", "alignment": {"cosine": a}, "parameter_alignment": {"cosine": b}} for a, b in pairs
+    ]
+    rows.append({"phase": "compression", "alignment": {"cosine": 0.5}})  # not measured in both
+    lines = relation(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| memorization", "| both"]
+    assert "| 4 |" in lines[2]
+    assert "75%" in lines[2]

@@ -137,3 +137,29 @@ def test_smoothed_gate_does_not_see_the_unit_of_the_loss(
     one, other = PhaseGate(config), PhaseGate(config)
     for loss, entropy in values:
         assert one.update(loss, entropy) is other.update(loss * 2.0**exponent, entropy)
+
+
+@given(
+    st.floats(1e-6, 1e6),
+    st.floats(0.5, 0.9999),
+    patience,
+    st.sampled_from([0.001, 0.01, 0.1, 0.5]),
+    st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+)
+def test_an_entropy_that_decays_to_nothing_ends_its_phase(
+    level: float, rate: float, patience: int, improvement: float, smoothing: float
+) -> None:
+    """At most 1 / min_improvement improvements fit between the level at the start and 0."""
+    config = GateConfig(
+        initial_phase="compression",
+        patience_compression=patience,
+        min_improvement=improvement,
+        smoothing=smoothing,
+    )
+    gate, updates = PhaseGate(config), 0
+    settling = 2 / -math.log(smoothing) if smoothing else 1
+    while gate.phase.value == "compression":
+        updates += 1
+        gate.update(1.0, level * rate**updates)
+        assert updates <= patience * (1 / improvement + 3) + settling
+    assert gate.reason == "compressed"

@@ -1,0 +1,123 @@
+"""The rows of the cost table do what they say, in miniature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.cost import gpu, scaling, table
+from benchmarks.cost.workloads import (
+    BARE,
+    STEPS,
+    WINDOWS,
+    Size,
+    entropy_by_autograd,
+    entropy_by_eigenvalues,
+)
+from gapt_optim import matrix_entropy
+
+TINY = Size(layers=2, width=64, tokens=64, vocabulary=32)
+
+
+@pytest.mark.parametrize("name", [*STEPS, *(name for name in WINDOWS if name not in STEPS)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_row_takes_steps(name: str) -> None:
+    if "TorchJD" in name:
+        pytest.importorskip("torchjd")
+    step = (STEPS | WINDOWS)[name](TINY)
+    for _ in range(2):
+        step()
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_the_other_ways_compute_the_same_entropy(window: int | None) -> None:
+    z = torch.randn(2, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    windows = z.reshape(-1, window or 64, 96)
+    gradients = []
+    values = [matrix_entropy(windows).mean(), entropy_by_autograd(z, window), entropy_by_eigenvalues(z, window)]
+    for value in values:
+        (gradient,) = torch.autograd.grad(value, z, retain_graph=True)
+        gradients.append(gradient)
+    for value, gradient in zip(values[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(value, values[0])
+        torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_rows_are_taken_in_turn() -> None:
+    order: list[str] = []
+    table.time_rounds({name: (lambda name=name: order.append(name)) for name in "abc"}, 5, 0)
+    rounds = [set(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == [set("abc")] * (5 + table.WARM_UP)
+
+
+def test_a_ratio_and_its_interval() -> None:
+    bare = [1.0, 2.0, 3.0, 4.0, 5.0] * 4
+    assert table.ratio_with_interval([1.5 * b for b in bare], bare) == pytest.approx((1.5, 1.5, 1.5))
+    noisy = np.random.default_rng(0).normal(1.1, 0.05, 50)
+    ratio, low, high = table.ratio_with_interval(list(noisy), [1.0] * 50)
+    assert low < ratio < high
+    assert low < 1.1 < high
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    kept: list[torch.Tensor] = []
+
+    def step() -> None:
+        kept.clear()
+        kept.append(torch.zeros(1000, 1000))
+
+    assert 4e6 <= table.peak_bytes(step) < 4.5e6
+
+
+def test_the_table_is_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "SMALL", TINY)
+    words = [
+        "--rounds",
+        "2",
+        "--repeats",
+        "1",
+        "--no-memory",
+        "--only",
+        "alignment",
+        "--json",
+        str(tmp_path / "t.json"),
+    ]
+    assert table.main(words) == 0
+    figures = json.loads((tmp_path / "t.json").read_text())
+    assert figures[BARE]["cpu"] == 1.0
+    every, fifty = (figures[f"compression, parameter alignment every {k}"]["cpu"] for k in ("step", "50 steps"))
+    silent = figures["compression, activation alignment (default)"]["cpu"]
+    assert fifty == pytest.approx(silent + (every - silent) / 50)
+    assert "| bare AdamW | 1.000 |" in capsys.readouterr().out
+
+
+def test_an_exponent_is_the_slope() -> None:
+    slope, error = scaling.exponent([1.0, 2.0, 4.0, 8.0], [3.0, 12.0, 48.0, 192.0])
+    assert slope == pytest.approx(2.0)
+    assert error == pytest.approx(0.0, abs=1e-9)
+    assert np.isnan(scaling.exponent([1.0, 2.0, 4.0], [-1.0, 1.0, 2.0])[0])
+
+
+def test_scaling_measures_each_size() -> None:
+    rows = scaling.measure("layers", (1, 2), 2, TINY)
+    assert [row["layers"] for row in rows] == [1, 2]
+    assert all(row["bare"] > 0 for row in rows)
+
+
+def test_the_script_for_gpus_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tiny", "--device", "cpu", "--no-compile", "--steps", "2", "--json", str(tmp_path / "g.json")]
+    assert gpu.main(words) == 0
+    assert "| compression |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "g.json").read_text())["figures"]["compression"]["graph_breaks"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda")
