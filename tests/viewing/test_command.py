@@ -103,7 +103,9 @@ def test_batches_hold_the_whole_text_once(there: Path, model_folder: Path) -> No
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     batches = list(TextBatches(there / "text.txt", tokenizer, 10, 4, 10**6))
     rows = [row[live.bool()].tolist() for batch in batches for row, live in zip(*batch.values(), strict=True)]
-    assert sum(rows, []) == tokenizer(TEXT)["input_ids"]
+    read, whole = [token for row in rows for token in row], tokenizer(TEXT)["input_ids"]
+    assert read == whole[: len(read)]
+    assert len(whole) - len(read) < 2  # a last token by itself is no sequence
     assert {len(row) for row in rows[:-1]} == {10}
 
 
