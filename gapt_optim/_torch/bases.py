@@ -159,6 +159,8 @@ class Bases:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Snapshot:
         """Parameters go by position: checkpoint tools name them. Where a part does not fit, nothing is changed.
 
+        Settings that the saved groups lack, as those of older versions do, stay as they are.
+
         Returns:
             What the bases were before, to put them back where something else fails.
 
@@ -172,11 +174,11 @@ class Bases:
             try:
                 if "param_groups" in part:
                     refuse_malformed(part, base, "" if self.single else f"optimizer[{i}]: ")
-                had = [{key for key in group if key in base.defaults} for group in base.param_groups]
+                had = [dict(group) for group in base.param_groups]
                 base.load_state_dict(part)
-                for j, (keys, group) in enumerate(zip(had, base.param_groups, strict=True)):
-                    for key in sorted(keys - group.keys()):  # torch fills in what its older versions did not have
-                        raise ValueError(f"state_dict: param_groups[{j}].{key} of {where} is missing; {_AS_IT_WAS}")
+                for settings, group in zip(had, base.param_groups, strict=True):
+                    for key in settings.keys() & base.defaults.keys():
+                        group.setdefault(key, settings[key])
             except BaseException as error:
                 before.restore()
                 if not isinstance(error, Exception) or (isinstance(error, ValueError) and str(error)):
