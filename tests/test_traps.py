@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from .training import wrapped
+from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+
+from .loops import COMPRESSING, RESTLESS, loss_of, make_net, run, weights, wrap
+from .models import MLP
+from .training import config, wrapped
 
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
 
@@ -41,3 +57,529 @@ def test_an_inplace_activation_behind_a_tap(phase: str, activation: bool) -> Non
         optimizer = wrapped(model, layer, phase, activation=activation)
         optimizer.backward(model(x).square().mean())
         optimizer.step()
+
+
+# Entropies that are always 0
+
+
+def said(act: Callable[[], Any]) -> list[str]:
+    """Warnings of ``act``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(warning.message) for warning in caught]
+
+
+def training(model: nn.Module, optimizer: GAPTOptimizer, batches: Iterable[Tensor]) -> Callable[[], None]:
+    def act() -> None:
+        for x in batches:
+            optimizer.backward(model(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return act
+
+
+@PHASES
+@pytest.mark.parametrize(
+    ("shape", "entropy", "reason"),
+    [
+        ((1, 6), {}, "one row.*batch.*episodes"),
+        ((4, 1, 6), {}, "one row"),
+        ((1, 6), {"center": False, "kernel": "linear"}, "one row"),
+        ((2, 6), {}, "two rows.*center=False"),
+        ((5, 2, 6), {"kernel": "linear"}, "two rows"),
+    ],
+)
+def test_windows_without_an_entropy_are_told_once(
+    shape: tuple[int, ...], entropy: dict[str, Any], reason: str, phase: str
+) -> None:
+    model = MLP()
+    optimizer = wrapped(model, "blocks.*", phase, entropy=entropy)
+    messages = said(training(model, optimizer, [torch.randn(shape) for _ in range(3)]))
+    assert len(messages) == 1
+    assert re.match(rf'the entropy of layer "blocks\.0" \(and of 2 more\) is 0.*{reason}', messages[0])
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.entropy == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "cosine"])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_layer_of_one_feature_is_named(kernel: str, center: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+    optimizer = wrapped(model, ["0", "2"], entropy={"kernel": kernel, "center": center})
+    messages = said(training(model, optimizer, [torch.randn(3, 9, 6)] * 2))
+    assert len(messages) == 1
+    assert re.match('the entropy of layer "2" is 0.*one feature', messages[0])
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.layer_entropy["2"] == pytest.approx(0, abs=1e-5)
+    assert optimizer.metrics.layer_entropy["0"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "entropy"),
+    [
+        ([(3, 17, 6)], {}),  # a tail of one row
+        ([(9, 6), (1, 6)], {}),  # the last batch of an epoch
+        ([(2, 6)], {"center": False}),
+        ([(0, 6), (9, 6)], {}),  # no sample on this rank
+    ],
+)
+def test_a_tail_alone_is_no_mistake(shapes: list[tuple[int, ...]], entropy: dict[str, Any]) -> None:
+    model = MLP()
+    optimizer = wrapped(model, "blocks.*", "memorization", entropy=entropy)
+
+    def act() -> None:
+        for shape in shapes:
+            optimizer.backward(model(torch.randn(shape)).square().sum())
+            optimizer.step()
+
+    assert said(act) == []
+
+
+def test_what_it_advises_has_an_entropy() -> None:
+    """Of REINFORCE's single observations: the episode as one call."""
+    model = MLP()
+    optimizer = wrapped(model, "blocks.*")
+    episode = torch.stack([torch.randn(6) for _ in range(10)])
+    assert said(training(model, optimizer, [episode])) == []
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.entropy is not None
+    assert optimizer.metrics.entropy > 0.1
+
+
+# The entropy's share of the objective
+
+
+def summed(factor: float, weight: float, steps: int = 40, **parts: Any) -> tuple[GAPTOptimizer, list[str]]:
+    """Train on a loss times ``factor``; the optimizer, and what was said."""
+    torch.manual_seed(1)
+    model = MLP()
+    optimizer = wrapped(model, "blocks.*", objective={"weight": weight, **parts})
+
+    def act() -> None:
+        for _ in range(steps):
+            x = torch.randn(4, 10, 6)
+            optimizer.backward((F.mse_loss(model(x), x[..., :4]) + 1) * factor)
+            optimizer.step()
+
+    return optimizer, said(act)
+
+
+def test_a_summed_loss_makes_the_weight_meaningless() -> None:
+    optimizer, messages = summed(70_000.0, 0.05)
+    assert len(messages) == 1
+    assert 'reduction="sum"' in messages[0]
+    assert optimizer.metrics is not None
+    share = float(re.search(r"was (\S+) of the objective", messages[0])[1])  # type: ignore[index]
+    assert share == pytest.approx(optimizer.metrics.entropy_share, rel=0.2)
+    weight = float(re.search(r"ObjectiveConfig\(weight=(\S+)\)", messages[0])[1])  # type: ignore[index]
+    optimizer, messages = summed(70_000.0, weight)  # what it advises
+    assert messages == []
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.entropy_share == pytest.approx(0.01, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("factor", "weight", "parts"),
+    [
+        (1.0, 0.05, {}),
+        (-1.0, 0.05, {}),  # a likelihood of a density
+        (70_000.0, 0.0, {}),  # meant so
+        (70_000.0, 0.05, {"floor": 10.0}),  # reached
+    ],
+)
+def test_other_shares_are_no_mistake(factor: float, weight: float, parts: dict[str, float]) -> None:
+    assert summed(factor, weight, **parts)[1] == []
+
+
+def test_a_small_share_is_judged_over_twenty_steps_of_compression() -> None:
+    assert summed(70_000.0, 0.05, steps=19)[1] == []
+    assert len(summed(70_000.0, 0.05, steps=20)[1]) == 1
+
+
+# Losses that the loop divides
+
+
+def micro_batches(i: int, n: int = 4) -> list[int]:
+    return [i * n + j for j in range(n)]
+
+
+@pytest.mark.parametrize("config", [GAPTConfig(gate=RESTLESS), COMPRESSING], ids=["restless", "compressing"])
+@pytest.mark.parametrize("scaler", [False, True])
+def test_scaled_by_is_scale(scaler: bool, config: GAPTConfig) -> None:
+    """Four micro-batches, whose losses the loop divides by four: two ways to say so, and with a GradScaler."""
+    runs = []
+    for divides in (False, True):
+        model = make_net()
+        optimizer = wrap(model, config=config)
+        grad_scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=1024.0)
+        records = []
+        for i in range(12):
+            for j in micro_batches(i):
+                loss = loss_of(model, j)
+                if divides and scaler:
+                    grad_scaler.scale(optimizer.objective(loss / 4, scaled_by=1 / 4)).backward()
+                elif scaler:
+                    grad_scaler.scale(optimizer.objective(loss) / 4).backward()
+                elif divides:
+                    optimizer.backward(loss / 4, scaled_by=1 / 4)
+                else:
+                    optimizer.backward(loss, scale=1 / 4)
+            grad_scaler.step(optimizer)
+            grad_scaler.update()
+            optimizer.zero_grad()
+            assert optimizer.metrics is not None
+            records.append(optimizer.metrics)
+        runs.append((weights(model), records))
+    (first, one), (second, other) = runs
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+    assert [record.phase for record in one] == [record.phase for record in other]
+    for a, b in zip(one, other, strict=True):
+        assert (a.loss, a.entropy) == pytest.approx((b.loss, b.entropy), rel=1e-4)
+        assert a.entropy_share == (None if b.entropy_share is None else pytest.approx(b.entropy_share, rel=1e-4))
+
+
+@pytest.mark.parametrize("divide", [lambda loss: loss / 4, lambda loss: loss * 0.25, lambda loss: 0.25 * loss])
+def test_a_divided_loss_of_which_nothing_is_said_is_noticed(divide: Callable[[Tensor], Tensor]) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+
+    def act() -> None:
+        for i in range(6):
+            for j in micro_batches(i):
+                optimizer.backward(divide(loss_of(model, j)))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    messages = said(act)
+    assert len(messages) == 1
+    assert "each step has 4 losses, each divided by 4" in messages[0]
+    assert "scaled_by=1 / 4" in messages[0]
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        lambda optimizer, loss: optimizer.backward(loss),  # a sum, which may be meant
+        lambda optimizer, loss: optimizer.backward(loss, scale=1 / 4),
+        lambda optimizer, loss: optimizer.backward(loss / 4, scaled_by=1 / 4),
+        lambda optimizer, loss: optimizer.backward(loss / 3),  # by something else
+        lambda optimizer, loss: optimizer.backward((loss + loss.detach()) / 4),  # a mean of losses
+        lambda optimizer, loss: optimizer.backward(loss / torch.tensor(4.5)),
+        lambda optimizer, loss: optimizer.backward(loss * 0.0),
+    ],
+)
+def test_other_accumulated_losses_are_no_mistake(backward: Callable[[GAPTOptimizer, Tensor], None]) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+
+    def act() -> None:
+        for i in range(6):
+            for j in micro_batches(i):
+                backward(optimizer, loss_of(model, j))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert said(act) == []
+
+
+# Warm-up
+
+
+def flat(model: nn.Module, optimizer: GAPTOptimizer, schedule: LRScheduler | None, steps: int) -> list[str]:
+    """Phases of steps with one and the same loss."""
+    phases = []
+    for _ in range(steps):
+        optimizer.backward(loss_of(model, 0))
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
+        assert optimizer.metrics is not None
+        phases.append(optimizer.metrics.next_phase)
+    return phases
+
+
+IMPATIENT = GAPTConfig(gate=GateConfig(patience_memorization=5, smoothing=0.0), alignment={"activation": False})  # type: ignore[arg-type]
+
+
+def warmed_up(steps: int, config: GAPTConfig = IMPATIENT) -> tuple[nn.Module, GAPTOptimizer, LRScheduler]:
+    """Learning rates so low that the loss stays where it is; the second group's is the largest, and rises."""
+    model = make_net()
+    first, *others = model.parameters()
+    groups = [{"params": [first], "lr": 1e-12}, {"params": others, "lr": 1e-9}]
+    optimizer = GAPTOptimizer(torch.optim.SGD(groups), RepresentationHook(model, "layers.*"), config)
+    rises = [lambda step: 1.0, lambda step: min(1.0, (step + 1) / steps)]
+    return model, optimizer, LambdaLR(optimizer, rises)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_a_warm_up_is_no_plateau(steps: int) -> None:
+    phases = flat(*warmed_up(steps), steps + 10)
+    assert phases.index("compression") == steps - 1 + 5
+
+
+def test_the_published_rule_knows_no_warm_up() -> None:
+    config = GAPTConfig.published(gate=GateConfig.published(patience_memorization=5))
+    assert flat(*warmed_up(30, config), 10).index("compression") == flat(*warmed_up(1, config), 10).index("compression")
+
+
+def test_a_warm_up_survives_saving() -> None:
+    model, optimizer, schedule = warmed_up(20)
+    whole = flat(model, optimizer, schedule, 40)
+    for cut in (1, 7, 19, 20, 23):
+        model, optimizer, schedule = warmed_up(20)
+        before = flat(model, optimizer, schedule, cut)
+        saved = optimizer.state_dict(), schedule.state_dict()
+        model, optimizer, schedule = warmed_up(20)
+        optimizer.load_state_dict(saved[0])
+        schedule.load_state_dict(saved[1])
+        assert before + flat(model, optimizer, schedule, 40 - cut) == whole
+
+
+def test_a_state_from_before_warm_up_loads() -> None:
+    model, optimizer, schedule = warmed_up(1)
+    flat(model, optimizer, schedule, 3)
+    state = optimizer.state_dict()
+    own = json.loads(state["param_groups"][0]["gapt"])
+    assert own.pop("learning_rate") == 1e-9
+    state["param_groups"][0]["gapt"] = json.dumps(own)
+    _, other, _ = warmed_up(1)
+    other.load_state_dict(state)
+    assert json.loads(other.state_dict()["param_groups"][0]["gapt"])["learning_rate"] is None
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01), None, math.inf, "high"])
+def test_any_learning_rate_will_do(lr: Any) -> None:
+    """Optimizers may keep it as a tensor, or have none."""
+    model = make_net()
+    optimizer = wrap(model)
+    optimizer.backward(loss_of(model, 0))
+    given, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], lr
+    steps, optimizer.base.step = optimizer.base.step, lambda *_: None
+    optimizer.step()
+    optimizer.base.step, optimizer.param_groups[0]["lr"] = steps, given
+    kept = json.loads(optimizer.state_dict()["param_groups"][0]["gapt"])["learning_rate"]
+    assert kept == (pytest.approx(0.01) if isinstance(lr, float | Tensor) and math.isfinite(lr) else None)
+
+
+# What is logged
+
+
+def test_the_first_switches_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_net()
+    optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS))
+    run(model, optimizer, range(30))
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.switches > 2
+    lines = [record.getMessage() for record in caplog.records if record.name == "gapt_optim"]
+    assert len(lines) == 2
+    weight = optimizer.config.objective.weight
+    expected = f"memorization -> compression, as the loss stopped falling.*loss \\+ {weight:g} \\* entropy of 3 layers"
+    assert re.search(expected, lines[0])
+    assert re.search("compression -> memorization.*now training on the loss alone", lines[1])
+    assert "\n" not in "".join(lines)
+
+
+def test_what_is_logged_is_off_by_a_flag(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_net()
+    optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS), announce=False)
+    run(model, optimizer, range(3))
+    model, optimizer = copy.deepcopy((model, optimizer))
+    run(model, optimizer, range(30))
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.switches > 2
+    assert caplog.records == []
+
+
+def test_what_is_logged_is_seen_without_configuring_logging() -> None:
+    """Also where warnings are errors, and not again after a resume."""
+    code = """
+from tests.test_traps import RESTLESS, GAPTConfig, make_net, run, wrap
+model = make_net(); optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS))
+run(model, optimizer, range(20))
+state = optimizer.state_dict()
+optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS)); optimizer.load_state_dict(state)
+run(model, optimizer, range(20))
+assert optimizer.metrics.switches > 4
+"""
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert len([line for line in done.stderr.splitlines() if line.startswith("gapt_optim: step")]) == 2
+    assert done.stdout == ""
+
+
+# Several forward passes before the first backward
+
+
+@PHASES
+def test_two_forward_passes_then_two_backward_calls(phase: str) -> None:
+    model, x, y = MLP(), torch.randn(9, 6), torch.randn(9, 6)
+    optimizer = wrapped(model, "blocks.*", phase)
+    first, second = model(x).square().mean(), model(y).square().mean()
+    optimizer.backward(first)
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.backward(second)
+    text = str(caught.value)
+    assert 'outputs of tapped module "blocks.0" (and 2 more) for this loss are gone' in text
+    assert "several forward passes ran before the first backward" in text
+    assert "optimizer.backward(loss_a + loss_b)" in text
+    optimizer.discard_step()
+    optimizer.backward(model(x).square().mean() + model(y).square().mean())  # both that it advises
+    optimizer.step()
+    for each in (x, y):
+        optimizer.backward(model(each).square().mean())
+    optimizer.step()
+
+
+# Entropies that fall without any compression
+
+
+def evading(kernel: str, center: bool, act: str, steps: int = 60) -> list[str]:
+    """Press the entropy of the rows of one matrix alone. ``act`` is what it is free to do."""
+    torch.manual_seed(0)
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.directions = F.normalize(torch.randn(32, 24), dim=-1)
+            self.lengths, self.common = nn.Parameter(torch.ones(32, 1)), nn.Parameter(torch.zeros(24))
+            self.free = nn.Parameter(torch.zeros(32, 24))
+            self.tapped = nn.Identity()
+
+        def forward(self) -> Tensor:
+            rows = self.directions * self.lengths if act == "lengths" else self.directions + self.common
+            found: Tensor = self.tapped((rows + self.free if act == "free" else rows).unsqueeze(0))
+            return found
+
+    model = Rows()
+    hook = RepresentationHook(model, "tapped")
+    settings = config("memorization", {"kernel": kernel, "center": center, "window": None}, {"weight": 3.0})
+    gate = GateConfig(patience_memorization=1, patience_compression=1000, spike_tolerance=1e9)
+    optimizer = GAPTOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.2), hook, settings.model_copy(update={"gate": gate}), announce=False
+    )
+
+    def step() -> None:
+        for _ in range(steps):
+            optimizer.backward(1 + 0.0 * model().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return said(step)
+
+
+def test_an_entropy_that_falls_by_lengths_is_told_once() -> None:
+    (message,) = evading("linear", False, "lengths")
+    assert re.search(r"layer \"tapped\" fell.*a few tokens grew long \(norm ratio 1(\.\d+)? -> \d", message)
+    assert 'EntropyConfig(kernel="cosine", center=True)' in message
+
+
+@pytest.mark.parametrize("kernel", ["linear", "cosine"])
+def test_an_entropy_that_falls_by_a_common_vector_is_told_once(kernel: str) -> None:
+    (message,) = evading(kernel, False, "common")
+    assert re.search(
+        r"layer \"tapped\" fell.*all tokens came to share one vector \(mean share 0\.0\d+ -> 0\.\d", message
+    )
+
+
+@pytest.mark.parametrize("act", ["lengths", "common", "free"])
+def test_the_centered_cosine_entropy_is_not_evaded(act: str) -> None:
+    assert evading("cosine", True, act) == []
+
+
+# The overall angle of activation alignment
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 0), (0, 2), (1, 1)])
+def test_the_overall_angle_is_that_of_the_layers_that_count(first: int, last: int) -> None:
+    model = MLP(depth=4)
+    optimizer = wrapped(model, "blocks.*", "memorization", counting={"skip_first": first, "skip_last": last})
+    optimizer.backward(F.mse_loss(model(torch.randn(5, 12, 6)), torch.randn(5, 12, 4)))
+    optimizer.step()
+    assert optimizer.metrics is not None
+    alignment = optimizer.metrics.alignment
+    assert alignment is not None
+    assert list(alignment.layers) == optimizer.hook.names
+    counted = [alignment.layers[name] for name in optimizer.hook.names[first : 4 - last]]
+    gd = sum((a.cosine or 0) * a.loss_norm * a.entropy_norm for a in counted)
+    loss_norm, entropy_norm = (
+        math.sqrt(sum(getattr(a, norm) ** 2 for a in counted)) for norm in ("loss_norm", "entropy_norm")
+    )
+    assert alignment.cosine == pytest.approx(gd / loss_norm / entropy_norm, rel=1e-4)
+    assert alignment.loss_norm == pytest.approx(loss_norm, rel=1e-4)
+    assert alignment.entropy_norm == pytest.approx(entropy_norm / len(counted), rel=1e-4)
+
+
+# What the automatic choice of layers proposes
+
+
+class Recommender(nn.Module):
+    """User and item into one MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(5, 4), nn.Embedding(5, 4)
+        self.joint_mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+
+class Stages(nn.Module):
+    """As torchvision's ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3)
+        self.layer1, self.layer2 = (nn.Sequential(ResidualBlock(), ResidualBlock()) for _ in range(2))
+        self.head = nn.Linear(3, 2)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(
+            nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(4))}) for _ in range(2)
+        )
+
+
+class Seq2Seq(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.GRU(4, 4), nn.GRU(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "names"),
+    [
+        (Recommender(), "joint_mlp.*", ["joint_mlp.0", "joint_mlp.1", "joint_mlp.2"]),
+        (Numbered(), "fc*", ["fc1", "fc2"]),
+        (Stages(), "layer*.*", ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
+        (Experts(), "h.*.experts.*", [f"h.{i}.experts.{j}" for i in range(2) for j in range(4)]),
+        (Seq2Seq(), "encoder", ["encoder"]),
+        (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), "*", ["0", "1"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_is_proposed_matches(model: nn.Module, first: str, names: list[str]) -> None:
+    with pytest.raises(ValueError, match="layers=None") as caught:
+        RepresentationHook(model)
+    proposed = re.findall('"([^"]+)"', str(caught.value))
+    assert proposed[0] == first
+    assert RepresentationHook(model, first).names == names
+    for glob in proposed:
+        for name in RepresentationHook(model, glob).names:
+            assert type(model.get_submodule(name)).forward is not nn.Module.forward  # it can be called
+
+
+def test_a_model_that_is_one_module() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"pass it: RepresentationHook\(model, model\)"):
+        RepresentationHook(model)
+    assert RepresentationHook(model, model).names == [""]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_MOST_PROPOSED = 6
 
 Layers: TypeAlias = "str | nn.Module | Iterable[str | nn.Module] | None"
 
@@ -68,9 +72,46 @@ def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
         # named_modules has a module that stands in several places once, and so it has one tap.
         return {name: module for name, module in model.named_modules() if module in within}
     if not longest:
-        names = ", ".join(f'"{name}"' for name, _ in model.named_children())
-        raise ValueError(
-            f"layers=None needs an nn.ModuleList of one class, and the model has none; name layers: {names}"
-        )
-    candidates = ", ".join(f'"{name}.*"' for name in longest)
+        raise ValueError(f"layers=None needs an nn.ModuleList of one class, and the model has none; {_propose(model)}")
+    globs = dict.fromkeys(_glob(f"{name}.0" if name else "0", within_words=False) for name in longest)
+    candidates = ", ".join(f'"{glob}"' for glob in globs)
     raise ValueError(f"layers=None is ambiguous, several lists have {length} modules; pass one of {candidates}")
+
+
+def _propose(model: nn.Module) -> str:
+    """Globs that match modules which go together, the blocks of a model first; or single modules where there are none.
+
+    Containers that are never called themselves are not proposed.
+    """
+    named = {name: module for name, module in model.named_modules() if name and not isinstance(module, _CONTAINERS)}
+    alike: dict[str, list[str]] = {}
+    for name in named:
+        alike.setdefault(_glob(name), []).append(name)
+
+    def rank(glob: str) -> tuple[bool, int]:
+        modules = [named[name] for name in alike[glob]]
+        blocks = len({type(module) for module in modules}) == 1 and any(True for _ in modules[0].children())
+        return not blocks or isinstance(modules[0], nn.Sequential), glob.count(".")
+
+    def fits(glob: str) -> bool:
+        found = [name for name, _ in model.named_modules() if _matches(name, glob)]
+        trains = any(True for name in found if name in named for _ in named[name].parameters())
+        return len(found) > 1 and found == alike[glob] and trains
+
+    globs = sorted(filter(fits, alike), key=rank)[:_MOST_PROPOSED]
+    if globs:
+        return f"pass {'one of ' if len(globs) > 1 else ''}{', '.join(map(_quoted, globs))}"
+    names = list(named)[:_MOST_PROPOSED]
+    if not names:
+        return "it is a single module; to watch its output, pass it: RepresentationHook(model, model)"
+    return f"name layers: {', '.join(map(_quoted, names))}"
+
+
+def _glob(name: str, *, within_words: bool = True) -> str:
+    """``name`` with * for each number in it: for a part that is one, or also at the end of a word, as in ``fc1``."""
+    starred = (re.sub(r"\d+$" if within_words else r"^\d+$", "*", part) for part in name.split("."))
+    return ".".join(starred)
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'

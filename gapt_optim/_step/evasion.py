@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from .._plan import StepPlan
 from .record import Reading
@@ -14,8 +14,17 @@ _DECAY = 0.9
 
 @dataclass
 class _Level:
+    """Moving averages of one layer."""
+
     pressed: float
     cosine: float
+    norm_ratio: float
+    mean_share: float
+
+    def moved_to(self, here: _Level) -> _Level:
+        """One step on."""
+        pairs = zip(astuple(self), astuple(here), strict=True)
+        return _Level(*(_DECAY * mean + (1 - _DECAY) * value for mean, value in pairs))
 
 
 class EvasionWatch:
@@ -40,26 +49,35 @@ class EvasionWatch:
             self._compressed, self._before = True, dict(self._now)
         for name in plan.shares:
             if name in reading.entropies:
-                here = _Level(reading.entropies[name], reading.measures[name].centered_cosine_entropy)
-                last = self._now.get(name, here)
-                self._now[name] = _Level(_average(last.pressed, here.pressed), _average(last.cosine, here.cosine))
+                measures = reading.measures[name]
+                here = _Level(
+                    reading.entropies[name],
+                    measures.centered_cosine_entropy,
+                    measures.norm_ratio,
+                    measures.mean_share,
+                )
+                self._now[name] = self._now[name].moved_to(here) if name in self._now else here
                 if self._compressed:
-                    self._compare(name, self._before.setdefault(name, here), self._now[name], reading)
+                    self._compare(name, self._before.setdefault(name, here), self._now[name])
 
-    def _compare(self, name: str, before: _Level, now: _Level, reading: Reading) -> None:
+    def _compare(self, name: str, before: _Level, now: _Level) -> None:
         if self._warned or not (now.pressed < 0.5 * before.pressed and now.cosine > 0.9 * before.cosine):
             return
         self._warned = True
-        measures = reading.measures[name]
         warnings.warn(
             f'the entropy of layer "{name}" fell from {before.pressed:.3g} to {now.pressed:.3g}, but its centered '
-            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: this is no compression (norm "
-            f"ratio {measures.norm_ratio:.3g}, mean share {measures.mean_share:.3g}). A few tokens grew long, or all "
-            'tokens share one vector; press EntropyConfig(kernel="cosine", center=True), which neither lowers',
+            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: this is no compression, but "
+            f'{_what_happened(before, now)}. Press EntropyConfig(kernel="cosine", center=True), which neither long '
+            "tokens nor a shared vector lowers",
             UserWarning,
             stacklevel=6,
         )
 
 
-def _average(mean: float, value: float) -> float:
-    return _DECAY * mean + (1 - _DECAY) * value
+def _what_happened(before: _Level, now: _Level) -> str:
+    """Which of the two ways out was taken: the one whose measure went further of the way that it can go."""
+    longer = 1 - before.norm_ratio / now.norm_ratio if now.norm_ratio > 0 else 0.0
+    shared = (now.mean_share - before.mean_share) / max(1 - before.mean_share, 1e-9)
+    lengths = f"a few tokens grew long (norm ratio {before.norm_ratio:.3g} -> {now.norm_ratio:.3g})"
+    common = f"all tokens came to share one vector (mean share {before.mean_share:.2g} -> {now.mean_share:.2g})"
+    return lengths if longer > shared else common

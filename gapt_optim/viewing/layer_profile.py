@@ -59,7 +59,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer. What its outputs do not have (a first token, successive tokens, two views) is None."""
+    """One layer. What its outputs do not have (a first token, successive tokens, two views) is None.
+
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> layer = profile(model, [torch.randn(64, 4)], "1")["1"]
+    >>> layer.features, layer.shape().norm_ratio >= 1
+    (16, True)
+    """
 
     name: str
     features: int
@@ -109,7 +115,13 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The layers of one model on some data, in the model's order. Made by :func:`profile`."""
+    """The layers of one model on some data, in the model's order. Made by :func:`profile`.
+
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> found = profile(model, [torch.randn(64, 4)], "1")
+    >>> Profile.load(found.save("profile.json")).names
+    ['1']
+    """
 
     layers: tuple[LayerProfile, ...]
     model: str = ""
@@ -199,8 +211,10 @@ def profile(
     Memory does not grow with the data: per layer a few numbers and, for RankMe, one (d, d) float64 matrix (two where
     rows are tokens). The model runs in evaluation mode without gradients and is left in the mode it had.
 
-        result = profile(model, loader, "transformer.h.*")
-        print(result["transformer.h.3"].entropy("cosine", True, window=8).nats)
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> result = profile(model, [torch.randn(64, 4)], "1")
+    >>> 0 < result["1"].entropy("cosine", center=True, window=8).nats < math.log(8)
+    True
 
     Args:
         model: any module.

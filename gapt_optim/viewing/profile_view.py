@@ -163,8 +163,16 @@ def difference_panels(first: Profile, second: Profile) -> list[Panel]:
 
 
 def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathLike[str], *, title: str = "") -> Path:
-    """Write a picture of a profile, or of several: entropies, norms, curvature and RankMe by layer. Needs "
-    "matplotlib."""
+    """Write a picture of a profile, or of several: entropies, norms, curvature and RankMe by layer.
+
+    Needs matplotlib.
+
+    >>> import torch
+    >>> from gapt_optim.viewing import profile
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> draw_profile(profile(model, [torch.randn(64, 4)], "1"), "profile.png").name
+    'profile.png'
+    """
     named = _named(profiles)
     shown = [panel for panel in panels(named) if panel.lines]
     mpl = import_matplotlib()
@@ -205,6 +213,12 @@ def write_profile(
     profiles: Profile | Mapping[str, Profile], path: str | os.PathLike[str], *, title: str = "Layers of a model"
 ) -> Path:
     """Write a self-contained HTML page of a profile, or of several with as many layers. Needs plotly.
+
+    >>> import torch
+    >>> from gapt_optim.viewing import profile
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> write_profile(profile(model, [torch.randn(64, 4)], "1"), "profile.html").name
+    'profile.html'
 
     Raises:
         ValueError: there is none, or their numbers of layers differ.

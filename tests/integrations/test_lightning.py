@@ -20,6 +20,7 @@ from gapt_optim import (
     GAPTConfig,
     GAPTOptimizer,
     GateConfig,
+    LayerConfig,
     RepresentationHook,
     StepMetrics,
 )
@@ -90,6 +91,39 @@ class Manual(Module):
         optimizer.step()
         optimizer.zero_grad()
         self.lr_schedulers().step() if self.trainer.is_last_batch else None
+
+
+class Advised(Module):
+    """Manual, as the error about parameter alignment recommends; every call goes through Lightning's proxy."""
+
+    def __init__(self, config: GAPTConfig) -> None:
+        super().__init__(config)
+        self.automatic_optimization = False
+
+    def training_step(self, data: tuple[Tensor, Tensor], i: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        optimizer.backward(self.loss(data) + 0.0, scale=1.0)
+        optimizer.step()
+
+
+class Overflowing(Module):
+    """Manual; the gradients of every third step are thrown away by ``zero_grad`` without a step."""
+
+    def __init__(self) -> None:
+        super().__init__(CYCLES)
+        self.automatic_optimization = False
+        self.losses: list[float] = []
+
+    def training_step(self, data: tuple[Tensor, Tensor], i: int) -> None:
+        optimizer, loss = self.optimizers(), self.loss(data)
+        optimizer.backward(loss * (1000.0 if i % 3 == 2 else 1.0))
+        if i % 3 == 2:
+            optimizer.zero_grad()
+            return
+        self.losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Batches:
@@ -168,6 +202,32 @@ def test_trains_as_a_plain_loop_does(tmp_path: Path, way: type[Module]) -> None:
     fit(module, tmp_path, *([GAPTCallback()] if way is Module else []))
     assert {m.phase for m in module.metrics} == {"memorization", "compression"}
     assert_same_run(module, by_hand(CYCLES))
+
+
+@pytest.mark.parametrize("schedule", ["rotate", "progressive", "blocks"])
+def test_the_proxy_measures_parameter_alignment_and_moves_schedules(tmp_path: Path, schedule: str) -> None:
+    config = GAPTConfig(
+        gate=COMPRESSING.gate,
+        layers=LayerConfig(schedule=schedule, period=2),  # type: ignore[arg-type]
+        alignment=AlignmentConfig(parameter_every=3),
+    )
+    module, expected = Advised(config), Module(config)
+    fit(module, tmp_path)
+    optimizer = expected.configure_optimizers()["optimizer"]
+    for i in range(STEPS):
+        optimizer.backward(expected.loss(batch(i % BATCHES)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [m.as_dict() for m in module.metrics] == [m.as_dict() for m in expected.metrics]
+    assert [m.parameter_alignment is not None for m in module.metrics] == [i % 3 == 0 for i in range(STEPS)]
+    assert_same(weights(module.model), weights(expected.model))
+
+
+def test_the_proxy_notices_zero_grad(tmp_path: Path) -> None:
+    module = Overflowing()
+    fit(module, tmp_path)
+    assert len(module.metrics) >= STEPS
+    assert [m.loss for m in module.metrics] == pytest.approx(module.losses)
 
 
 def test_accumulates_and_clips_as_a_plain_loop_does(tmp_path: Path) -> None:
