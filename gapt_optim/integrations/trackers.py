@@ -163,6 +163,8 @@ class WandB(_Tracker):
 class MLflow(_Tracker):
     """Logs to an MLflow run; the tag ``gapt.switches`` lists the switches with their reasons.
 
+    What is per layer is under ``gapt/layers/``, such as ``gapt/layers/entropy/h.0``.
+
     >>> board = MLflow(experiment="gapt")  # begins a run; MLflow() joins the active one  # doctest: +SKIP
 
     Args:
@@ -233,5 +235,9 @@ class MLflow(_Tracker):
 
 
 def _mlflow_name(name: str) -> str:
-    """A metric's name in the characters that MLflow takes."""
-    return re.sub(r"[^\w\-. /:]", "_", name)
+    """A metric's name in the characters that MLflow takes.
+
+    What is per layer gets a place of its own: a store of files cannot have gapt/entropy beside gapt/entropy/h.0.
+    """
+    prefix, *rest = re.sub(r"[^\w\-. /:]", "_", name).split("/")
+    return "/".join([prefix, *(["layers"] if len(rest) > 1 else []), *rest])

@@ -198,16 +198,24 @@ def _clean(record: Record) -> int:
             record[key] = None
             dropped += 1
         else:
-            dropped += _clean_table(record[key], 3)
+            within = ("layers", "parameters") if key.endswith("alignment") else ()
+            dropped += _clean_table(record[key], _DEPTHS.get(key, 0), within)
     return dropped
 
 
-def _clean_table(table: Record, depth: int) -> int:
+_DEPTHS = {"layer_measures": 1}  # tables within the table
+
+
+def _clean_table(table: Record, depth: int, tables: Sequence[str] = ()) -> int:
+    """Keep numbers, or tables of them where ``depth`` is above 0; in ``tables``, tables of tables."""
     dropped = 0
     for key, value in table.items():
-        if isinstance(value, dict) and depth:
-            dropped += _clean_table(value, depth - 1)
-        elif value is not None and not _is_number(value):
+        inner = 2 if key in tables else depth
+        if value is None:
+            continue
+        if isinstance(value, dict) if inner else _is_number(value):
+            dropped += _clean_table(value, inner - 1) if inner else 0
+        else:
             table[key] = None
             dropped += 1
     return dropped

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ._core import Layers, hidden_tensor, padded, select_layers
+from ._core import Layers, hidden_tensor, padded, puts_sequence_first, select_layers
 from .layer_statistics import LayerSums, What
 
 DEFAULT_WINDOWS: tuple[int | None, ...] = (8, None)
@@ -252,7 +252,8 @@ def profile(
         model = model.to(device=device, dtype=dtype)
     where = next((p.device for p in model.parameters()), torch.device("cpu" if device is None else device))
     modules = select_layers(model, layers)
-    collector = _Collector(list(modules), what, output)
+    sequence_first = {name for name in modules if puts_sequence_first(model, name)}
+    collector = _Collector(list(modules), what, output, sequence_first)
     handles = [module.register_forward_hook(collector.tap(name)) for name, module in modules.items()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -305,9 +306,11 @@ def profile(
 class _Collector:
     """Forward hooks, and the sums that they add to."""
 
-    def __init__(self, names: list[str], what: What, output: Callable[[Any], Tensor] | None) -> None:
+    def __init__(
+        self, names: list[str], what: What, output: Callable[[Any], Tensor] | None, sequence_first: set[str]
+    ) -> None:
         self.sums = {name: LayerSums(what) for name in names}
-        self.output = output
+        self.output, self.sequence_first = output, sequence_first
         self.mask: Tensor | None = None
         self.calls = dict.fromkeys(names, 0)
         self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}  # of the views of an item
@@ -337,6 +340,8 @@ class _Collector:
                 "(batch, channels, *positions)"
             )
         mask = self.mask
+        if name in self.sequence_first and h.ndim == 3 and (self.output is None or h is hidden_tensor(output)):
+            h = h.transpose(0, 1)
         if h.is_nested:
             h, inside = padded(h, 0 if mask is None else mask.shape[1])
             mask = inside if mask is None else mask.to(inside) & inside

@@ -55,7 +55,7 @@ def read_flags(kind: type[T], argv: Sequence[str], default: T | None = None, pre
     except SystemExit as end:
         if not end.code:
             raise
-        line = " ".join(re.sub("[─│╭╮╰╯]", " ", said.getvalue()).split())
+        line = " ".join(re.sub(r"[\u2500-\u257f|]|\+?-{3,}\+?", " ", said.getvalue()).split())
         line = re.split(r" Got errors| Argument helptext| For further| For full", line)[0]
         line = re.sub(r"^[A-Z][a-z]+ (?:error|choice|arguments|options) (?=\w)", "", line)
         named = functools.partial(_named, prefix)
