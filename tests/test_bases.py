@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, AdamW
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from gapt_optim._torch.bases import Bases
 
@@ -157,6 +157,10 @@ def test_state_dict_that_fits_one_of_two_changes_neither(part: int) -> None:
     with pytest.raises(ValueError, match=rf"optimizer\[{part}\]"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
+    with pytest.raises(ValueError, match=r"parts is of \[1, 1\] parameter groups, param_groups has 1"):
+        optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
+    assert_same(optimizer.state_dict(), before)
+    del saved["parts"]  # as after a checkpoint tool
     with pytest.raises(ValueError, match="2 parameter groups"):
         optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
     assert_same(optimizer.state_dict(), before)
@@ -204,3 +208,179 @@ def test_closure_runs_once_for_all() -> None:
     assert calls == [True]
     assert torch.equal(loss, loss_of(make_net(), 0))
     assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# What only some optimizers keep
+
+
+class Keeping(SGD):
+    """Keeps a count in its state dict, a string key in its state, and takes an option in its step."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr, momentum=0.9)
+        self.state["total"] = 0
+        self.warmup: dict[str, Any] = {"left": 3}
+        self.told: list[float] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, told: float | None = None) -> Any:
+        self.state["total"] += 1
+        self.warmup["left"] -= 1
+        if told is not None:
+            self.told.append(told)
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "warmup": dict(self.warmup)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        self.warmup = dict(state_dict.pop("warmup"))
+        super().load_state_dict(state_dict)
+
+
+class FormOfItsOwn(SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict["inner"])
+
+
+def two_that_keep(model: nn.Module) -> list[Optimizer]:
+    rest = [*model.embedding.parameters(), *model.head.parameters()]
+    return [Keeping(model.layers.parameters(), lr=0.1), Keeping(rest, lr=0.05)]
+
+
+def one_of_a_form_of_its_own(model: nn.Module) -> list[Optimizer]:
+    rest = [*model.embedding.parameters(), *model.head.parameters()]
+    return [FormOfItsOwn(model.layers.parameters(), lr=0.1, momentum=0.9), AdamW(rest, lr=0.01)]
+
+
+@pytest.mark.parametrize("bases", [two_that_keep, one_of_a_form_of_its_own])
+def test_each_saves_and_loads_what_it_would_alone(bases: Any) -> None:
+    bare_model, model, other = make_net(), make_net(), make_net(seed=1)
+    bare, optimizer, resumed = bases(bare_model), wrap(model, bases), wrap(other, bases)
+    for i in range(3):
+        loss_of(bare_model, i).backward()
+        for each in bare:
+            each.step()
+            each.zero_grad()
+    run(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    for mine, alone in zip(resumed.base, bare, strict=True):
+        assert_same(mine.state_dict(), alone.state_dict())
+        assert_same({k: v for k, v in mine.state.items() if isinstance(k, str)}, _strings(alone))
+    run(model, optimizer, range(3, 6))
+    run(other, resumed, range(3, 6))
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def _strings(optimizer: Optimizer) -> dict[str, Any]:
+    return {key: value for key, value in optimizer.state.items() if isinstance(key, str)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda s: s.pop("parts"), r"no 'parts', in which optimizer\[0\] \(Keeping\) keeps \['warmup', 'total'\]"),
+        (lambda s: s.update(parts=3), r"parts must be a list of 2"),
+        (lambda s: s["parts"].pop(), r"parts must be a list of 2"),
+        (lambda s: s["parts"][1].pop("state"), r"parts\[1\] must be a mapping of groups, entries and state"),
+        (lambda s: s["parts"][0].update(groups=7), r"parts is of \[7, 1\] parameter groups"),
+        (lambda s: s["parts"][0].update(entries="x"), r"parts\[0\]\.entries"),
+        (lambda s: s["parts"][1]["entries"].clear(), r"optimizer\[1\] \(Keeping\) cannot load.*'warmup'"),
+        (lambda s: s.update(wrong=1), r"unknown entries.*wrong"),
+        (lambda s: s["state"].update({99: {}}), r"state has entries \['99'\]"),
+    ],
+)
+def test_what_is_damaged_in_the_parts_is_named(damage: Any, named: str) -> None:
+    model = make_net()
+    optimizer = wrap(model, two_that_keep)
+    run(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(2, 4))
+    before = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match=named):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_state_takes_keys_that_are_no_parameters() -> None:
+    model = make_net()
+    optimizer = wrap(model, two_that_keep)
+    optimizer.state["x"] = 1
+    first, second = optimizer.base
+    assert (optimizer.state["x"], first.state["x"], "x" in second.state) == (1, 1, False)
+    optimizer.state["total"] = 9  # of both: the first has it
+    assert (first.state["total"], second.state["total"]) == (9, 0)
+    assert len(optimizer.state) == len(list(optimizer.state)) == 2
+    optimizer.state = optimizer.state
+    assert (first.state["total"], second.state["total"]) == (9, 0)
+    del optimizer.state["x"]
+    assert "x" not in first.state
+    assert "total" in repr(optimizer.state)
+
+
+def test_the_list_of_groups_writes_through() -> None:
+    model = make_net()
+    bases = matrices_and_rest(model)
+    optimizer = wrap(model, lambda _: bases)
+    groups = optimizer.param_groups
+    first, second = groups
+    assert optimizer.param_groups is groups
+    added = {**second, "params": [nn.Parameter(torch.zeros(2))]}
+    groups.append(added)
+    assert [list(map(id, base.param_groups)) for base in bases] == [[id(first)], [id(second), id(added)]]
+    assert groups.pop() is added
+    groups.insert(1, added)  # behind a group of the first
+    assert bases[0].param_groups == [first, added]
+    groups.remove(added)
+    groups[1] = added
+    assert bases[1].param_groups == [added]
+    groups[:] = [first, second]
+    groups += [added]
+    assert bases[1].param_groups == [second, added]
+    del groups[2]
+    groups.extend([added])
+    groups.reverse()
+    assert groups == [first, added, second]
+    groups.sort(key=lambda group: len(group["params"]))
+    assert groups == [first, added, second]
+    bases[0].add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+    assert len(optimizer.param_groups) == len(groups) == 4
+    assert type(copy.deepcopy(groups)) is type(copy.copy(groups)) is list
+    groups.clear()
+    assert [base.param_groups for base in bases] == [[], []]
+
+
+def test_options_of_a_step_go_to_those_that_take_them() -> None:
+    model = make_net()
+    optimizer = wrap(model, lambda m: [Keeping(m.layers.parameters(), lr=0.1), AdamW(m.head.parameters())])
+    optimizer.backward(loss_of(model, 0))
+    optimizer.step(told=1.5)
+    assert optimizer.base[0].told == [1.5]
+    with pytest.raises(TypeError, match=r'step\(\) got "asked", which none of Keeping, AdamW takes'):
+        optimizer.step(asked=1)
+    single = wrap(make_net(), lambda m: Keeping(m.parameters(), lr=0.1))
+    single.step(told=2.5)
+    assert single.base.told == [2.5]
+    with pytest.raises(TypeError, match="asked"):
+        single.step(asked=1)
+
+
+def test_methods_of_the_base_are_named() -> None:
+    single = wrap(make_net(), lambda m: Keeping(m.parameters(), lr=0.1))
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'warmup'; the wrapped optimizer has it: use \.base\.warmup"
+    ):
+        _ = single.warmup
+    several = wrap(make_net(), lambda m: [AdamW(m.head.parameters()), Keeping(m.layers.parameters(), lr=0.1)])
+    with pytest.raises(AttributeError, match=r"use \.base\[1\]\.warmup$"):
+        _ = several.warmup
+    for wrong in ("wormup", "_private"):
+        with pytest.raises(AttributeError, match=rf"no attribute '{wrong}'$"):
+            getattr(several, wrong)

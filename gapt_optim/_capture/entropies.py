@@ -69,6 +69,7 @@ def _mean_entropies(
     """Means over windows: entropies (calls,), factors (calls, windows, m, m) and measures (calls, 4)."""
     kernel = kernel_of(config)
     gram = kernel_matrix(calls.matrices, kernel, calls.shape)
+    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
     values, factors, live = entropy_of_gram(
         gram,
         config.alpha,
@@ -79,25 +80,25 @@ def _mean_entropies(
         config.normalize,
         with_gradient=with_factors,
     )
-    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
     windows = values.shape[0] // count
-    of_calls = measures.reshape(count, windows, measures.shape[-1])
-    measured = (of_calls * _shares(alive.reshape(count, windows)).unsqueeze(-1)).sum(-2)
+    measured = (
+        measures.reshape(count, windows, measures.shape[-1])
+        * _shares(alive.reshape(count, windows), measures.dtype).unsqueeze(-1)
+    ).sum(-2)
     if live is None:
         shares = values.new_full((count, windows), 1 / max(windows, 1))  # an empty batch has no window
     else:
-        shares = _shares(live.reshape(count, windows)).to(values.dtype)
+        shares = _shares(live.reshape(count, windows), values.dtype)
     if factors is not None:
         factors = windows_first(factors.mul_(shares.reshape(-1))).reshape(count, windows, *factors.shape[:2])
     return (values.reshape(count, windows) * shares).sum(-1), factors, measured
 
 
-def _shares(live: Tensor) -> Tensor:
+def _shares(live: Tensor, dtype: torch.dtype) -> Tensor:
     """What each window counts for in a mean: those with a row that counts alike, the others nothing.
 
     Where no window has one, all count: their entropy is 0, and the longest of no rows is as long as the others.
     """
     counts = live > 0
-    dtype = live.dtype if live.is_floating_point() else torch.get_default_dtype()
     share = (counts | ~counts.any(-1, keepdim=True)).to(dtype)
     return share / share.sum(-1, keepdim=True).clamp(min=1)

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_MOST_NAMED = 5
+"""Fields that an error about ranks names."""
+
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group to average over: the given one, else the default one, None for a single process."""
@@ -78,41 +81,9 @@ def difference_between(described: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def agreement_columns(described: Mapping[str, str], world: int) -> list[float]:
-    """Numbers whose means over ranks show whether all of them described the same, for a collective there is anyway.
-
-    Each is a small part of a digest, and its square: ranks agree where the mean square is the square of the mean. Parts
-    are small enough that float32 sums of so many ranks are exact, and found again in their means.
-
-    Args:
-        world: number of ranks.
-    """
-    bits = max(1, (22 - world.bit_length()) // 2)
-    digest = int.from_bytes(_sha(described)[:8], "big")
-    parts = [(digest >> (i * bits)) & ((1 << bits) - 1) for i in range(_AGREEMENT_PARTS)]
-    return [float(number) for part in parts for number in (part, part * part)]
-
-
-def ranks_agree(means: Sequence[float], world: int) -> bool:
-    """Whether :func:`agreement_columns` were the same on all ranks, from their means."""
-    sums = [round(mean * world) for mean in means]
-    return all(world * squares == total * total for total, squares in zip(sums[::2], sums[1::2], strict=True))
-
-
-AGREEMENT_COLUMNS = 8
-"""How many numbers :func:`agreement_columns` gives."""
-
-_AGREEMENT_PARTS = AGREEMENT_COLUMNS // 2
-_MOST_NAMED = 5
-
-
-def _sha(described: Mapping[str, str]) -> bytes:
-    return hashlib.sha256(json.dumps(sorted(described.items())).encode()).digest()
-
-
 def _digest(described: Mapping[str, str]) -> list[int]:
     """Four numbers of 62 bits, so that they can be negated."""
-    sha = _sha(described)
+    sha = hashlib.sha256(json.dumps(sorted(described.items())).encode()).digest()
     return [int.from_bytes(sha[i : i + 8], "big") >> 2 for i in range(0, 32, 8)]
 
 

@@ -95,8 +95,10 @@ class StepState:
         Raises:
             ValueError: on all ranks, where they differ; the message names the field and the values.
         """
-        if not self._ranks_compared and self.plan.group is not None:
-            refuse_different_ranks(flat_state(self.state_dict()), self.plan.group, device)
+        if not self._ranks_compared:
+            group = group_of(self.process_group)  # ranks may have met since the plan was made
+            if group is not None:
+                refuse_different_ranks(flat_state(self.state_dict()), group, device)
             self._ranks_compared = True
 
     # What a step records

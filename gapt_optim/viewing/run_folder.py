@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -157,15 +157,28 @@ class RunFolder:
         self._check_file(name)
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
-    def begin(self, settings: dict[str, Any], *, free: Collection[str] = ()) -> None:
+    def begin(
+        self,
+        settings: dict[str, Any],
+        *,
+        free: Collection[str] = (),
+        children: Sequence[str] = (),
+        replace: bool = False,
+        keep: str = "",
+    ) -> None:
         """Stores the settings of a run, and refuses others than those of the run that is resumed.
 
         Args:
-            settings: nested tables; ``free`` names those that may change, as paths like ``config.steps``.
+            settings: nested tables.
+            free: settings that may change when a run is resumed, as paths like ``config.steps``.
+            children: sub-folders of the methods that it compares.
+            replace: first `clear` what the last run left, but for files whose names begin with ``keep``.
 
         Raises:
             RunFolderError: names a setting that differs, and both values.
         """
+        if replace:
+            self.clear(keep=keep)
         if SETTINGS in self._files and (self.path / SETTINGS).exists():
             was, now = _flat(self.read_json(SETTINGS)), _flat(json.loads(json.dumps(_plain(settings))))
             for name in (name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)):
@@ -174,6 +187,8 @@ class RunFolder:
                     f"{now.get(name)}; drop the flag, or choose another folder"
                 )
         self.write_json(SETTINGS, settings)
+        for name in children:
+            self.child(name)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Adds a line to a ``.jsonl`` file."""
@@ -282,7 +297,8 @@ class RunFolder:
             Whether it was written.
         """
         import torch.distributed as dist
-        import torch.distributed.checkpoint as dcp
+
+        dcp = _checkpointing()
 
         state = _state(model, optimizer, schedule)
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -323,7 +339,7 @@ class RunFolder:
         Raises:
             RunFolderError: it is of another model.
         """
-        import torch.distributed.checkpoint as dcp
+        dcp = _checkpointing()
         import torch.distributed.checkpoint.state_dict as shards
 
         latest = self._latest(check=False)
@@ -345,19 +361,22 @@ class RunFolder:
         return int(latest["step"])
 
     def _latest(self, check: bool = True) -> dict[str, Any] | None:
+        """What ``checkpoint/latest.json`` says, after the files that it lists were compared with their checksums."""
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
         try:
             latest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            folder = self.path / latest["folder"]
-            whole = _is_inside(latest["folder"]) and isinstance(latest["step"], int) and latest["step"] > 0
-            files = latest["files"].items()
-            if not whole or (check and any(_checksum(folder / name) != sum_ for name, sum_ in files)):
+            place, files = latest["folder"], dict(latest["files"])
+            if not (_is_inside(place) and isinstance(latest["step"], int) and latest["step"] > 0 and files):
                 raise ValueError
+            for name, noted in files.items() if check else ():
+                path = self.path / place / str(name)
+                if not _is_inside(name) or _checksum(path) != noted:
+                    raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunFolderError(
-                f"{path.parent}: the checkpoint is damaged (a file is missing, cut or changed); {_ANEW}"
+                f"{path}: the checkpoint is damaged (this file of it is missing, cut or changed); {_ANEW}"
             ) from error
         return latest
 
@@ -411,6 +430,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         marker = {"made_by": "gapt_optim", "version": __version__, "files": self._files, "checksums": self._checksums}
         _replace(self.path / MARKER, json.dumps(marker, indent=2) + "\n")
+
+
+def _checkpointing() -> Any:
+    """`torch.distributed.checkpoint`, which takes a second to import."""
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint
 
 
 def _state(model: Any, optimizer: Any, schedule: Any) -> dict[str, Any]:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from gapt_optim import GAPTConfig, GateConfig, ObjectiveConfig
 from gapt_optim._step.progress import flat_state
 from gapt_optim._step.ranks import (
-    AGREEMENT_COLUMNS,
-    agreement_columns,
     difference_between,
     group_of,
-    ranks_agree,
     refuse_different_ranks,
 )
 from tests.distributed.ranks import Ranks
@@ -98,28 +91,6 @@ def test_each_setting_is_compared(ranks: Ranks, config: dict[str, Any], field: s
     assert answers[0] == answers[1]
     assert f"{field} (rank 0: " in answers[0]
     assert ranks(states, [{"config": config}] * 2) == ["", ""]
-
-
-# The columns that ride in a collective of another purpose
-
-
-def means(columns: list[list[float]]) -> list[float]:
-    return torch.tensor(columns, dtype=torch.float32).sum(0).div_(len(columns)).tolist()
-
-
-@given(st.integers(1, 3000), st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3))
-def test_columns_of_ranks_that_agree(world: int, described: dict[str, str]) -> None:
-    columns = agreement_columns(described, world)
-    assert len(columns) == AGREEMENT_COLUMNS
-    assert ranks_agree(means([columns] * world), world)
-
-
-@pytest.mark.parametrize("world", [2, 3, 8, 64, 1000])
-def test_columns_of_ranks_that_do_not(world: int) -> None:
-    for i, odd in itertools.product(range(20), {0, world - 1}):
-        columns = [agreement_columns({"weight": "0.1"}, world)] * world
-        columns[odd] = agreement_columns({"weight": f"0.2{i}"}, world)
-        assert not ranks_agree(means(columns), world)
 
 
 def test_many_differences_are_counted() -> None:

@@ -1,0 +1,55 @@
+"""Each script of by_feature does what its first lines say."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.examples.conftest import ROOT
+
+FOLDER = ROOT / "examples" / "by_feature"
+SCRIPTS = {
+    "held_out_gate": r"step \d+: memorization -> compression \(plateau\)(?s:.*)switches: \d",
+    "entropies": r"transformer\.h\.2 +\d\.\d{3}(?s:.*)mean over layers: ",
+    "parameter_alignment": r"step  11 \(memorization\): cosine [+-]0\.\d{3} at the layers, [+-]0\.\d{3} of parameters",
+    "muon": r"step 60: loss \d\.\d{3}, entropy \d\.\d{3}",
+    "torchao_8bit": r"step 40: loss \d\.\d{3}(?s:.*)OptimState8bit",
+    "grad_scaler": r"step 60: loss \d\.\d{3}",
+    "with_accelerate": r"epoch 2: loss \d\.\d{3}, entropy \d\.\d{3}",
+    "with_lightning": r"'gapt/entropy': \d",
+    "trainer": r"loss \d\.\d{3}, entropy \d\.\d{3}, \w+ after 48 steps",
+    "fsdp2": r"step 40: loss \d\.\d{3}, entropy \d\.\d{3}",
+}
+QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def test_every_script_is_run_and_marks_what_is_new() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(SCRIPTS)
+    for name in SCRIPTS:
+        lines = (FOLDER / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 60
+        assert sum("# new" in line for line in lines) >= 1
+
+
+@QUIET  # of the libraries that the scripts show
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "fsdp2"])
+def test_script_shows_its_feature(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which takes a minute
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert re.search(SCRIPTS[name], capsys.readouterr().out)
+
+
+def test_fsdp2_under_torchrun(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "fsdp2.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    argv = [sys.executable, *torchrun]
+    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(SCRIPTS["fsdp2"], done.stdout)) == 1

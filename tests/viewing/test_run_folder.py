@@ -1,0 +1,299 @@
+"""A run's folder: nothing of the user's is touched, and every damaged file is found before training."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gapt_optim import GAPTOptimizer, RepresentationHook
+from gapt_optim.viewing import RunFolder, RunFolderError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def begun(path: Path) -> RunFolder:
+    """A run that has written one of everything."""
+    folder = RunFolder.claim(path)
+    folder.file("data/train.bin").write_bytes(b"1234")
+    folder.seal("data/train.bin")
+    folder.begin({"config": {"lr": 0.1, "steps": 3}})
+    child = folder.child("gapt")
+    for step in (1, 2, 3):
+        child.append("metrics.jsonl", {"step": step})
+    child.append("validation.jsonl", {"step": 3})
+    child.save_checkpoint(2, *trained())
+    folder.file("training.png").write_bytes(b"picture")
+    return folder
+
+
+def trained(steps: int = 2) -> tuple[Any, Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters()), RepresentationHook(model, ["1"]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for _ in range(steps):
+        optimizer.backward(model(torch.randn(8, 4)).square().mean())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model, optimizer, schedule
+
+
+# What is the user's
+
+
+@pytest.mark.parametrize(
+    "name", ["data/train.bin", "mine.png", "notes.txt", "checkpoint.pt", "plain/metrics.jsonl", ".x"]
+)
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+def test_folder_of_the_user_is_refused_and_left_alone(tmp_path: Path, name: str, flags: dict[str, bool]) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunFolderError, match=r"holds what no run of ours wrote|there is no run to resume"):
+        RunFolder.claim(tmp_path, **flags)
+    assert files(tmp_path) == {name: b"mine"}
+
+
+@pytest.mark.parametrize(
+    "name", ["mine.png", "data/val.bin", "gapt/mine.txt", "gapt/checkpoint/step-2/mine.distcp", "new/x"]
+)
+def test_what_the_user_adds_to_a_run_is_never_deleted(tmp_path: Path, name: str) -> None:
+    begun(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = files(tmp_path)
+    with pytest.raises(RunFolderError, match=f"holds what no run of ours wrote .{name}."):
+        RunFolder.claim(tmp_path, overwrite=True)
+    assert files(tmp_path) == before
+    RunFolder(tmp_path).clear(say=lambda line: None)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_link_to_files_of_the_user_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.txt").write_text("mine")
+    begun(tmp_path / "run")
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "home")
+    with pytest.raises(RunFolderError, match="link"):
+        RunFolder.claim(tmp_path / "run", overwrite=True)
+    (tmp_path / "run" / "link").unlink()
+    (tmp_path / "run" / "training.png").unlink()
+    (tmp_path / "run" / "training.png").symlink_to(tmp_path / "home" / "mine.txt")
+    RunFolder.claim(tmp_path / "run", overwrite=True).clear(say=lambda line: None)
+    assert (tmp_path / "home" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "/etc/hostname", "a/../../mine.txt", "", "a\0b", 3, None])
+def test_marker_that_points_elsewhere_is_refused(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    run = tmp_path / "run"
+    begun(run)
+    marker = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**marker, "files": [*marker["files"], name]}))
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(RunFolderError, match="is no marker of a run"):
+            RunFolder.claim(run, **flags)
+    assert (tmp_path / "mine.txt").exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | st.recursive(st.none() | st.text(), st.lists).map(lambda x: json.dumps(x).encode()))
+def test_any_marker_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RunFolderError):
+        RunFolder.claim(tmp_path, overwrite=True)
+    assert files(tmp_path) == {"run.json": content, "mine.txt": b"mine"}
+
+
+def test_empty_name_and_names_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    for name, message in (("", "is empty"), ("file", "cannot be"), ("file/x", "cannot be"), ("a\0b", "cannot be")):
+        with pytest.raises(RunFolderError, match=message) as caught:
+            RunFolder.claim(name)
+        assert "\0" not in str(caught.value)
+    assert files(tmp_path) == {"file": b"in the way"}
+
+
+def test_file_that_no_run_wrote_is_not_written_over(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    (tmp_path / "layers.png").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"layers\.png: was not written by a run"):
+        folder.file("layers.png")
+
+
+# One run after another
+
+
+def test_run_is_replaced_or_resumed_only_when_told(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path)
+    folder = RunFolder.claim(tmp_path)  # claimed, but not begun: a flag was wrong, and is mended
+    folder.begin({})
+    with pytest.raises(RunFolderError, match="holds an unfinished run; give --resume, --overwrite"):
+        RunFolder.claim(tmp_path)
+    folder.write_json("results.json", {})
+    with pytest.raises(RunFolderError, match="holds a finished run"):
+        RunFolder.claim(tmp_path)
+    with pytest.raises(RunFolderError, match="contradict each other"):
+        RunFolder.claim(tmp_path, resume=True, overwrite=True)
+    with pytest.raises(RunFolderError, match="no run to resume"):
+        RunFolder.claim(tmp_path / "other", resume=True)
+    RunFolder.claim(tmp_path, resume=True)
+
+
+def test_overwriting_says_what_it_deletes_and_deletes_that(tmp_path: Path) -> None:
+    begun(tmp_path)
+    before = set(files(tmp_path))
+    said: list[str] = []
+    folder = RunFolder.claim(tmp_path, overwrite=True)
+    assert set(files(tmp_path)) == before  # not yet
+    folder.clear(keep="data/", say=said.append)
+    assert set(files(tmp_path)) == {"run.json", "data/train.bin"}
+    assert len(said) == 1
+    for name in before - {"run.json", "data/train.bin"}:
+        assert name in said[0]
+    assert folder.is_sealed("data/train.bin")
+    assert not (tmp_path / "gapt").exists()
+
+
+def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
+    begun(tmp_path)
+    folder = RunFolder.claim(tmp_path, resume=True)
+    folder.begin({"config": {"lr": 0.1, "steps": 9}}, free={"config.steps"})
+    with pytest.raises(RunFolderError, match=r"--lr: the run to resume has 0\.1, found inf"):
+        folder.begin({"config": {"lr": float("inf"), "steps": 9}}, free={"config.steps"})
+    with pytest.raises(RunFolderError, match=r"--gapt\.gate\.rule: the run to resume has None, found x"):
+        folder.begin({"config": {"lr": 0.1, "steps": 9}, "gapt": {"gate": {"rule": "x"}}})
+
+
+# Damage
+
+
+def damages(path: Path) -> dict[str, bytes | None]:
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    return {
+        "empty": b"", "cut": content[: len(content) // 2], "garbage": os.urandom(len(content)),
+        "flipped": bytes(flipped), "another type": b"[1, 2]\n", "missing": None,
+    }  # fmt: skip
+
+
+HOW = ("empty", "cut", "garbage", "flipped", "another type", "missing")
+DAMAGED = [
+    *((name, how) for how in HOW for name in (
+        "run.json", "settings.json", "data/train.bin", "gapt/checkpoint/step-2/.metadata",
+        "gapt/checkpoint/step-2/__0_0.distcp",
+    )),
+    # Records are judged by what they say: a cut last line is what a kill leaves.
+    *(("gapt/metrics.jsonl", how) for how in ("empty", "cut", "garbage", "another type", "missing")),
+    ("gapt/validation.jsonl", "another type"),
+    *(("gapt/checkpoint/latest.json", how) for how in HOW if how != "missing"),  # without it there is no checkpoint yet
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGED)
+def test_damaged_file_is_one_line_with_the_remedy(tmp_path: Path, name: str, how: str) -> None:
+    begun(tmp_path)
+    path = tmp_path / name
+    content = damages(path)[how]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunFolderError) as caught:
+        RunFolder.claim(tmp_path, resume=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    if not (name == "run.json" and how == "missing"):
+        assert str(path.parent) in message
+    assert "--overwrite" in message or "another folder" in message
+
+
+def test_records_that_were_mixed_are_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with (tmp_path / "gapt" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 4 is damaged"):
+        RunFolder.claim(tmp_path, resume=True)
+
+
+def test_last_record_may_be_cut_as_by_a_kill(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with (tmp_path / "gapt" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    child = RunFolder.claim(tmp_path, resume=True).child("gapt")
+    child.rewind(2)
+    assert (tmp_path / "gapt" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# Checkpoints
+
+
+def test_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    folder = begun(tmp_path).child("gapt")
+    model, optimizer, schedule = trained(0)
+    assert folder.load_checkpoint(model, optimizer, schedule) == folder.checkpoint_step() == 2
+    wanted, _, other = trained(2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wanted.parameters(), strict=True))
+    assert schedule.state_dict()["last_epoch"] == other.state_dict()["last_epoch"]
+    assert RunFolder(tmp_path / "none").load_checkpoint(model, optimizer, schedule) == 0
+
+
+def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
+    folder = begun(tmp_path).child("gapt")
+    assert folder.save_checkpoint(3, *trained(3))
+    assert folder.save_checkpoint(3, *trained(3))
+    assert [path.name for path in (tmp_path / "gapt" / "checkpoint").iterdir() if path.is_dir()] == ["step-3-again"]
+    assert folder.checkpoint_step() == 3
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = begun(tmp_path).child("gapt")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(RunFolderError, match="does not fit this run"):
+        folder.load_checkpoint(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from gapt_optim.viewing import RunFolder
+from tests.viewing.test_run_folder import trained
+folder = RunFolder.claim({path!r}, resume=True).child("gapt")
+model, optimizer, schedule = trained(3)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))  # larger files fail as on a full disk
+print(folder.save_checkpoint(3, model, optimizer, schedule))
+print(folder.checkpoint_step())
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 3000])
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on the size of files")
+def test_full_disk_leaves_the_last_checkpoint_and_goes_on(tmp_path: Path, limit: int) -> None:
+    begun(tmp_path)
+    before = files(tmp_path)
+    code = FULL_DISK.format(root=str(ROOT), path=str(tmp_path), limit=limit)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    line, written, step = run.stdout.splitlines()
+    assert "no checkpoint at step 3 (" in line
+    assert "that of step 2 is whole, and training goes on" in line
+    assert (written, step) == ("False", "2")
+    after = files(tmp_path)
+    assert set(after) == set(before)
+    assert {name for name in after if after[name] != before[name]} <= {"gapt/run.json"}
