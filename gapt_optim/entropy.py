@@ -232,10 +232,8 @@ class KernelMatrix:
         self.kernel = kernel
         self.live: Tensor | None = None
         """(windows,) rows that count; None where all do."""
-        self.least: Tensor | float = _least(gram)
-        """A trace at or below this counts as zero."""
         self.noise: Tensor | None = None
-        """(windows,) rounding of the matrix, where it is the difference of larger ones."""
+        """(windows,) rounding of the matrix, where it is the difference of larger ones: a trace at or below it is 0."""
         matrix = gram
         if not kernel.plain:
             inverse = _inverse(gram.diagonal().mT)
@@ -248,17 +246,13 @@ class KernelMatrix:
         self.uncentered = matrix
         if kernel.center:
             whole = matrix.diagonal().sum(-1)
-            self.least = self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp(min=_least(gram))
+            self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp(min=_least(gram))
             matrix = self._centered(matrix)
-        self.matrix = matrix
-        """(n, n, windows)"""
-        self.inverse = _inverse(matrix.diagonal().sum(-1), self.least)
+        self.inverse = _inverse(matrix.diagonal().sum(-1), self.noise)
         """(windows,) 1 / trace; 0 for a matrix that counts as zero."""
-
-    @cached_property
-    def rho(self) -> Tensor:
-        """(n, n, windows), of trace 1. It is squared, not the matrix, so that the range of scales is the trace's."""
-        return self.matrix * self.inverse
+        # It is this that is squared, not the matrix, so that the range of scales is that of the trace.
+        self.rho = matrix.mul_(self.inverse) if kernel.center else matrix * self.inverse
+        """(n, n, windows), the matrix with trace 1."""
 
     @cached_property
     def purity(self) -> Tensor:

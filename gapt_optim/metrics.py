@@ -208,6 +208,7 @@ class ProgressBar:
         self._bar.update(1)
 
     def close(self) -> None:
+        self._bar.refresh()  # the last step may be younger than what is shown
         self._bar.close()
 
     def __enter__(self) -> ProgressBar:

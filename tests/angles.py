@@ -109,7 +109,8 @@ def assert_parameter_alignment(
 
     With a ``weight`` a part of the loss's gradient is the difference of two, which costs digits where the entropy's
     is larger. A parameter of which a gradient is no larger than ``noise`` of all (a key's bias in attention) is
-    rounding only.
+    rounding only, and one that is not much larger has fewer digits: its terms cancel, as do those of a bias under a
+    centered kernel.
     """
     assert found is not None
     shared = {name: pair for name, pair in expected.items() if pair[0] is not None and pair[1] is not None}
@@ -125,8 +126,10 @@ def assert_parameter_alignment(
     parts = [(found.parameters[name], sums_of(pair), name) for name, pair in shared.items()]
     parts += [(angle, sums_of(*of_layer[layer]), layer) for layer, angle in found.layers.items()]
     for angle, sums, where in parts:
-        if min(sums[1] / overall[1], sums[2] / overall[2]) > noise**2:
-            assert_angle(angle, sums, tolerance * (1 + weight * math.sqrt(sums[2] / sums[1])), where)
+        smallest = math.sqrt(min(sums[1] / overall[1], sums[2] / overall[2]))
+        if smallest > noise:
+            lost = weight * math.sqrt(sums[2] / sums[1])
+            assert_angle(angle, sums, tolerance * (1 + lost) + 1e-2 * noise / smallest, where)
 
 
 def assert_activation_alignment(found: Alignment | None, sums: Sequence[Sums], tolerance: float) -> None:

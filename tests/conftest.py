@@ -6,10 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+
+    class Muon(torch.optim.SGD):
+        """Stands in for it where a test needs an optimizer for matrices beside another one."""
+
+        def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
+            super().__init__(params, lr=lr, momentum=0.95, **options)
+
+    torch.optim.Muon = Muon  # type: ignore[misc]
 
 settings.register_profile("same", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=2000, database=None)

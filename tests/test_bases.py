@@ -157,6 +157,10 @@ def test_state_dict_that_fits_one_of_two_changes_neither(part: int) -> None:
     with pytest.raises(ValueError, match=rf"optimizer\[{part}\]"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
+    with pytest.raises(ValueError, match=r"parts is of \[1, 1\] parameter groups, param_groups has 1"):
+        optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
+    assert_same(optimizer.state_dict(), before)
+    del saved["parts"]  # as after a checkpoint tool
     with pytest.raises(ValueError, match="2 parameter groups"):
         optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
     assert_same(optimizer.state_dict(), before)
@@ -281,7 +285,7 @@ def _strings(optimizer: Optimizer) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda s: s.update(parts=None), None),
+        (lambda s: s.pop("parts"), r"no 'parts', in which optimizer\[0\] \(Keeping\) keeps \['warmup', 'total'\]"),
         (lambda s: s.update(parts=3), r"parts must be a list of 2"),
         (lambda s: s["parts"].pop(), r"parts must be a list of 2"),
         (lambda s: s["parts"][1].pop("state"), r"parts\[1\] must be a mapping of groups, entries and state"),
@@ -292,7 +296,7 @@ def _strings(optimizer: Optimizer) -> dict[str, Any]:
         (lambda s: s["state"].update({99: {}}), r"state has entries \['99'\]"),
     ],
 )
-def test_what_is_damaged_in_the_parts_is_named(damage: Any, named: str | None) -> None:
+def test_what_is_damaged_in_the_parts_is_named(damage: Any, named: str) -> None:
     model = make_net()
     optimizer = wrap(model, two_that_keep)
     run(model, optimizer, range(2))
@@ -300,7 +304,7 @@ def test_what_is_damaged_in_the_parts_is_named(damage: Any, named: str | None) -
     run(model, optimizer, range(2, 4))
     before = copy.deepcopy(optimizer.state_dict())
     damage(saved)
-    with pytest.raises(ValueError, match=named or r"cannot load the state_dict \(KeyError: 'warmup'\)"):
+    with pytest.raises(ValueError, match=named):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
 

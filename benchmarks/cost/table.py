@@ -47,6 +47,8 @@ class Options:
     """Windows at 1,024 tokens of width 768, instead of the small model."""
     entropy: bool = False
     """matrix_entropy with its gradient at (64, 1024, 768) against eigenvalues, instead of training steps."""
+    matrices: int = 64
+    """With --entropy: matrices of 1,024 x 768. Both ways take them one by one, so few give the same ratio."""
     only: tuple[str, ...] = ()
     """Only rows whose names hold one of these."""
     memory: bool = True
@@ -175,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks.cost.table")
     torch.set_num_threads(1)
     if options.entropy:
-        figures = entropy_alone(options.rounds if options.rounds != Options.rounds else 3)
+        figures = entropy_alone(min(options.rounds, 3), (options.matrices, 1024, 768))
     elif options.wide:
         figures = measure(WINDOWS, WIDE, options)
     else:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -132,9 +133,12 @@ def train_run(run: Run) -> Record:
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    logging.getLogger("gapt_optim").setLevel(logging.WARNING)  # it tells of the first switch, in every run
     module = importlib.import_module(f".tasks.{run.task}", __package__)
     started = time.process_time()
     result = module.train(run.settings)
+    # In full: a gate of `{}` is the library's defaults, which change from one commit to another.
+    result["gate"] = run.settings.config().gate.model_dump(mode="json")
     return Record(run.task, run.described, result, round(time.process_time() - started, 2), commit())
 
 

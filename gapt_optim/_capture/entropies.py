@@ -69,6 +69,7 @@ def _mean_entropies(
     """Means over windows: entropies (calls,), factors (calls, windows, m, m) and measures (calls, 4)."""
     kernel = kernel_of(config)
     gram = kernel_matrix(calls.matrices, kernel, calls.shape)
+    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
     values, factors, live = entropy_of_gram(
         gram,
         config.alpha,
@@ -79,7 +80,6 @@ def _mean_entropies(
         config.normalize,
         with_gradient=with_factors,
     )
-    measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
     windows = values.shape[0] // count
     measured = (
         measures.reshape(count, windows, measures.shape[-1])

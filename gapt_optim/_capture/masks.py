@@ -40,7 +40,7 @@ class ModelCall(Unsaved):
                 store.recomputed = False
 
     def token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        keywords = dict(zip(self.parameters, args, strict=False)) | kwargs
+        keywords = dict(zip(self.parameters, args)) | kwargs  # noqa: B905  # Dynamo of torch 2.6 knows no strict=
         if self.store.pick_mask is None:
             mask = keywords.get("attention_mask")
             return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -134,26 +134,19 @@ class Bases:
 
         What is neither a parameter group nor the state of a parameter comes under ``"parts"``, one mapping for each
         base: ``groups``, how many of the groups are its own; ``entries``, the other entries of its state dict;
-        ``state``, those entries of its state that belong to no parameter. It is left out where no base has any.
+        ``state``, those entries of its state that belong to no parameter.
         """
         if self.single:
             return dict(self.all[0].state_dict())
         merged: dict[str, Any] = {"state": {}, "param_groups": []}
-        parts: list[dict[str, Any]] = []
+        merged[PARTS_KEY] = parts = []
         for base in self.all:
-            own = dict(base.state_dict())
-            groups, state = own.pop("param_groups", None), own.pop("state", None)
-            if not (isinstance(groups, list) and isinstance(state, Mapping)):  # a form of its own
-                own = dict(base.state_dict())
-                groups, state = [], {}
+            groups, state, part = _taken_apart(base)
             first = sum(len(group["params"]) for group in merged["param_groups"])
             numbers = _numbered(groups, first)
-            merged["state"].update({numbers[key]: value for key, value in state.items() if key in numbers})
+            merged["state"].update({numbers[key]: value for key, value in state.items()})
             merged["param_groups"].extend(_renamed(groups, numbers))
-            others = {key: value for key, value in state.items() if key not in numbers}
-            parts.append({"groups": len(groups), "entries": own, "state": others})
-        if any(part["entries"] or part["state"] or not part["groups"] for part in parts):
-            merged[PARTS_KEY] = parts
+            parts.append(part)
         return merged
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Snapshot:
@@ -203,6 +196,7 @@ class Bases:
             )
         extra = state_dict.get(PARTS_KEY)
         if extra is None:
+            self._refuse_loss_of_parts()
             saved: list[Any] = [{"entries": {}, "state": {}} for _ in self.all]
             each = self._split(groups)
         else:
@@ -245,6 +239,18 @@ class Bases:
             unknown = sorted(map(repr, set(state) - used))
             raise ValueError(f"state_dict: state has entries {unknown}, which no parameter group names; {_AS_IT_WAS}")
         return parts
+
+    def _refuse_loss_of_parts(self) -> None:
+        """torch.distributed.checkpoint carries on parameter groups and the state of parameters, and nothing else."""
+        for i, base in enumerate(self.all):
+            _, _, part = _taken_apart(base)
+            kept = [*part["entries"], *part["state"]]
+            if kept:
+                raise ValueError(
+                    f"state_dict has no {PARTS_KEY!r}, in which optimizer[{i}] ({type(base).__name__}) keeps {kept}: a "
+                    "checkpoint tool has dropped it; nothing was changed. Save state_dict() itself, with torch.save, "
+                    "and load that"
+                )
 
     def _split(self, groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         sizes = [len(base.param_groups) for base in self.all]
@@ -362,6 +368,18 @@ def _names(bases: Iterable[Optimizer]) -> str:
 def _cut(groups: list[dict[str, Any]], sizes: Sequence[int]) -> list[list[dict[str, Any]]]:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [groups[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _taken_apart(base: Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[str, Any]]:
+    """Parameter groups, the state of parameters, and what else the state dict of ``base`` holds."""
+    entries = dict(base.state_dict())
+    groups, state = entries.pop("param_groups", None), entries.pop("state", None)
+    if not (isinstance(groups, list) and isinstance(state, Mapping)):  # a form of its own
+        return [], {}, {"groups": 0, "entries": dict(base.state_dict()), "state": {}}
+    named = {name for group in groups for name in group["params"]}
+    of_parameters = {key: value for key, value in state.items() if key in named}
+    others = {key: value for key, value in state.items() if key not in named}
+    return groups, of_parameters, {"groups": len(groups), "entries": entries, "state": others}
 
 
 def _numbered(groups: list[dict[str, Any]], first: int) -> dict[Any, int]:

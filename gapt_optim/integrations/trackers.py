@@ -57,8 +57,8 @@ class _Tracker:
 class TensorBoard(_Tracker):
     """Writes the numbers as TensorBoard scalars under ``folder``, and each switch as a text.
 
-        with TensorBoard("runs/tensorboard") as board:
-            optimizer = GAPTOptimizer(base, hook, observers=[board])
+    >>> with TensorBoard("runs/tensorboard") as board:  # GAPTOptimizer(base, hook, observers=[board])
+    ...     pass
 
     Args:
         folder: where the event file is written.
@@ -93,13 +93,13 @@ class TensorBoard(_Tracker):
 class WandB(_Tracker):
     """Logs to Weights & Biases, or to Trackio, which has the same interface.
 
-        WandB(project="gapt")                        # begins a run
-        WandB(run)                                   # joins one of yours
-        WandB(module=trackio, project="gapt")        # Trackio, kept on this machine
-
     With Weights & Biases the numbers have ``gapt/step`` as their own x-axis, so they go with logs of yours in the same
     run; a switch has its reason in ``gapt/switch_reason``. With Trackio a switch is an alert of level "info", which its
     charts mark.
+
+    >>> board = WandB(project="gapt")  # begins a run                                  # doctest: +SKIP
+    >>> board = WandB(run)  # joins one of yours                                      # doctest: +SKIP
+    >>> board = WandB(module=trackio, project="gapt")  # Trackio, kept on this machine  # doctest: +SKIP
 
     Args:
         run: a run that was begun already. It is left open by :meth:`close`.
@@ -163,9 +163,9 @@ class WandB(_Tracker):
 class MLflow(_Tracker):
     """Logs to an MLflow run; the tag ``gapt.switches`` lists the switches with their reasons.
 
-        with mlflow.start_run():
-            optimizer = GAPTOptimizer(base, hook, observers=[MLflow()])     # joins the active run
-        MLflow(experiment="gapt")                                           # begins one
+    What is per layer is under ``gapt/layers/``, such as ``gapt/layers/entropy/h.0``.
+
+    >>> board = MLflow(experiment="gapt")  # begins a run; MLflow() joins the active one  # doctest: +SKIP
 
     Args:
         run_id: a run that was begun already; by default the active one, where nothing else is given. It is left open by
@@ -235,5 +235,9 @@ class MLflow(_Tracker):
 
 
 def _mlflow_name(name: str) -> str:
-    """A metric's name in the characters that MLflow takes."""
-    return re.sub(r"[^\w\-. /:]", "_", name)
+    """A metric's name in the characters that MLflow takes.
+
+    What is per layer gets a place of its own: a store of files cannot have gapt/entropy beside gapt/entropy/h.0.
+    """
+    prefix, *rest = re.sub(r"[^\w\-. /:]", "_", name).split("/")
+    return "/".join([prefix, *(["layers"] if len(rest) > 1 else []), *rest])

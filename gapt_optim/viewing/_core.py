@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._capture import Layers, hidden_tensor, padded, select_layers
+from .._capture.outputs import puts_sequence_first
 from ..entropy import Kernel, KernelMatrix, entropy_of_gram, windows_last
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "entropy_of_gram",
     "hidden_tensor",
     "padded",
+    "puts_sequence_first",
     "select_layers",
     "windows_last",
 ]

@@ -219,7 +219,7 @@ def _profile(flags: ProfileCommand) -> int:
         # What a model raises on data that does not fit it, and what profile says of layers, orders and windows.
         lines = str(error).strip().splitlines()
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise CommandError(f"{kind}{lines[0] if lines else error!r}") from error
+        raise CommandError(f"{kind}{lines[0] if lines else repr(error)}") from error
     print_table(summary_line(result), *profile_table(result))
     for note in result.notes:
         print(f"note: {note}")

@@ -17,8 +17,9 @@ Points = list[tuple[float, float]]
 def diagnose(run: RunHistory) -> list[Diagnosis]:
     """What is wrong with a run, the most basic first; empty where nothing stands out.
 
-    for found in diagnose(read_run("runs/first")):
-        print(found.title, found.what, found.change)
+    >>> falling = [{"step": i, "phase": "memorization", "loss": 100 / i, "entropy": 1.5} for i in range(1, 500)]
+    >>> [found.key for found in diagnose(RunHistory(falling))]
+    ['never_compressed']
     """
     if not run.steps:
         return []

@@ -14,7 +14,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that can be wrong."""
+    """One thing that can be wrong.
+
+    >>> FINDINGS["spiked"].title
+    'Compression kept raising the loss'
+    """
 
     key: str
     title: str
@@ -35,7 +39,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A finding in one run."""
+    """A finding in one run.
+
+    >>> finding = FINDINGS["not_finite"]
+    >>> Diagnosis(finding, finding.filled(nonfinite=12, steps=2000)).title
+    'Some steps were not finite'
+    """
 
     finding: Finding
     what: str

@@ -24,7 +24,11 @@ _MOST_LAYER_ROWS = 4000
 
 @dataclass(frozen=True)
 class RunHistory:
-    """One run over its steps."""
+    """One run over its steps.
+
+    >>> RunHistory([{"step": 1, "phase": "memorization", "loss": 2.0}]).steps[0]["loss"]
+    2.0
+    """
 
     steps: list[Record]
     """Records of ``metrics.jsonl``, by step."""
@@ -44,6 +48,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     A line that a kill cut short is left out. A step that was taken twice, because the run went on from an
     earlier checkpoint, counts as the later one.
 
+    >>> written = Path("metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\\n')
+    >>> read_metrics("metrics.jsonl")
+    [{'step': 1, 'loss': 2.0}]
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file has text in it, and none of it is a record with a ``step``.
@@ -56,6 +64,11 @@ def read_run(folder: str | os.PathLike[str]) -> RunHistory:
 
     Without the second file, the validation losses in the metrics are used. Of a file of more than 64 MiB, what is per
     layer is kept for some thousand steps, evenly spaced, and all the rest for each step.
+
+    >>> Path("run").mkdir()
+    >>> written = Path("run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\\n')
+    >>> read_run("run").steps
+    [{'step': 1, 'loss': 2.0}]
 
     Raises:
         FileNotFoundError: the folder has no ``metrics.jsonl``.
@@ -185,16 +198,24 @@ def _clean(record: Record) -> int:
             record[key] = None
             dropped += 1
         else:
-            dropped += _clean_table(record[key], 3)
+            within = ("layers", "parameters") if key.endswith("alignment") else ()
+            dropped += _clean_table(record[key], _DEPTHS.get(key, 0), within)
     return dropped
 
 
-def _clean_table(table: Record, depth: int) -> int:
+_DEPTHS = {"layer_measures": 1}  # tables within the table
+
+
+def _clean_table(table: Record, depth: int, tables: Sequence[str] = ()) -> int:
+    """Keep numbers, or tables of them where ``depth`` is above 0; in ``tables``, tables of tables."""
     dropped = 0
     for key, value in table.items():
-        if isinstance(value, dict) and depth:
-            dropped += _clean_table(value, depth - 1)
-        elif value is not None and not _is_number(value):
+        inner = 2 if key in tables else depth
+        if value is None:
+            continue
+        if isinstance(value, dict) if inner else _is_number(value):
+            dropped += _clean_table(value, inner - 1) if inner else 0
+        else:
             table[key] = None
             dropped += 1
     return dropped
@@ -224,7 +245,11 @@ def _are(number: int) -> str:
 
 
 def compression_spans(steps: Iterable[Record]) -> list[tuple[int, int]]:
-    """First and last step of each stretch of compression."""
+    """First and last step of each stretch of compression.
+
+    >>> compression_spans({"step": step, "phase": "compression"} for step in (3, 4, 5, 9))
+    [(3, 5), (9, 9)]
+    """
     spans: list[tuple[int, int]] = []
     for record in steps:
         if record.get("phase") != "compression":
@@ -263,7 +288,11 @@ def cosines_of(records: Sequence[Record], key: str) -> list[tuple[float, float]]
 
 
 def sign_changes(steps: Sequence[Record]) -> list[int]:
-    """The steps at which the activation cosine has another sign than on the step before."""
+    """The steps at which the activation cosine has another sign than on the step before.
+
+    >>> sign_changes([{"step": i, "alignment": {"cosine": cosine}} for i, cosine in enumerate([0.1, -0.2, -0.1])])
+    [1]
+    """
     return changes_of_sign(cosines_of(steps, "alignment"))
 
 

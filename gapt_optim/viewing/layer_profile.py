@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ._core import Layers, hidden_tensor, padded, select_layers
+from ._core import Layers, hidden_tensor, padded, puts_sequence_first, select_layers
 from .layer_statistics import LayerSums, What
 
 DEFAULT_WINDOWS: tuple[int | None, ...] = (8, None)
@@ -59,7 +59,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer. What its outputs do not have (a first token, successive tokens, two views) is None."""
+    """One layer. What its outputs do not have (a first token, successive tokens, two views) is None.
+
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> layer = profile(model, [torch.randn(64, 4)], "1")["1"]
+    >>> layer.features, layer.shape().norm_ratio >= 1
+    (16, True)
+    """
 
     name: str
     features: int
@@ -109,7 +115,13 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The layers of one model on some data, in the model's order. Made by :func:`profile`."""
+    """The layers of one model on some data, in the model's order. Made by :func:`profile`.
+
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> found = profile(model, [torch.randn(64, 4)], "1")
+    >>> Profile.load(found.save("profile.json")).names
+    ['1']
+    """
 
     layers: tuple[LayerProfile, ...]
     model: str = ""
@@ -199,8 +211,10 @@ def profile(
     Memory does not grow with the data: per layer a few numbers and, for RankMe, one (d, d) float64 matrix (two where
     rows are tokens). The model runs in evaluation mode without gradients and is left in the mode it had.
 
-        result = profile(model, loader, "transformer.h.*")
-        print(result["transformer.h.3"].entropy("cosine", True, window=8).nats)
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> result = profile(model, [torch.randn(64, 4)], "1")
+    >>> 0 < result["1"].entropy("cosine", center=True, window=8).nats < math.log(8)
+    True
 
     Args:
         model: any module.
@@ -238,7 +252,8 @@ def profile(
         model = model.to(device=device, dtype=dtype)
     where = next((p.device for p in model.parameters()), torch.device("cpu" if device is None else device))
     modules = select_layers(model, layers)
-    collector = _Collector(list(modules), what, output)
+    sequence_first = {name for name in modules if puts_sequence_first(model, name)}
+    collector = _Collector(list(modules), what, output, sequence_first)
     handles = [module.register_forward_hook(collector.tap(name)) for name, module in modules.items()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -291,9 +306,11 @@ def profile(
 class _Collector:
     """Forward hooks, and the sums that they add to."""
 
-    def __init__(self, names: list[str], what: What, output: Callable[[Any], Tensor] | None) -> None:
+    def __init__(
+        self, names: list[str], what: What, output: Callable[[Any], Tensor] | None, sequence_first: set[str]
+    ) -> None:
         self.sums = {name: LayerSums(what) for name in names}
-        self.output = output
+        self.output, self.sequence_first = output, sequence_first
         self.mask: Tensor | None = None
         self.calls = dict.fromkeys(names, 0)
         self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}  # of the views of an item
@@ -323,6 +340,8 @@ class _Collector:
                 "(batch, channels, *positions)"
             )
         mask = self.mask
+        if name in self.sequence_first and h.ndim == 3 and (self.output is None or h is hidden_tensor(output)):
+            h = h.transpose(0, 1)
         if h.is_nested:
             h, inside = padded(h, 0 if mask is None else mask.shape[1])
             mask = inside if mask is None else mask.to(inside) & inside

@@ -181,6 +181,7 @@
     window.addEventListener("afterprint", fromPaper);
     for (const chart of charts) {
       await draw(chart);
+      if (state.drawn.length === 1) performance.mark("gapt-first-chart");
       await new Promise((resolve) => setTimeout(resolve, 0));
     }
     window.gapt.charts = charts;

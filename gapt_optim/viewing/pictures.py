@@ -64,6 +64,14 @@ def draw_training(
 
     Lines with dots are held-out values, thin lines those of the training steps. The shaded stretches are the
     compression phases of the run ``main`` (default: the last).
+
+    >>> steps = [
+    ...     {"step": i, "phase": "compression" if i > 5 else "memorization", "loss": 3 - i / 10, "entropy": 1.5,
+    ...      "layer_entropy": {"h.0": 1.6, "h.1": 1.4}, "alignment": {"cosine": 0.1 * (-1) ** i, "layers": {}}}
+    ...     for i in range(1, 11)
+    ... ]
+    >>> run = RunHistory(steps)
+    >>> picture = draw_training({"gapt": run}, "draw_training.png")
     """
     mpl = import_matplotlib()
     main = _main_run(runs, main)
@@ -100,7 +108,16 @@ def draw_training(
 def draw_entropy_map(
     runs: Mapping[str, RunHistory], path: str | os.PathLike[str], *, title: str = "Matrix entropy of each layer"
 ) -> Path:
-    """Entropy per layer over steps as a heat map per run, on one scale; the phases are the strip above each."""
+    """Entropy per layer over steps as a heat map per run, on one scale; the phases are the strip above each.
+
+    >>> steps = [
+    ...     {"step": i, "phase": "compression" if i > 5 else "memorization", "loss": 3 - i / 10, "entropy": 1.5,
+    ...      "layer_entropy": {"h.0": 1.6, "h.1": 1.4}, "alignment": {"cosine": 0.1 * (-1) ** i, "layers": {}}}
+    ...     for i in range(1, 11)
+    ... ]
+    >>> run = RunHistory(steps)
+    >>> picture = draw_entropy_map({"gapt": run}, "draw_entropy_map.png")
+    """
     import numpy as np
 
     mpl = import_matplotlib()
@@ -169,6 +186,14 @@ def draw_alignment(
 
     Ticks at the foot mark the steps at which the main run's activation cosine changes its sign. Below, its cosine at
     each layer as a heat map.
+
+    >>> steps = [
+    ...     {"step": i, "phase": "compression" if i > 5 else "memorization", "loss": 3 - i / 10, "entropy": 1.5,
+    ...      "layer_entropy": {"h.0": 1.6, "h.1": 1.4}, "alignment": {"cosine": 0.1 * (-1) ** i, "layers": {}}}
+    ...     for i in range(1, 11)
+    ... ]
+    >>> run = RunHistory(steps)
+    >>> picture = draw_alignment({"gapt": run}, "draw_alignment.png")
     """
     mpl = import_matplotlib()
     main = _main_run(runs, main)

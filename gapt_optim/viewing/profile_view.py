@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .charts import OTHER_COLORS, chart_style, import_matplotlib, save_figure, subplots
+from .charts import FAINT, OTHER_COLORS, chart_style, import_matplotlib, save_figure, subplots
 from .layer_profile import LayerProfile, Profile
 from .page import Chart, Page, Trace, base_layout, escaped, label, number, rounded, table, write_page
 
@@ -77,10 +77,8 @@ def panels(profiles: Mapping[str, Profile]) -> list[Panel]:
                             text, values, color, not first_token, i if several else None, kind_name if several else None
                         )
                     )
-        dotted = "Dashed: without the first token of each sequence." if any(line.dashed for line in lines) else ""
-        found.append(
-            Panel(f"Entropy, {window_name(window)}{order}", "nats", dotted, lines, layers, views if several else [])
-        )
+        title = f"Entropy, {window_name(window)}{order}"
+        found.append(Panel(title, "nats", _with_dashes("", lines), lines, layers, views if several else []))
     for title, unit, note, read in _readings(first.windows):
         lines = []
         for i, (name, one) in enumerate(profiles.items()):
@@ -92,8 +90,13 @@ def panels(profiles: Mapping[str, Profile]) -> list[Panel]:
                     color = COLORS[i % len(COLORS)]
                     lines.append(Line(text, values, color, not first_token, i if several else None))
         if lines:
-            found.append(Panel(title, unit, note, lines, layers))
+            found.append(Panel(title, unit, _with_dashes(note, lines), lines, layers))
     return found
+
+
+def _with_dashes(note: str, lines: Sequence[Line]) -> str:
+    said = "Dashed: without the first token of each sequence."
+    return f"{note} {said}".strip() if any(line.dashed for line in lines) else note
 
 
 _Reading = tuple[str, str, str, Callable[[LayerProfile, bool], float | None]]
@@ -160,8 +163,16 @@ def difference_panels(first: Profile, second: Profile) -> list[Panel]:
 
 
 def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathLike[str], *, title: str = "") -> Path:
-    """Write a picture of a profile, or of several: entropies, norms, curvature and RankMe by layer. Needs "
-    "matplotlib."""
+    """Write a picture of a profile, or of several: entropies, norms, curvature and RankMe by layer.
+
+    Needs matplotlib.
+
+    >>> import torch
+    >>> from gapt_optim.viewing import profile
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> draw_profile(profile(model, [torch.randn(64, 4)], "1"), "profile.png").name
+    'profile.png'
+    """
     named = _named(profiles)
     shown = [panel for panel in panels(named) if panel.lines]
     mpl = import_matplotlib()
@@ -178,17 +189,23 @@ def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathL
                 if line.view == view:
                     values = [float("nan") if value is None else value for value in line.values]
                     style: dict[str, Any] = {"ls": "--" if line.dashed else "-", "lw": 1.6, "marker": "o", "ms": 2.5}
-                    axes.plot(range(len(values)), values, color=line.color, label=line.name, **style)
+                    axes.plot(
+                        range(len(values)), values, color=line.color, label="" if line.dashed else line.name, **style
+                    )
             suffix = f": {panel.views[0][1]}" if panel.views else ""
             axes.set_title(f"{panel.title}{suffix}", loc="left", fontsize=10, fontweight="bold")
             axes.set_ylabel(panel.unit)
             axes.set_xlabel("layer")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
-            axes.legend(fontsize=7, frameon=False, loc="best")
+            if sum(not line.dashed and line.view == view for line in panel.lines) > 1:
+                axes.legend(fontsize=7, frameon=False, loc="best")
         for axes in grid.ravel()[len(shown) :]:
             axes.set_visible(False)
-        figure.suptitle(title or ", ".join(named), x=0.06, ha="left", y=0.98, fontweight="bold")
+        note = "dashed: without the first token" if any(line.dashed for panel in shown for line in panel.lines) else ""
+        top = figure.subplotpars.top + 0.5 / figure.get_figheight()
+        figure.text(0.07, top, title or ", ".join(named), va="bottom", fontweight="bold", fontsize=13)
+        figure.text(0.07, top, note, va="top", fontsize=8.5, color=FAINT)
         return save_figure(figure, path)
 
 
@@ -196,6 +213,12 @@ def write_profile(
     profiles: Profile | Mapping[str, Profile], path: str | os.PathLike[str], *, title: str = "Layers of a model"
 ) -> Path:
     """Write a self-contained HTML page of a profile, or of several with as many layers. Needs plotly.
+
+    >>> import torch
+    >>> from gapt_optim.viewing import profile
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> write_profile(profile(model, [torch.randn(64, 4)], "1"), "profile.html").name
+    'profile.html'
 
     Raises:
         ValueError: there is none, or their numbers of layers differ.
@@ -341,6 +364,7 @@ def _chart(panel: Panel) -> Chart:
                 "x": ticks,
                 "y": rounded(line.values),
                 "name": label(line.name),
+                "showlegend": not line.dashed,
                 "line": {"color": line.color, "width": 2, "dash": "dash" if line.dashed else "solid"},
                 "marker": {"size": 5, "color": line.color},
                 "hovertemplate": "%{y:.4g}<extra>" + label(line.name) + "</extra>",
@@ -349,7 +373,7 @@ def _chart(panel: Panel) -> Chart:
         )
     every = max(1, -(-len(ticks) // 12))
     layout = base_layout(
-        showlegend=len(panel.lines) > 1,
+        showlegend=sum(not line.dashed for line in panel.lines) > 1,
         legend={"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0, "font": {"size": 11}},
         hovermode="x unified",
         margin={"b": 30},

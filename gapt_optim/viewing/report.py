@@ -71,9 +71,16 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page that compares the runs. It opens without a network.
 
-        write_report({"plain": read_run("runs/plain"), "gapt": read_run("runs/gapt")}, "page.html", baseline="plain")
-
     Long runs are downsampled, keeping the highest and the lowest value of each stretch; every switch of phase is kept.
+
+    >>> steps = [
+    ...     {"step": i, "phase": "compression" if i > 5 else "memorization", "loss": 3 - i / 10, "entropy": 1.5,
+    ...      "layer_entropy": {"h.0": 1.6, "h.1": 1.4}, "alignment": {"cosine": 0.1 * (-1) ** i, "layers": {}}}
+    ...     for i in range(1, 11)
+    ... ]
+    >>> run = RunHistory(steps)
+    >>> write_report({"gapt": run}, "report.html").name
+    'report.html'
 
     Args:
         runs: by name. Several histories under one name are seeds of one run: their mean is drawn, with a band from the

@@ -36,6 +36,9 @@ def read_flags(kind: type[T], argv: Sequence[str], default: T | None = None, pre
 
     ``prefix`` is put before the names of flags in errors.
 
+    >>> read_flags(GateConfig, ["--patience-memorization", "30"])[0].patience_memorization
+    30
+
     Raises:
         CommandError: a value is impossible. `tyro` explains it in a box of many lines, of which the message is kept.
         SystemExit: after ``--help``.
@@ -77,6 +80,14 @@ def open_run(
     """A run from its flags, those of ``kind`` and those of ``GAPTConfig`` after ``--gapt.``, and its folder.
 
     What is not given comes from the run to resume, or from the preset, or from the defaults.
+
+    >>> from pydantic import BaseModel
+    >>> class Config(BaseModel):
+    ...     out: str = "runs/first"
+    ...     overwrite: bool = False
+    >>> config, gapt, folder = open_run(Config, ["--gapt.objective.weight", "0.1"])
+    >>> gapt.objective.weight
+    0.1
 
     Args:
         kind: a pydantic model with ``out``, ``overwrite`` and, where runs can be resumed, ``resume``.
@@ -126,6 +137,12 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     """Runs a script and ends it: with 0, 2 for what the user can mend, or 130 after Ctrl-C, and one line about why.
 
     Of the ranks that torchrun starts, the first one says it.
+
+    >>> try:
+    ...     run_script(lambda: None)
+    ... except SystemExit as end:
+    ...     print("exit code", end.code)
+    exit code 0
     """
     # transformers imports torchao where it is installed, whose GPU libraries do not load on every machine.
     for name in ("torchao", "torch.utils._pytree"):
@@ -163,6 +180,13 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
     A loop that asks at the end of each step is never torn inside one. All ranks ask together, and get the same answer.
     The second Ctrl-C is immediate. Not so under torchrun, which passes one on that the terminal has sent already.
+
+    >>> with stopping() as stop:
+    ...     for step in range(3):
+    ...         if stop():
+    ...             break
+    >>> step
+    2
     """
     asked = threading.Event()
     previous: dict[int, Any] = {}
@@ -198,6 +222,9 @@ def on_first_rank(work: Callable[[], T]) -> T:
     """What ``work`` gives on the first of the ranks that torchrun started, for all of them, however long it takes.
 
     Joins the process group. An error of ``work`` ends the first rank, and torchrun the others.
+
+    >>> on_first_rank(lambda: "prepared")
+    'prepared'
     """
     import torch
     import torch.distributed as dist
@@ -213,7 +240,11 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 
 def problem_within(seconds: float, work: Callable[[], object]) -> str | None:
-    """Why ``work`` did not succeed in so many seconds, or None. It goes on in a thread that ends with the script."""
+    """Why ``work`` did not succeed in so many seconds, or None. It goes on in a thread that ends with the script.
+
+    >>> problem_within(5.0, lambda: open("missing.txt"))
+    "FileNotFoundError: [Errno 2] No such file or directory: 'missing.txt'"
+    """
     found: list[str | None] = [f"no answer in {seconds:g} s"]
 
     def run() -> None:
@@ -231,6 +262,9 @@ def problem_within(seconds: float, work: Callable[[], object]) -> str | None:
 
 def pick_device(name: str = "auto") -> Any:
     """A ``torch.device`` that works here. ``auto`` takes the first GPU where there is one, or this rank's own.
+
+    >>> pick_device("cpu").type
+    'cpu'
 
     Raises:
         CommandError: it cannot be used.

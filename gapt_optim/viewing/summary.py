@@ -26,6 +26,11 @@ _ROWS: dict[str, Callable[[Run], float]] = {
 def figures(history: Any) -> dict[str, Any]:
     """The figures of a run that a comparison shows, from a `RunHistory`.
 
+    >>> from gapt_optim.viewing import RunHistory
+    >>> run = RunHistory([{"step": 1, "phase": "memorization"}], validations=[{"step": 1, "loss": 2.0}])
+    >>> figures(run)["compression_share"]
+    0.0
+
     Returns:
         its last validation (``step``, ``loss``, ``entropy``, ``layer_entropy``, ``measures``, ``layer_measures``),
         ``compression_share`` (of its steps), ``switches`` (how many) and ``switch_list``.
@@ -106,6 +111,20 @@ def meaning(runs: Mapping[str, Run]) -> str:
 
 def conclude(folder: RunFolder, methods: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The end of a comparison: pictures, the page, ``results.json``, and the summary, which is printed.
+
+    >>> import contextlib, io, json
+    >>> measures = {"linear_entropy": 1.2, "centered_cosine_entropy": 1.4, "norm_ratio": 2.0, "mean_share": 0.1}
+    >>> held_out = {"step": 1, "loss": 2.0, "entropy": 1.4, "layer_entropy": {"h.0": 1.4}, "measures": measures}
+    >>> record = {"step": 1, "phase": "memorization", "loss": 2.1, "entropy": 1.4, "layer_entropy": {"h.0": 1.4},
+    ...           "alignment": {"cosine": 0.1, "layers": {"h.0": {"cosine": 0.1}}}}
+    >>> folder = RunFolder.claim("comparison")
+    >>> plain = folder.child("plain")
+    >>> for name, written in (("metrics.jsonl", record), ("validation.jsonl", held_out)):
+    ...     size = plain.file(name).write_text(json.dumps(written))
+    >>> with contextlib.redirect_stdout(io.StringIO()) as said:
+    ...     results = conclude(folder, ["plain"], {"seed": 0})
+    >>> results["runs"]["plain"]["loss"], "report.html" in said.getvalue()
+    (2.0, True)
 
     Args:
         folder: of the comparison, with a sub-folder for each of ``methods``.

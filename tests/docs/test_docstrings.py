@@ -17,7 +17,9 @@ import gapt_optim
 
 PUBLIC_MODULES = [
     "gapt_optim",
+    "gapt_optim.viewing",
     "gapt_optim.integrations.lightning",
+    "gapt_optim.integrations.trackers",
     "gapt_optim.integrations.transformers",
 ]
 
@@ -29,7 +31,8 @@ def public() -> dict[str, Any]:
         module = importlib.import_module(module_name)
         for name in getattr(module, "__all__", None) or _defined_in(module):
             value = getattr(module, name)
-            if inspect.isclass(value) or inspect.isfunction(value):
+            is_error = inspect.isclass(value) and issubclass(value, BaseException)
+            if inspect.isfunction(value) or (inspect.isclass(value) and not is_error):
                 found[f"{module_name}.{name}"] = value
     return found
 

@@ -165,7 +165,7 @@ def test_any_change_of_how_a_state_dict_is_built(base: str, data: st.DataObject)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "config"), KINDS)
-@settings(max_examples=1500, derandomize=False)
+@settings(max_examples=300, derandomize=False)
 @given(data=st.data())
 def test_many_changes_of_our_part(base: str, config: str, data: st.DataObject) -> None:
     model, optimizer = trained(base, config)

@@ -1,0 +1,282 @@
+"""The command `gapt-optim`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from gapt_optim.viewing import Profile, read_metrics
+from gapt_optim.viewing.command import main
+from gapt_optim.viewing.model_loading import TextBatches
+from gapt_optim.viewing.watch import Follower, follow, phase_line, sparkline
+
+from .runs import HOSTILE, records, write_lines, write_run
+
+pytest.importorskip("tyro", reason="tyro is not installed")
+COMMANDS = ("profile", "compare", "report", "watch", "doctor")
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the others. " * 60
+
+MODULE = """
+import torch
+from torch import nn
+def build(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
+def batches(): return [torch.randn(16, 4) for _ in range(3)]
+def broken(): raise RuntimeError("out of luck\\nsecond line")
+def wrong(): return [torch.randn(16, 5)]
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with random weights and a tokenizer, as `save_pretrained` leaves them."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to stand in, with a module of the user's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users_module.py").write_text(MODULE)
+    (tmp_path / "text.txt").write_text(TEXT)
+    path = list(sys.path)
+    yield tmp_path
+    sys.path[:] = path
+    sys.modules.pop("users_module", None)
+
+
+def test_profile_of_a_folder_and_a_text(there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outs = ["a.json", "a.html", "a.png"]
+    assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "500", "--out", *outs]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny on text.txt: 3 layers" in shown
+    assert [name for name in ("h.0", "h.1", "h.2") if f"\n{name} " in shown] == ["h.0", "h.1", "h.2"]
+    result = Profile.load("a.json")
+    assert result.rows >= 500
+    assert (there / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "Layers of tiny" in (there / "a.html").read_text()
+
+    assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "200", "--out", "b.json"]) == 0
+    assert main(["compare", "a.json", "b.json", "--out", "c.html", "c.json"]) == 0
+    assert "from a to b" in capsys.readouterr().out
+    assert set(json.loads((there / "c.json").read_text())) == {"a", "b"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_texts_of_other_kinds(there: Path, model_folder: Path, suffix: str) -> None:
+    texts = [TEXT[:300], "", TEXT[:90]]
+    if suffix == "jsonl":
+        write_lines(there / "data.jsonl", [{"text": text} for text in texts])
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+
+        parquet.write_table(pyarrow.table({"text": texts}), there / "data.parquet")
+    assert main(["profile", str(model_folder), "--data", f"data.{suffix}", "--out", "p.json"]) == 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    expected = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    assert expected - 1 <= Profile.load("p.json").rows <= expected
+
+
+def test_batches_hold_the_whole_text_once(there: Path, model_folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    batches = list(TextBatches(there / "text.txt", tokenizer, 10, 4, 10**6))
+    rows = [row[live.bool()].tolist() for batch in batches for row, live in zip(*batch.values(), strict=True)]
+    read, whole = [token for row in rows for token in row], tokenizer(TEXT)["input_ids"]
+    assert read == whole[: len(read)]
+    assert len(whole) - len(read) < 2  # a last token by itself is no sequence
+    assert {len(row) for row in rows[:-1]} == {10}
+
+
+def test_model_and_batches_of_the_users_own(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", "users_module:batches", "--layers", "0", "2", "--windows", "4", "all", "--orders", "1", "inf"]
+    assert main(["profile", "users_module:build", *flags]) == 0
+    assert "users_module:build on users_module:batches: 2 layers, 48 rows" in capsys.readouterr().out
+
+
+RUN_ERRORS = [
+    (["report"], "give the folder of at least one run"),
+    (["report", "nowhere"], "there is no folder 'nowhere'"),
+    (["report", "empty"], "the folder 'empty' has no metrics.jsonl"),
+    (["report", "other"], "holds no metrics"),
+    (["report", "run", "--baseline", "b"], "baseline='b' is none of the runs"),
+    (["watch", "nowhere"], "there is no folder 'nowhere'"),
+    (["watch", "empty", "--once"], "has no metrics.jsonl"),
+    (["watch", "run", "--interval", "0"], "--interval must be above 0"),
+    (["doctor"], "give the folder of at least one run"),
+    (["doctor", "nowhere"], "there is no folder"),
+]
+PROFILE_ERRORS = [
+    (["profile"], "MODEL"),
+    (["profile", "./nowhere", "--data", "text.txt"], "there is no folder './nowhere'"),
+    (["profile", "empty", "--data", "text.txt"], "has no config.json"),
+    (["profile", "text.txt", "--data", "text.txt"], "'text.txt' is a file"),
+    (["profile", "users_module:nothing", "--data", "x.txt"], "cannot be imported: AttributeError"),
+    (["profile", "no_such_module:build", "--data", "x.txt"], "cannot be imported: ModuleNotFoundError"),
+    (["profile", "users_module:broken", "--data", "x.txt"], "broken() raised RuntimeError: out of luck"),
+    (["profile", "users_module:number", "--data", "x.txt"], "gives int, not a torch.nn.Module"),
+    (["profile", "users_module:build", "--data", "users_module:number"], "which has no batches"),
+    (["profile", "users_module:build", "--data", "text.txt"], "a text needs the tokenizer"),
+    (["profile", "users_module:build", "--data", "users_module:wrong", "--layers", "0"], "RuntimeError: mat1"),
+    (["profile", "users_module:build", "--data", "users_module:batches"], "layers=None needs"),
+    (["profile", "users_module:build", "--data", "users_module:batches", "--layers", "x"], "matches no module"),
+    (["profile", "MODEL", "--data", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+    (["profile", "MODEL", "--data", "users_module.py"], "is no .txt, .jsonl, .parquet file"),
+    (["profile", "MODEL", "--data", "short.txt"], "short.txt is too short"),
+    (["profile", "MODEL", "--data", "bad.jsonl"], "bad.jsonl, line 1, is no JSON object"),
+    (["profile", "MODEL", "--data", "text.txt", "--length", "99"], "longer than the model takes, 32 tokens"),
+    (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
+    (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
+    (["profile", "MODEL", "--data", "text.txt", "--device", "teapot"], "--device teapot cannot be used"),
+    (["profile", "MODEL", "--data", "text.txt", "--dtype", "int4"], "--dtype"),
+    (["profile", "MODEL", "--data", "text.txt", "--out", "page.pdf"], "must end in .html, .json or .png"),
+    (["profile", "MODEL", "--data", "text.txt", "--batch-size", "many"], "--batch-size"),
+    (["compare", "nowhere.json", "b.json"], "there is no file 'nowhere.json'"),
+    (["compare", "bad.jsonl", "bad.jsonl"], "holds no profile"),
+    (["nothing"], "there is no command 'nothing'"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), RUN_ERRORS + PROFILE_ERRORS, ids=lambda value: " ".join(value)[:60])
+def test_errors_are_one_clear_line(
+    argv: list[str], message: str, there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (there / "empty").mkdir()
+    write_lines(there / "run" / "metrics.jsonl", records(20))
+    (there / "other").mkdir()
+    (there / "other" / "metrics.jsonl").write_text("no\nmetrics\n")
+    (there / "short.txt").write_text("")
+    (there / "bad.jsonl").write_text("[1]\n")
+    assert main([str(model_folder) if word == "MODEL" else word for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_report_of_runs_comparisons_and_seeds(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        for name in ("plain", "gapt"):
+            write_run(there / f"seed{seed}" / name, seed=seed, plain=name == "plain", steps=60)
+    path = there / "seed0" / "gapt" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert main(["report", "seed0", "seed1", "other=seed0/gapt", "--out", "page.html", "--title", HOSTILE]) == 0
+    shown = capsys.readouterr().out
+    assert "note: gapt: metrics.jsonl: the last line is cut off" in shown
+    assert "wrote page.html" in shown
+    page = (there / "page.html").read_text()
+    assert "gapt (2 seeds)" in page
+    assert ">other<" in page
+
+
+def test_doctor_says_what_is_wrong(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(there / "run", steps=400, period=200, norms=True)
+    assert main(["doctor", "run"]) == 0
+    shown = capsys.readouterr().out
+    assert "The entropy fell by token norms alone." in shown
+    assert "Change: Set entropy.kernel to cosine and entropy.center to true." in shown
+
+
+def test_watch_follows_a_file_that_is_being_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [json.dumps(record) + "\n" for record in records(60, period=20)]
+
+    def write() -> None:
+        with (folder / "metrics.jsonl").open("w") as file:
+            for line in lines:
+                file.write(line[:30])
+                file.flush()
+                time.sleep(0.002)
+                file.write(line[30:])
+                file.flush()
+        (folder / "results.json").write_text("{}")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    states = [(len(follower.records), state) for follower, state in follow(folder, interval=0.02, patience=60)]
+    writer.join()
+    assert states[-1] == (60, "ended")
+    assert states == sorted(states, key=lambda pair: pair[0])
+    assert len({count for count, _ in states}) > 2
+
+
+def test_watch_gives_up_on_a_run_that_is_silent(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    *_, (follower, state) = follow(tmp_path, interval=0.01, patience=0.05)
+    assert (len(follower.records), state) == (200, "no new step for 0.05 s")
+
+
+def test_watch_shows_phase_switches_and_lines(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(there / "run")
+    (there / "run" / "results.json").touch()
+    assert main(["watch", "run"]) == 0
+    shown = capsys.readouterr().out
+    last = read_metrics(there / "run" / "metrics.jsonl")[-1]
+    assert f"step            {last['step']}  ended" in shown
+    assert "compression" in shown
+    assert "compressed: memorization" in shown
+    assert "plateau: compression" in shown
+    assert "█" in shown
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_is_read_anew(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "m.jsonl", records(10))
+    follower = Follower(path)
+    follower.read()
+    with path.open("a") as file:
+        file.write("not JSON\n" + json.dumps({"step": 4, "loss": 9.0}) + "\n")
+    follower.read()
+    assert [record["step"] for record in follower.records] == [1, 2, 3, 4]
+    assert follower.unreadable == 1
+    write_lines(path, records(2))
+    follower.read()
+    assert [record["step"] for record in follower.records] == [1, 2]
+
+
+def test_sparklines() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5.0, 5.0], 8) == "▁▁"
+    assert sparkline([], 8) == ""
+    assert len(sparkline(list(range(1000)), 20)) == 20
+    steps: list[dict[str, Any]] = [{"phase": "compression"}, {"phase": "memorization"}, {}]
+    assert phase_line(steps, 3) == "█··"
+    assert phase_line([], 3) == ""
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen_and_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys; from gapt_optim.viewing.command import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(sorted({'torch', 'numpy', 'transformers', 'plotly', 'matplotlib'} & set(sys.modules)))"
+    )
+    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    argv = [*([command] if command else []), "--help"]
+    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    *lines, imported = result.stdout.splitlines()
+    assert imported == "[]"
+    assert 8 < len(lines) <= 30
+    assert all(len(line) <= 100 for line in lines)
