@@ -136,7 +136,9 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, suffix: s
         assert str(path) in str(error)
 
 
-@pytest.mark.parametrize(("data", "message"), [("nowhere.txt", "no such file"), (".", "not a file"), ("a\0b.txt", "null")])
+@pytest.mark.parametrize(
+    ("data", "message"), [("nowhere.txt", "no such file"), (".", "not a file"), ("a\0b.txt", "null")]
+)
 def test_what_is_no_file_is_refused(data: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
         open_source(data)

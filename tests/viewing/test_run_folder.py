@@ -56,7 +56,9 @@ def trained(steps: int = 2) -> tuple[Any, Any, Any]:
 # What is the user's
 
 
-@pytest.mark.parametrize("name", ["data/train.bin", "mine.png", "notes.txt", "checkpoint.pt", "plain/metrics.jsonl", ".x"])
+@pytest.mark.parametrize(
+    "name", ["data/train.bin", "mine.png", "notes.txt", "checkpoint.pt", "plain/metrics.jsonl", ".x"]
+)
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
 def test_folder_of_the_user_is_refused_and_left_alone(tmp_path: Path, name: str, flags: dict[str, bool]) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,9 @@ def test_folder_of_the_user_is_refused_and_left_alone(tmp_path: Path, name: str,
     assert files(tmp_path) == {name: b"mine"}
 
 
-@pytest.mark.parametrize("name", ["mine.png", "data/val.bin", "gapt/mine.txt", "gapt/checkpoint/step-2/mine.distcp", "new/x"])
+@pytest.mark.parametrize(
+    "name", ["mine.png", "data/val.bin", "gapt/mine.txt", "gapt/checkpoint/step-2/mine.distcp", "new/x"]
+)
 def test_what_the_user_adds_to_a_run_is_never_deleted(tmp_path: Path, name: str) -> None:
     begun(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -107,7 +111,10 @@ def test_marker_that_points_elsewhere_is_refused(tmp_path: Path, name: Any) -> N
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda x: json.dumps(x).encode()))
+@given(
+    st.binary(max_size=60)
+    | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda x: json.dumps(x).encode())
+)
 def test_any_marker_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     (tmp_path / "mine.txt").write_text("mine")
@@ -119,7 +126,12 @@ def test_any_marker_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
 def test_empty_name_and_names_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
-    for name, message in (("", "is empty"), ("file", "cannot be written to"), ("file/x", "cannot be"), ("a\0b", "cannot be")):
+    for name, message in (
+        ("", "is empty"),
+        ("file", "cannot be written to"),
+        ("file/x", "cannot be"),
+        ("a\0b", "cannot be"),
+    ):
         with pytest.raises(RunFolderError, match=message) as caught:
             RunFolder.claim(name)
         assert "\0" not in str(caught.value)
