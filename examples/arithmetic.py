@@ -21,8 +21,7 @@ NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
 
 
 class Config(BaseModel):
-    """Multiplication beyond the lengths trained on, with and without GAPT. Every setting of GAPTConfig is a flag too,
-    such as --gapt.objective.weight 0.3; --gapt.help lists them."""
+    """Multiplication beyond trained lengths. GAPTConfig's fields are flags, as --gapt.objective.weight 1: --gapt.help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     preset: Literal["minutes", "small", "paper"] = "small"  # Gives other defaults.
@@ -106,9 +105,9 @@ def build_model(config: Config) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     size = {"n_layer": config.layers, "n_embd": config.width, "n_head": config.heads, "n_positions": CONTEXT}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(SYMBOLS), **size, **dropout, **rest))
+    rest: dict[str, Any] = {**size, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}
+    rest |= {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(SYMBOLS), **rest))
 
 
 def answers(model: nn.Module, problems: Problems) -> tuple[Tensor, Tensor]:
@@ -155,15 +154,14 @@ def train(
     starts = torch.Generator().manual_seed(config.seed + 1_000_003) if config.positions == "random" else None
     torch.manual_seed(config.seed)
     model, history = build_model(config).to(device).train(), []
-    options: dict[str, Any] = {"betas": (0.9, 0.98), "weight_decay": config.weight_decay, "fused": True}
-    adamw = torch.optim.AdamW(model.parameters(), lr=config.lr, **options)
+    base = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay, fused=True)
 
     def rate(step: int) -> float:
         cosine = 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * (step / config.steps)))
         return min((step + 1) / (config.warmup + 1), cosine)
 
     with RepresentationHook(model, "transformer.h.*") as hook:
-        optimizer = GAPTOptimizer(adamw, hook, view.config_of(method, gapt))  # plain: a frozen gate
+        optimizer = GAPTOptimizer(base, hook, view.config_of(method, gapt))  # plain: a frozen gate
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for step in range(1, config.steps + 1):
             problems = encode(draw(config.batch, (1, 3), TRAINING, generator), starts)

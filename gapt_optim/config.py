@@ -74,7 +74,8 @@ class GateConfig(_Section):
     minibatches against their minimum over the whole run, as the paper does."""
 
     patience_memorization: int = Field(15, ge=1)
-    """Updates without improvement of the loss before compression starts."""
+    """Updates without improvement of the loss before compression starts. `smoothed` does not count those in which the
+    learning rate of the wrapped optimizer, the largest of its groups, is higher than at the step before: a warm-up."""
 
     patience_compression: int = Field(25, ge=1)
     """Updates without improvement of the entropy before memorization starts."""

@@ -37,9 +37,9 @@ class Evidence(SphinxDirective):
         ]
         if not parts:
             parts = ["No results of this experiment are committed yet."]
-        parts.append(
-            f"Run it again: `python -m benchmarks.evidence run {experiment}` (`--estimate` says how long it takes)."
-        )
+        first_look = " --first-look" if any(FIRST_LOOK in table.stem for table in chosen(experiment)) else ""
+        command = f"python -m benchmarks.evidence run {experiment}{first_look}"
+        parts.append(f"Run it again: `{command}` (`--estimate` says how long it takes).")
         return self.parse_text_to_nodes("\n\n".join(parts))
 
 

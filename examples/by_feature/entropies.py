@@ -8,7 +8,8 @@ from gapt_optim import EntropyConfig, Measures, RepresentationHook
 
 def main() -> None:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=3, n_head=2)).eval()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=3, n_head=2))
+    model.train(False)
     batches = [torch.randint(0, 256, (4, 64)) for _ in range(3)]
     hook = RepresentationHook(model, "transformer.h.*")  # new: which layers
 

@@ -297,7 +297,8 @@ class RunFolder:
             Whether it was written.
         """
         import torch.distributed as dist
-        import torch.distributed.checkpoint as dcp
+
+        dcp = _checkpointing()
 
         state = _state(model, optimizer, schedule)
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -338,7 +339,7 @@ class RunFolder:
         Raises:
             RunFolderError: it is of another model.
         """
-        import torch.distributed.checkpoint as dcp
+        dcp = _checkpointing()
         import torch.distributed.checkpoint.state_dict as shards
 
         latest = self._latest(check=False)
@@ -429,6 +430,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         marker = {"made_by": "gapt_optim", "version": __version__, "files": self._files, "checksums": self._checksums}
         _replace(self.path / MARKER, json.dumps(marker, indent=2) + "\n")
+
+
+def _checkpointing() -> Any:
+    """`torch.distributed.checkpoint`, which takes a second to import."""
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint
 
 
 def _state(model: Any, optimizer: Any, schedule: Any) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def _rows(what: str, statements: Any, results: dict[str, Any]) -> str:
     for name, statement in statements.items():
         row = results[name]
         cells = (f"{row[form]['passed']} of {row[form]['cases']}" for form in FORMS)
-        lines.append(f"| {' '.join((statement.__doc__ or '').split())} | {' | '.join(cells)} |")
+        sampled = " (first and last input set only)" if row.get("sampled") else ""
+        lines.append(f"| {' '.join((statement.__doc__ or '').split())}{sampled} | {' | '.join(cells)} |")
     totals = [[sum(results[name][form][key] for name in statements) for key in ("passed", "cases")] for form in FORMS]
     lines.append(f"| **all {what}** | {' | '.join(f'**{passed} of {cases}**' for passed, cases in totals)} |")
     return "\n".join(lines)

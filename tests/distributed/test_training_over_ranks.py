@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,20 @@ import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from gapt_optim import AlignmentConfig, Angle, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig, Phase, PhaseGate
+from gapt_optim import (
+    AlignmentConfig,
+    Angle,
+    EntropyConfig,
+    GAPTConfig,
+    GateConfig,
+    LayerConfig,
+    ObjectiveConfig,
+    Phase,
+    PhaseGate,
+)
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import COMPRESSING, RESTLESS, Net, Run, Seen, train
+from tests.reference import KERNELS
 from tests.training import distance
 
 DDP = [{}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}]
@@ -44,6 +55,10 @@ def assert_equal_metrics(here: Seen, there: Seen, tolerance: float) -> None:
     )
     assert a.loss == pytest.approx(b.loss, rel=tolerance)
     assert a.layer_entropy == pytest.approx(b.layer_entropy, rel=tolerance)
+    assert a.entropy_share == (b.entropy_share and pytest.approx(b.entropy_share, rel=tolerance))
+    assert a.layer_measures.keys() == b.layer_measures.keys()
+    for name, measures in a.layer_measures.items():
+        assert astuple(measures) == pytest.approx(astuple(b.layer_measures[name]), rel=tolerance, abs=tolerance)
     for found, expected in ((a.alignment, b.alignment), (a.parameter_alignment, b.parameter_alignment)):
         assert (found is None) == (expected is None)
         if found is not None and expected is not None:
@@ -82,6 +97,14 @@ def test_ranks_equal_one_process(ranks: Ranks, parallel: str, options: dict[str,
 )
 def test_other_objectives(ranks: Ranks, parallel: str, parts: dict[str, Any]) -> None:
     run = Run(parallel, config=GAPTConfig(gate=COMPRESSING, **parts), steps=2)
+    assert_equal_runs(ranks(train, run), train(replace(run, parallel="none")))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("kernel", "center"), KERNELS.values(), ids=KERNELS)
+def test_every_kernel(ranks: Ranks, kernel: str, center: bool, parallel: str) -> None:
+    entropy = EntropyConfig(kernel=kernel, center=center)
+    run = Run(parallel, config=GAPTConfig(gate=COMPRESSING, entropy=entropy), steps=2, micro_batches=2)
     assert_equal_runs(ranks(train, run), train(replace(run, parallel="none")))
 
 

@@ -39,9 +39,9 @@ def text_file(tmp_path: Path) -> Path:
 def tiny(text_file: Path) -> list[str]:
     """Flags of a run that takes a second. The impatient gate switches within it."""
     return (
-        f"--data {text_file} --size 2 16 2 300 --context 16 --batch-size 2 --steps 12 --eval-every 4 --eval-sequences 4 "
-        "--save-every 5 --lr 1e-3 --warmup 2 --quiet --threads 1 --gapt.gate.patience-memorization 2 "
-        "--gapt.gate.patience-compression 2 --gapt.gate.min-improvement 0.1"
+        f"--data {text_file} --size 2 16 2 300 --context 16 --batch-size 2 --steps 12 --eval-every 4 "
+        "--eval-sequences 4 --save-every 5 --lr 1e-3 --warmup 2 --quiet --threads 1 "
+        "--gapt.gate.patience-memorization 2 --gapt.gate.patience-compression 2 --gapt.gate.min-improvement 0.1"
     ).split()
 
 

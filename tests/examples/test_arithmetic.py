@@ -144,9 +144,8 @@ def test_the_script_leaves_a_comparison(tmp_path: Path, monkeypatch: pytest.Monk
     concluded: dict[str, Any] = {}
     monkeypatch.setattr(viewing, "conclude", lambda folder, methods, facts: concluded.update(facts, methods=methods))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    monkeypatch.setattr(
-        sys, "argv", ["arithmetic.py", *flags, "--gapt.objective.weight", "0.5", f"--out={tmp_path}/out"]
-    )
+    flags += ["--gapt.objective.weight", "0.5", f"--out={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", ["arithmetic.py", *flags])
     arithmetic.main()
     assert concluded["methods"] == ("plain", "gapt")
     assert concluded["gapt"]["objective"]["weight"] == 0.5

@@ -49,8 +49,7 @@ def test_script_shows_its_feature(name: str, capsys: pytest.CaptureFixture[str])
 def test_fsdp2_under_torchrun(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "fsdp2.py")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, *torchrun], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    argv = [sys.executable, *torchrun]
+    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(SCRIPTS["fsdp2"], done.stdout)) == 1

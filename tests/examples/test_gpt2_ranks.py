@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gapt_optim.viewing import read_metrics
 
+from gapt_optim.viewing import read_metrics
 from tests.examples.conftest import ROOT
 from tests.examples.test_gpt2_fineweb import _no_pictures, results, run  # noqa: F401
 

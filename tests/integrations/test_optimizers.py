@@ -153,9 +153,14 @@ def test_a_state_dict_of_another_form() -> None:
     fresh = wrap(model, offloading)
     with pytest.warns(UserWarning, match="bare optimizer"):
         fresh.load_state_dict(offloading(model).state_dict())
-    two = wrap(model, lambda model: [offloading(model.layers), adamw(model.head)])
-    with pytest.raises(ValueError, match=r"optimizer\[0\] \(Offloading\).*wrap it alone"):
-        two.state_dict()
+    whole, resumed = make_net(), make_net(seed=1)
+    first, again = (wrap(each, lambda m: [offloading(m.layers), adamw(m.head)]) for each in (whole, resumed))
+    run(whole, first, range(3))
+    resumed.load_state_dict(whole.state_dict())
+    again.load_state_dict(saved_and_loaded(first.state_dict()))
+    run(whole, first, range(3, 6))
+    run(resumed, again, range(3, 6))
+    assert_same(weights(resumed), weights(whole))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torchao's CPUOffloadOptimizer needs a GPU")
