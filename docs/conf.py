@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "settings",  # {settings}: the fields of a configuration class, from their docstrings
     "evidence",  # {evidence}: the generated tables of one experiment
+    "cost",  # {cost}: what benchmarks/cost has measured
     "findings",  # {findings}: what `gapt-optim doctor` can say
     "messages",  # {messages}: every error and warning of the library, from its source
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def anchors(text: str) -> set[str]:
     """Of the titles of a page, as GitHub and the site make them."""
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_costs_are_those_that_were_measured() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "cost" / "results" / "step.json").read_text(encoding="utf-8"))
+    rows = {
+        "memorization": "memorization, activation alignment (default)",
+        "compression": "compression, activation alignment (default)",
+        "two backward passes, the plain way": "by hand: two retained backward passes",
+    }
+    for row, measured in rows.items():
+        assert f"| {row} | {figures[measured]['cpu']:.2f} | {figures[measured]['memory']:.2f} |" in README
 
 
 @pytest.mark.parametrize(
