@@ -21,7 +21,8 @@ NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
 
 
 class Config(BaseModel):
-    """Multiplication beyond trained lengths. GAPTConfig's fields are flags, as --gapt.objective.weight 1: --gapt.help."""
+    """Multiplication beyond trained lengths, with and without GAPT. GAPTConfig's settings are flags too:
+    --gapt.objective.weight 0.3 and so on; --gapt.help lists them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     preset: Literal["minutes", "small", "paper"] = "small"  # Gives other defaults.
@@ -54,7 +55,6 @@ from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook
 from gapt_optim import viewing as view
 
 SYMBOLS = "0123456789x=BEP"  # B, E and P stand for <bos>, <eos> and padding
-IDS = {ord(symbol): number for number, symbol in enumerate(SYMBOLS)}
 PADDING, IGNORED, TRAINING, VALIDATION, TEST = SYMBOLS.index("P"), -100, 0, 1, 2
 CONTEXT = 2 * 6 + 12 + 4  # two factors of six digits and their product, between <bos>, x, = and <eos>
 
@@ -91,7 +91,7 @@ class Problems(NamedTuple):
 def encode(pairs: Sequence[tuple[int, int]], starts: torch.Generator | None = None) -> Problems:
     """``starts`` draws where in the context each problem begins; without it that is its first position."""
     width = max(map(len, texts := [f"B{a}x{b}={a * b}E" for a, b in pairs]))
-    ids = torch.tensor([[IDS[ord(c)] for c in text.ljust(width, "P")] for text in texts])
+    ids = torch.tensor([[SYMBOLS.index(c) for c in text.ljust(width, "P")] for text in texts])
     start, place = torch.tensor([[text.index("=")] for text in texts]), torch.arange(width)
     targets = torch.where((place[:-1] >= start) & (ids[:, 1:] != PADDING), ids[:, 1:], IGNORED)
     first = torch.zeros(len(ids), 1, dtype=torch.long)

@@ -22,8 +22,8 @@ NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
 
 
 class Config(BaseModel):
-    """Learning from two teachers that disagree, with and without GAPT. Every setting of GAPTConfig is a flag too,
-    such as --gapt.objective.weight 0.3; --gapt.help lists them."""
+    """Two teachers that disagree, with and without GAPT. GAPTConfig's settings are flags too:
+    --gapt.objective.weight 0.3 and so on; --gapt.help lists them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     setting: Annotated[Literal["mixed", "interleaved", "sequential", "finetune"], NAME] = (

@@ -130,7 +130,7 @@ def prepare(source: Source, folder: RunFolder, *, vocabulary: int, tokens: int) 
             write = _split_bin if path.suffix == ".bin" else _tokenize
             parts, counts = write(source, folder, place, vocabulary, tokens)
         except Exception as error:  # of a reader or of the libraries below it: each raises its own
-            why = str(error) if type(error) is ValueError else repr(error)
+            why = str(error) if isinstance(error, ValueError) else repr(error)
             raise CommandError(f"--data {source.name}: {why}; mend it, or give another text") from error
         share = counts[counts > 0] / counts.sum()
         facts = {"vocabulary": len(counts), "unigram_entropy": float(-(share * np.log(share)).sum())}

@@ -396,7 +396,7 @@ def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:
     """Sequences taken together: few enough that what is made of them stays small."""
     length, features = rows.shape[1:]
     per_row = max(features, min(length, features) if window is None else window)
-    limit = 1 << (21 if rows.device.type == "cpu" else 26)
+    limit = 1 << (20 if rows.device.type == "cpu" else 26)
     step = max(1, limit // max(1, per_row * length))
     for start in range(0, len(rows), step):
         yield slice(start, start + step)
