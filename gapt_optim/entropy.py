@@ -349,7 +349,8 @@ def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     share = z.sum(-2).square().sum(-1) * _inverse(squares.sum(-1)) / live.clamp(min=1)
     with _full_precision(z):
         y = _kernel_rows(z, CENTERED_COSINE)
-        grams = (windows_last(_matmul(rows.mT, rows)) for rows in (z, y))
+        # Not windows_last, whose choice by size would cost a compiled model another compilation.
+        grams = (_matmul(rows.mT, rows).permute(1, 2, 0) for rows in (z, y))
         linear, cosine = (_collision_entropy(KernelMatrix(gram, LINEAR).purity) for gram in grams)
     return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
 
