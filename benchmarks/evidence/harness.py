@@ -35,7 +35,7 @@ Result = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "gapt_optim")
-_PROBE_STEPS = (5, 15)
+_PROBE_STEPS = (5, 25)
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,16 @@ def _kind(task: str, settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _probe(run: Run) -> float:
-    """Seconds of a whole run, from two short ones: their difference is that of the steps, the rest is start-up."""
-    short, long = (train_run(Run(run.task, replace(run.settings, steps=steps))).seconds for steps in _PROBE_STEPS)
+    """Seconds of a whole run, from two short ones: they differ by steps, and end with one evaluation each."""
+
+    def seconds(steps: int) -> float:
+        return train_run(Run(run.task, replace(run.settings, steps=steps))).seconds
+
+    seconds(_PROBE_STEPS[0])  # imports and reads what later runs find in memory
+    short, long = map(seconds, _PROBE_STEPS)
     per_step = max(0.0, long - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
-    return short + per_step * max(0, run.settings.steps - _PROBE_STEPS[0])
+    evaluations = -(-run.settings.steps // int(getattr(run.settings, "evaluate_every", run.settings.steps)))
+    return max(0.0, short - _PROBE_STEPS[0] * per_step) * evaluations + per_step * run.settings.steps
 
 
 def _outcomes(
