@@ -1,16 +1,17 @@
-"""Count the cases that hold each promise, in the record of a run of the suite.
+"""The tests that hold each promise of `promises.toml`, and how many cases they have.
 
-python -m pytest --junitxml=junit.xml
-python docs/promises.py junit.xml              # writes docs/generated/promises.md
-python docs/promises.py junit.xml --check      # fails where a promise has no case, or one that failed
+python docs/promises.py                        # counts the cases and writes docs/generated/promises.md
+python docs/promises.py --check junit.xml      # fails where a promise has no case in that run, or one that failed
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ else:
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "generated" / "promises.md"
+Cases = Mapping[str, Counter[str]]
+"""By `file::function`, relative to `tests`: how many cases there are of each outcome."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,13 @@ class Promise:
     tests: list[str]
 
 
-@dataclass(frozen=True)
-class Count:
-    cases: int
-    failed: int
-    skipped: int
-
-
 def promises() -> list[Promise]:
     table: dict[str, Any] = tomllib.loads((DOCS / "promises.toml").read_text(encoding="utf-8"))
     return [Promise(**each) for each in table["promise"]]
 
 
-def outcomes(junit: Path) -> dict[str, Counter[str]]:
-    """By `file::function`, relative to `tests`: how many cases passed, failed and were skipped."""
+def outcomes(junit: Path) -> Cases:
+    """What a run of the suite with --junitxml says."""
     found: dict[str, Counter[str]] = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         parts = case.attrib["classname"].split(".")[1:]
@@ -55,40 +51,53 @@ def outcomes(junit: Path) -> dict[str, Counter[str]]:
     return found
 
 
-def count(promise: Promise, found: dict[str, Counter[str]]) -> Count:
+def collected(lines: str) -> Cases:
+    """What `pytest --collect-only -q` prints."""
+    found: dict[str, Counter[str]] = {}
+    for line in lines.splitlines():
+        if line.startswith("tests/") and "::" in line:
+            name = line.removeprefix("tests/").partition("[")[0]
+            found.setdefault(name, Counter())["collected"] += 1
+    return found
+
+
+def count(promise: Promise, cases: Cases) -> Counter[str]:
     total: Counter[str] = Counter()
     for test in promise.tests:
-        for name, counter in found.items():
+        for name, counter in cases.items():
             if name == test or ("::" not in test and name.startswith(test + "::")):
                 total += counter
-    return Count(total["passed"] + total["failed"], total["failed"], total["skipped"])
+    return total
 
 
-def table(junit: Path) -> str:
-    found = outcomes(junit)
-    lines = ["| area | promise | held by | cases | failed |", "|---|---|---|---:|---:|"]
+def table(cases: Cases) -> str:
+    lines = ["| promise | cases | held by |", "|---|---:|---|"]
+    area = ""
     for promise in promises():
-        counted = count(promise, found)
-        held = "<br>".join(f"`{test}`" for test in promise.tests)
-        lines.append(f"| {promise.area} | {promise.text} | {held} | {counted.cases} | {counted.failed} |")
+        if promise.area != area:
+            area = promise.area
+            lines.append(f"| **{area}** | | |")
+        held = "<br>".join(f"`{test.replace('::', '` `')}`" for test in promise.tests)
+        lines.append(f"| {promise.text} | {count(promise, cases).total()} | {held} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("junit", type=Path, help="what pytest wrote with --junitxml")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a promise is not held")
+    parser.add_argument("--check", type=Path, metavar="JUNIT", help="what pytest wrote with --junitxml")
     arguments = parser.parse_args()
-    if not arguments.check:
+    if arguments.check is None:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0"]
+        listed = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent, check=True)
         OUT.parent.mkdir(exist_ok=True)
-        OUT.write_text(table(arguments.junit), encoding="utf-8")
+        OUT.write_text(table(collected(listed.stdout)), encoding="utf-8")
         print(OUT)
         return 0
-    found = outcomes(arguments.junit)
-    counts = {promise.text: count(promise, found) for promise in promises()}
-    broken = [text for text, counted in counts.items() if counted.cases == 0 or counted.failed]
-    for text in broken:
-        print(f"not held by the suite: {text} ({counts[text].cases} cases, {counts[text].failed} failed)")
+    cases = outcomes(arguments.check)
+    counts = {promise.text: count(promise, cases) for promise in promises()}
+    broken = {text: found for text, found in counts.items() if not found["passed"] or found["failed"]}
+    for text, found in broken.items():
+        print(f"not held by the suite: {text} ({found['passed']} passed, {found['failed']} failed)")
     return 1 if broken else 0
 
 
