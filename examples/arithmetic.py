@@ -51,7 +51,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers befor
 import torch
 from torch import Tensor, nn
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook, runs
 from gapt_optim import viewing as view
 
 SYMBOLS = "0123456789x=BEP"  # B, E and P stand for <bos>, <eos> and padding
@@ -148,7 +148,7 @@ def train(
     config: Config, gapt: GAPTConfig, method: str, record: Callable[[Any], None] = lambda metrics: None
 ) -> dict[str, Any]:
     """One run and its evaluations. The seed alone decides weights, problems and test sets, so methods share them."""
-    device, generator = view.pick_device(config.device), torch.Generator().manual_seed(config.seed)
+    device, generator = runs.pick_device(config.device), torch.Generator().manual_seed(config.seed)
     kinds = (("validation", (1, 3), VALIDATION), ("id", (1, 3), TEST), ("ood", (4, 6), None))  # short, short, longer
     sets = {name: encode(draw(config.problems, digits, wanted, generator)) for name, digits, wanted in kinds}
     starts = torch.Generator().manual_seed(config.seed + 1_000_003) if config.positions == "random" else None
@@ -161,7 +161,7 @@ def train(
         return min((step + 1) / (config.warmup + 1), cosine)
 
     with RepresentationHook(model, "transformer.h.*") as hook:
-        optimizer = GAPTOptimizer(base, hook, view.config_of(method, gapt))  # plain: a frozen gate
+        optimizer = GAPTOptimizer(base, hook, runs.config_of(method, gapt))  # plain: a frozen gate
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for step in range(1, config.steps + 1):
             problems = encode(draw(config.batch, (1, 3), TRAINING, generator), starts)
@@ -179,10 +179,10 @@ def train(
 
 
 def main() -> None:
-    config, gapt, folder = view.open_run(Config, sys.argv[1:], {"minutes": MINUTES, "paper": PAPER})
+    config, gapt, folder = runs.open_run(Config, sys.argv[1:], {"minutes": MINUTES, "paper": PAPER})
     if config.width % config.heads:
-        raise view.CommandError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
-    view.pick_device(config.device)
+        raise runs.CommandError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
+    runs.pick_device(config.device)
     settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
     folder.begin(settings, children=config.methods, replace=config.overwrite)
     for method in config.methods:
@@ -197,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    view.run_script(main)
+    runs.run_script(main)

@@ -46,7 +46,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers befor
 import torch
 from torch import Tensor, nn
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook, runs
 from gapt_optim import viewing as view
 
 INPUTS, HIDDEN, OUTPUTS, TRAINING, TEST = 10, 20, 10, 500, 100
@@ -127,7 +127,7 @@ def train(
 
     with RepresentationHook(student, "hidden") as hook:
         adam = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
-        optimizer = GAPTOptimizer(adam, hook, view.config_of(method, gapt))  # plain: a frozen gate
+        optimizer = GAPTOptimizer(adam, hook, runs.config_of(method, gapt))  # plain: a frozen gate
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for step in range(config.steps):
             if old is not None and step == config.steps // 2:
@@ -182,7 +182,7 @@ def evaluate(
 
 
 def main() -> None:
-    config, gapt, folder = view.open_run(Config, sys.argv[1:])
+    config, gapt, folder = runs.open_run(Config, sys.argv[1:])
     settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
     folder.begin(settings, children=config.methods, replace=config.overwrite)
     for method in config.methods:
@@ -197,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    view.run_script(main)
+    runs.run_script(main)

@@ -91,7 +91,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, ObjectiveConfig, Phase, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, ObjectiveConfig, Phase, RepresentationHook, runs
 from gapt_optim import viewing as view
 
 
@@ -175,10 +175,10 @@ def evaluate(
 
 
 def train(
-    config: Config, gapt: GAPTConfig, corpus: text.Corpus, method: str, folder: view.RunFolder, stop: Callable[[], bool]
+    config: Config, gapt: GAPTConfig, corpus: text.Corpus, method: str, folder: runs.RunFolder, stop: Callable[[], bool]
 ) -> dict[str, Any]:
     """Trains one model, from the checkpoint in ``folder`` if there is one, and returns its last validation."""
-    device = view.pick_device(config.device)
+    device = runs.pick_device(config.device)
     torch.set_float32_matmul_precision("high")  # lets a GPU use its tensor cores; no effect on a CPU
     torch.manual_seed(config.seed)
     net: Any = (model := build_model(config, corpus.vocabulary).to(device))
@@ -187,7 +187,7 @@ def train(
     for block in (*model.get_submodule("transformer.h").children(), model) if config.parallel == "fsdp" else ():
         fully_shard(block)
     hook = RepresentationHook(model, config.layers)
-    settings = view.config_of(method, gapt)  # one loop trains them all: plain is a gate that never opens
+    settings = runs.config_of(method, gapt)  # one loop trains them all: plain is a gate that never opens
     optimizer = GAPTOptimizer(make_optimizers(config, model), hook, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
     if config.compile:
@@ -240,7 +240,7 @@ def train(
             if stopped or step == config.steps or step % config.save_every == 0:
                 folder.save_checkpoint(step, model, optimizer, schedule, say=tqdm.write)
             if stopped:
-                raise view.StoppedError(f"{method}: stopped after step {step} of {config.steps}; go on with --resume")
+                raise runs.StoppedError(f"{method}: stopped after step {step} of {config.steps}; go on with --resume")
         final = validate()
     if not math.isfinite(final["loss"]):
         raise FloatingPointError(f"{method}: the loss is {final['loss']}; try a smaller --lr")
@@ -252,7 +252,7 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
     # A gate on validations compresses shortly and strongly, to undo what was learned by heart.
     strong = GAPTConfig(gate=GateConfig.validation(), objective=ObjectiveConfig(weight=30.0))
     gates = {"train": GAPTConfig(), "validation": strong}
-    config, gapt, folder = view.open_run(Config, argv, PRESETS, lambda config: gates[config.signal])
+    config, gapt, folder = runs.open_run(Config, argv, PRESETS, lambda config: gates[config.signal])
     rows, angles, shards = config.accumulation * config.batch_size, gapt.alignment.parameter_every, config.parallel
     for wrong, message in (
         (min(config.size[:3]) < 1 or config.size[1] % config.size[2], "--size: width must be a multiple of heads"),
@@ -263,8 +263,8 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
         (config.optimizer == "adamw8bit" and shards == "fsdp", "--optimizer adamw8bit: not over shards; take adamw"),
     ):
         if wrong:
-            raise view.CommandError(message)
-    view.pick_device(config.device)
+            raise runs.CommandError(message)
+    runs.pick_device(config.device)
     place = folder.read_json("settings.json")["corpus"] if config.resume else ""
     if not config.resume:
         source, words = text.open_source(config.data)
@@ -276,7 +276,7 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
         with torch.device("meta"):
             RepresentationHook(build_model(config, corpus.vocabulary), config.layers).remove()
     except ValueError as error:
-        raise view.CommandError(f"--layers: {error}") from error
+        raise runs.CommandError(f"--layers: {error}") from error
     free = {f"config.{name}" for name in FREE.split()[: -2 if gapt.gate.signal == "validation" else None]}
     settings = {"config": config.model_dump(), "gapt": gapt.model_dump(), "corpus": place}
     folder.begin(settings, free=free, children=config.methods, replace=config.overwrite, keep=place)
@@ -284,11 +284,11 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
 
 
 def main() -> None:
-    config, gapt, place = view.on_first_rank(lambda: begin(sys.argv[1:]))
+    config, gapt, place = runs.on_first_rank(lambda: begin(sys.argv[1:]))
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    folder = view.RunFolder(config.out)
+    folder = runs.RunFolder(config.out)
     corpus = text.load(folder.path / place, config.context, config.train_tokens)
-    with view.stopping() as stop:
+    with runs.stopping() as stop:
         for method in config.methods:
             train(config, gapt, corpus, method, folder.child(method), stop)
     if RANK == 0:
@@ -297,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    view.run_script(main)
+    runs.run_script(main)

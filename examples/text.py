@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapt_optim.viewing import CommandError, RunFolder, problem_within
+from gapt_optim.runs import CommandError, RunFolder, problem_within
 
 FINEWEB, SUBSET, HUB_SECONDS = "HuggingFaceFW/fineweb", "sample-10BT", 5.0
 GPT2_VOCABULARY, END = 50257, "<|endoftext|>"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .errors import CommandError
+from ..runs import CommandError
 
 if TYPE_CHECKING:
     from .history import RunHistory

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import CommandError
+from ..runs import CommandError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 

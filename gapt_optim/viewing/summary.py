@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .._version import __version__
-from .run_folder import RESULTS, RunFolder
+from ..runs.run_folder import RESULTS, RunFolder
 
 Run = Mapping[str, Any]
 _ROWS: dict[str, Callable[[Run], float]] = {

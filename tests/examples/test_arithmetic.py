@@ -13,7 +13,8 @@ from arithmetic import CONTEXT, SYMBOLS, TEST, TRAINING, VALIDATION, Config, ans
 from torch import nn
 
 from gapt_optim import GAPTConfig, GateConfig, RepresentationHook, viewing
-from gapt_optim.viewing import read_run, run_script
+from gapt_optim.runs import run_script
+from gapt_optim.viewing import read_run
 
 SMALL: dict[str, Any] = {
     "layers": 1, "width": 16, "heads": 2, "steps": 6, "batch": 8, "problems": 16, "evaluate_every": 3, "seed": 0,

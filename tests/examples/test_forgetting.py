@@ -12,7 +12,8 @@ import torch
 from forgetting import Config
 
 from gapt_optim import EntropyConfig, GAPTConfig, GateConfig, ObjectiveConfig, viewing
-from gapt_optim.viewing import read_run, run_script
+from gapt_optim.runs import run_script
+from gapt_optim.viewing import read_run
 
 METHODS = ("plain", "penalty", "published", "gapt")
 LINEAR = EntropyConfig(kernel="linear", center=False)

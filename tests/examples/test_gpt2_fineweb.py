@@ -21,7 +21,8 @@ import torch
 from gpt2_fineweb import PRESETS, Config, batch, build_model, learning_rate, make_optimizers
 
 from gapt_optim import GAPTConfig, GateConfig, viewing
-from gapt_optim.viewing import CommandError, RunFolder, StoppedError, read_metrics, run_script
+from gapt_optim.runs import CommandError, RunFolder, StoppedError, run_script
+from gapt_optim.viewing import read_metrics
 from tests.examples.conftest import ROOT, Interrupting
 
 DATA = Path(os.environ.get("GAPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from text import Corpus, Source, hub_problem, load, make_bpe, open_source, prepare
 
-from gapt_optim.viewing import CommandError, RunFolder
+from gapt_optim.runs import CommandError, RunFolder
 
 
 def read(path: Path) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gapt_optim import GAPTConfig, GateConfig
-from gapt_optim.viewing import CommandError, StoppedError, config_of, problem_within, run_script, summary
+from gapt_optim.runs import CommandError, StoppedError, config_of, problem_within, run_script
+from gapt_optim.viewing import summary
 
 
 @pytest.mark.parametrize(

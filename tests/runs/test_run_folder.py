@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gapt_optim import GAPTOptimizer, RepresentationHook
-from gapt_optim.viewing import RunFolder, RunFolderError
+from gapt_optim.runs import RunFolder, RunFolderError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -273,8 +273,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, {root!r})
-from gapt_optim.viewing import RunFolder
-from tests.viewing.test_run_folder import trained
+from gapt_optim.runs import RunFolder
+from tests.runs.test_run_folder import trained
 folder = RunFolder.claim({path!r}, resume=True).child("gapt")
 model, optimizer, schedule = trained(3)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))  # larger files fail as on a full disk

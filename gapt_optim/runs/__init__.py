@@ -1,0 +1,66 @@
+"""Around a training run: its folder on disk, and what a script needs (flags, errors of one line, a stop between steps).
+
+Nothing here is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CommandError
+    from .run_folder import RunFolder, RunFolderError
+    from .scripts import (
+        StoppedError,
+        config_of,
+        on_first_rank,
+        open_run,
+        pick_device,
+        problem_within,
+        read_flags,
+        run_script,
+        stopping,
+    )
+
+_HOMES = {
+    "CommandError": "errors",
+    "RunFolder": "run_folder",
+    "RunFolderError": "run_folder",
+    "StoppedError": "scripts",
+    "config_of": "scripts",
+    "on_first_rank": "scripts",
+    "open_run": "scripts",
+    "pick_device": "scripts",
+    "problem_within": "scripts",
+    "read_flags": "scripts",
+    "run_script": "scripts",
+    "stopping": "scripts",
+}
+
+__all__ = [
+    "CommandError",
+    "RunFolder",
+    "RunFolderError",
+    "StoppedError",
+    "config_of",
+    "on_first_rank",
+    "open_run",
+    "pick_device",
+    "problem_within",
+    "read_flags",
+    "run_script",
+    "stopping",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
