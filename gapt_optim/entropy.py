@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -254,10 +253,14 @@ class KernelMatrix:
         self.rho = matrix.mul_(self.inverse) if kernel.center else matrix * self.inverse
         """(n, n, windows), the matrix with trace 1."""
 
-    @cached_property
+        self._purity: Tensor | None = None
+
+    @property
     def purity(self) -> Tensor:
-        """(windows,) tr(rho²)"""
-        return self.rho.square().sum((0, 1))
+        """(windows,) tr(rho²), computed once. A cached_property holds a lock, which breaks a compiled graph."""
+        if self._purity is None:
+            self._purity = self.rho.square().sum((0, 1))
+        return self._purity
 
     def differential(self, factor: Tensor) -> Tensor:
         """2 dS/dK of the linear Gram matrices, from 2 dS/d(matrix), in its place."""
@@ -346,7 +349,8 @@ def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     share = z.sum(-2).square().sum(-1) * _inverse(squares.sum(-1)) / live.clamp(min=1)
     with _full_precision(z):
         y = _kernel_rows(z, CENTERED_COSINE)
-        grams = (windows_last(_matmul(rows.mT, rows)) for rows in (z, y))
+        # Not windows_last, whose choice by size would cost a compiled model another compilation.
+        grams = (_matmul(rows.mT, rows).permute(1, 2, 0) for rows in (z, y))
         linear, cosine = (_collision_entropy(KernelMatrix(gram, LINEAR).purity) for gram in grams)
     return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
 

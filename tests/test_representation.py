@@ -182,6 +182,7 @@ def test_errors_of_an_output_name_the_module(
         optimizer.objective(model(torch.randn(2, 5, 4)).sum())
 
 
+@pytest.mark.filterwarnings("ignore:the entropy of layer .* is 0 whatever happens:UserWarning")  # of the last shapes
 @pytest.mark.parametrize("shape", [(11, 6), (3, 11, 6), (2, 6, 3, 5), (2, 6, 2, 3, 3), (1, 6), (2, 1, 6)])
 @pytest.mark.parametrize("window", [4, None])
 def test_shapes(shape: tuple[int, ...], window: int | None) -> None:

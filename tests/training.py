@@ -29,11 +29,11 @@ def config(
     activation: bool = True,
     alignment: dict[str, Any] | None = None,
 ) -> GAPTConfig:
-    """A gate frozen in ``phase``, and the given parts; ``counting`` is that of the layers."""
+    """A gate frozen in ``phase``, weight 1, and the given parts; ``counting`` is that of the layers."""
     return GAPTConfig(
         gate=GateConfig(initial_phase=phase, frozen=True),
         entropy=EntropyConfig(**(entropy or {})),
-        objective=ObjectiveConfig(**(objective or {})),
+        objective=ObjectiveConfig(**({"weight": 1.0} | (objective or {}))),
         layers=LayerConfig(**(counting or {})),
         alignment=AlignmentConfig(**({"activation": activation} | (alignment or {}))),
     )

@@ -53,6 +53,8 @@ class _Case:
 
     def setting(self, section: str, name: str) -> Any:
         """A setting of the run; the library's default where the run does not say."""
+        if (section, name) == ("gate", "frozen") and self.run.settings.get("method") in ("plain", "penalty"):
+            return True  # what a comparison calls a gate that never leaves its first phase
         table = find_section(self.run.settings, section)
         value = table.get(name)
         return self.defaults[section][name] if value is None else value
@@ -169,7 +171,7 @@ class _Case:
             return []
         name = min(pressed, key=lambda layer: pressed[layer][1])
         before, after = pressed[name]
-        layers = f"Layer {name}" if len(pressed) == 1 else f"{len(pressed)} layers were; the lowest, {name},"
+        layers = f"Layer {name}" if len(pressed) == 1 else f"Of {len(pressed)} such layers the lowest, {name},"
         return [_diagnosis("pressed_below_use", layers=layers, entropy=after, rank=math.exp(after), before=before)]
 
     def kernels(self) -> list[Diagnosis]:

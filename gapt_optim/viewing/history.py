@@ -77,6 +77,12 @@ def read_run(folder: str | os.PathLike[str]) -> RunHistory:
     folder = Path(folder)
     steps, notes = _read(folder / "metrics.jsonl")
     settings = _read_table(folder / "settings.json", notes)
+    if not settings:
+        # A method of a comparison, whose settings lie beside the methods' folders.
+        shared = _read_table(folder.resolve().parent / "settings.json", [])
+        methods = shared.get("methods")
+        if isinstance(methods, list) and folder.resolve().name in methods:
+            settings = {**shared, "method": folder.resolve().name}
     marker = _read_table(folder / "run.json", notes)
     version = marker.get("version")
     about = (settings, tuple(notes), str(version) if version is not None else None)

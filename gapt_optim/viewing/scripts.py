@@ -221,7 +221,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 def on_first_rank(work: Callable[[], T]) -> T:
     """What ``work`` gives on the first of the ranks that torchrun started, for all of them, however long it takes.
 
-    Joins the process group. An error of ``work`` ends the first rank, and torchrun the others.
+    Joins the process group. What the user has to mend is raised on all ranks, so that none waits for another.
 
     >>> on_first_rank(lambda: "prepared")
     'prepared'
@@ -234,9 +234,17 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    outcome = [work() if dist.get_rank() == 0 else None]
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (CommandError, ImportError, OSError, SystemExit) as error:
+            outcome[1] = error
     dist.broadcast_object_list(outcome, group=control)
-    return outcome[0]  # type: ignore[return-value]
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 def problem_within(seconds: float, work: Callable[[], object]) -> str | None:

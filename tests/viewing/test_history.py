@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gapt_optim.viewing import diagnose, read_metrics, read_run
 from gapt_optim.viewing import history as module
-from gapt_optim.viewing import read_metrics, read_run
 from gapt_optim.viewing.history import changes_of_sign, layer_rows, values_of
 
 from .runs import records, write_lines, write_run
@@ -92,7 +92,6 @@ fields = st.sampled_from([*NUMBERS, *TABLES, "phase", "next_phase", "reason"])
 
 @given(st.lists(st.dictionaries(fields, json_values, max_size=5), max_size=4))
 def test_values_of_any_kind_do_no_harm(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
-    from gapt_optim.viewing import diagnose
     from gapt_optim.viewing.report import report_page
 
     folder = tmp_path_factory.mktemp("odd")
@@ -132,6 +131,17 @@ def test_layer_rows_of_every_measure(tmp_path: Path) -> None:
 def test_metrics_are_plain_records(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "m.jsonl", records(3))
     assert read_metrics(path) == records(3)
+
+
+def test_a_method_of_a_comparison_has_its_settings(tmp_path: Path) -> None:
+    write_run(tmp_path / "plain", plain=True, steps=400)
+    (tmp_path / "plain" / "settings.json").unlink()
+    (tmp_path / "settings.json").write_text(json.dumps({"methods": ["plain", "gapt"], "lr": 1}))
+    run = read_run(tmp_path / "plain")
+    assert run.settings == {"methods": ["plain", "gapt"], "lr": 1, "method": "plain"}
+    assert diagnose(run) == []  # plain training is not blamed for having no phases
+    (tmp_path / "settings.json").write_text(json.dumps({"methods": ["gapt"]}))
+    assert read_run(tmp_path / "plain").settings == {}
 
 
 def test_sign_changes() -> None:
