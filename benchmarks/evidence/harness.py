@@ -241,13 +241,17 @@ def _brief(record: Record) -> str:
 # Result files
 
 
-def write_results(name: str, records: Sequence[Record], command: str, folder: Path | None = None) -> Path:
+def write_results(
+    name: str, records: Sequence[Record], command: str, folder: Path | None = None, *, planned: int | None = None
+) -> Path:
     """Write the committed file of an experiment: settings, versions, command, values and thinned curves."""
     unique = list({json.dumps([r.task, r.settings], sort_keys=True): r for r in records}.values())
     content = {
         "experiment": name,
         "command": command,
         "versions": versions(),
+        "planned_runs": len(unique) if planned is None else planned,
+        "finished_runs": len(unique),
         "commits": sorted({record.commit for record in unique}),
         "seeds": sorted({record.settings["seed"] for record in unique}),
         "cpu_seconds": round(sum(record.seconds for record in unique)),
