@@ -154,7 +154,6 @@ def test_no_live_row_means_no_entropy(alpha: float, normalize: bool, kernel: str
     assert (gradient[0] == 0).all()
 
 
-@kernels
 @normalized
 @shapes
 @routes
