@@ -76,7 +76,7 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     gated = [r for r in records if r.settings["method"] in ("gapt", "penalty")]
     for (method, kernel, center, _), found in group(gated, "method", "kernel", "center", "weight").items():
         x, y = versus(found, plain, "separation"), versus(found, plain, "loss")
-        if x is None or y is None:
+        if x is None or y is None or len(found) < len(plain):
             continue
         name = f"{method}, {kernel_name({'kernel': kernel, 'center': center})}"
         points.setdefault(name, []).append((100 * x.change.mean, 100 * y.change.mean, spread([0]), spread([0])))
