@@ -137,10 +137,7 @@ class GAPTOptimizer(OptimizerWrapper):
             TypeError, ValueError: an argument is of another kind.
             RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
         """
-        check_loss(loss, scaled_by)
-        self._state.compare_ranks(loss.device)
-        self._state.forget_skipped(self.param_groups)
-        return self._state.objective(loss, scaled_by)
+        return self._record(loss, scaled_by)
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, scaled_by: float = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -150,10 +147,17 @@ class GAPTOptimizer(OptimizerWrapper):
             scale: factor on what is differentiated, such as 1 / micro-batches. With a GradScaler, use
                 ``scaler.scale(optimizer.objective(loss)).backward()``: it must see what it scales.
         """
-        total, part = self.objective(loss, scaled_by=scaled_by), loss
+        total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale
         self._state.differentiate(total, part, scale * scaled_by, self.param_groups)
+
+    def _record(self, loss: Tensor, scaled_by: float) -> Tensor:
+        # Called by both of the above, so that a warning points at the line of the user's own that called either.
+        check_loss(loss, scaled_by)
+        self._state.compare_ranks(loss.device)
+        self._state.forget_skipped(self.param_groups)
+        return self._state.objective(loss, scaled_by)
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
         """Step the wrapped optimizer, then let the gate choose the phase of the next step.
@@ -191,8 +195,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Frameworks that skip a step by themselves, as on an overflow in half precision, call this.
         """
-        self._state.forget()
-        self._state.begin()
+        self._state.discard()
 
     def record_validation(self, loss: float | Tensor) -> None:
         """Give a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.

@@ -276,7 +276,7 @@ def read_results(name: str, folder: Path | None = None) -> list[Record]:
     ]
 
 
-def thin(result: Result, points: int = 60) -> Result:
+def thin(result: Result, points: int = 200) -> Result:
     """The result with 5 significant digits, and curves of at most about ``points`` values that keep the last one."""
     longest = max((len(v) for v in result.get("curve", {}).values()), default=0)
     every = max(1, -(-longest // points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import astuple, dataclass
 
@@ -37,7 +38,7 @@ class EvasionWatch:
         self._warned = False
 
     def look(self, plan: StepPlan, reading: Reading) -> None:
-        """Take the numbers of one step.
+        """Take the numbers of one step. Those of a layer that are not all finite are passed over.
 
         Warns:
             UserWarning: once, where a pressed entropy has halved and the centered cosine entropy fell by less than a
@@ -56,6 +57,8 @@ class EvasionWatch:
                     measures.norm_ratio,
                     measures.mean_share,
                 )
+                if not all(map(math.isfinite, astuple(here))):
+                    continue
                 self._now[name] = self._now[name].moved_to(here) if name in self._now else here
                 if self._compressed:
                     self._compare(name, self._before.setdefault(name, here), self._now[name])

@@ -159,6 +159,12 @@ class StepState:
         self.store.clear_statistics()
         self.record.clear()
 
+    def discard(self) -> None:
+        """No step is taken: what was captured and recorded for it goes, and its plan is made anew."""
+        self.forget()
+        self._divided.forget()
+        self.begin()
+
     def record_validation(self, loss: float | Tensor) -> None:
         """One held-out loss.
 
@@ -277,8 +283,7 @@ class StepState:
             self.progress.load_state_dict(state)
         self.store.ran = set() if state is None else set(state["ran"])
         self._ranks_compared = False
-        self.forget()
-        self.begin()
+        self.discard()
 
 
 def _largest_learning_rate(groups: list[dict[str, Any]]) -> float | None:
@@ -302,7 +307,7 @@ def notify(observers: list[Observer], metrics: StepMetrics) -> None:
             warnings.warn(
                 f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -135,7 +135,7 @@ def test_alignment_in_both_spaces_is_related_phase_by_phase() -> None:
 
 @pytest.mark.parametrize("truth", [-0.6, 0.0, 0.6])
 def test_the_cosine_of_noisy_gradients(truth: float) -> None:
-    """Noise that both gradients of a micro-batch share is not taken for agreement, and the error is about the scatter."""
+    """Noise that both gradients of a micro-batch share is not taken for agreement; the error is about the scatter."""
     import torch
 
     from benchmarks.evidence.tasks.cycle import cross_cosine
