@@ -27,7 +27,7 @@ def hidden_tensor(output: Any) -> Any:
     if isinstance(output, Mapping):
         tensors = [value for value in output.values() if isinstance(value, Tensor)]
         return output.get("last_hidden_state", tensors[0] if len(tensors) == 1 else None)
-    if isinstance(output, tuple | list) and output:
+    if isinstance(output, (tuple, list)) and output:  # Dynamo of torch 2.6 knows no tuple | list
         return output[0]
     return None
 
@@ -51,9 +51,9 @@ def _batch_first(module: Any) -> bool | None:
     for wrapper in ("_orig_mod", "_checkpoint_wrapped_module"):
         if isinstance(getattr(module, wrapper, None), nn.Module):
             return _batch_first(getattr(module, wrapper))
-    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         return _batch_first(module.layers[0]) if len(module.layers) else None
-    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return _batch_first(module.self_attn)
     return None
 
@@ -83,7 +83,7 @@ def replace_tensor(output: Any, old: Tensor, new: Tensor, name: str) -> Any:
 def _replace_within(output: Any, old: Tensor, new: Tensor) -> Any:
     if output is old:
         return new
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         items = [_replace_within(item, old, new) for item in output]
         if all(item is None for item in items):
             return None
