@@ -41,11 +41,6 @@ class StepPlan:
         return self.config.alignment.activation
 
     @property
-    def counted(self) -> list[str]:
-        """The layers that count in the objective."""
-        return list(self.shares)
-
-    @property
     def entropy_flows(self) -> bool:
         """Entropy gradients reach the taps, to be followed or to be measured."""
         return self.compressing or self.parameter_alignment or self.activation_alignment
