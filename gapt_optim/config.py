@@ -164,7 +164,9 @@ class LayerConfig(_Section):
     """
 
     schedule: Literal["all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"] = "all"
-    """Weight of each layer at each step of compression; see :mod:`gapt_optim.layers`."""
+    """Which layers are pressed at each step of compression: `all` alike; `rotate` one in turn; `alternate` every other
+    one; `blocks` a third of the depth in turn; `progressive` the last one first, then more; `valley` the middle most,
+    `mountain` the ends most, `slope` the late ones most."""
 
     skip_first: int = Field(0, ge=0)
     """Leading layers that are left out. Applies only where more than skip_first + skip_last are tapped."""
@@ -173,7 +175,9 @@ class LayerConfig(_Section):
     """Trailing layers that are left out, under the same condition."""
 
     reduce: Literal["mean", "max", "min", "largest_drop", "rises", "bottleneck", "valley"] = "mean"
-    """How the layers' entropies become the one that is minimized; see :mod:`gapt_optim.layers`."""
+    """How the layers' entropies become the one that is minimized: their `mean`, `max` or `min`; `largest_drop`, the layer
+    behind the steepest fall; `rises`, the sum of what rises from layer to layer; `bottleneck`, the lowest and its
+    neighbours; `valley`, the lowest, plus rises before it and falls behind it."""
 
     period: int = Field(100, ge=1)
     """Compression steps for which `blocks` stays on a block and `progressive` on a depth."""
