@@ -96,7 +96,7 @@ class GAPTOptimizer(OptimizerWrapper):
         self._config, self._hook, self._observers = config, hook, list(observers)
         store = store_of(hook)
         self._state = StepState(config, store, process_group, announce=announce)
-        self._state.refuse_unmeasurable(self.param_groups)
+        self._state.refuse_incomparable(self.param_groups)
         self._state.begin()  # attaches the hook: nothing may be refused from here on
         weakref.finalize(self, store.release)  # a hook outlives its optimizer; what it captures then would be kept
 
@@ -135,7 +135,8 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: an argument is of another kind.
-            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
+            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it. Or the loss has no
+                graph.
         """
         return self._record(loss, scaled_by)
 

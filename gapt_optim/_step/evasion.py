@@ -78,7 +78,7 @@ class EvasionWatch:
 
 
 def _what_happened(before: _Level, now: _Level) -> str:
-    """Which of the two ways out was taken: the one whose measure went further of the way that it can go."""
+    """Which of the two ways out was taken: the one that went further of the way that it can go."""
     longer = 1 - before.norm_ratio / now.norm_ratio if now.norm_ratio > 0 else 0.0
     shared = (now.mean_share - before.mean_share) / max(1 - before.mean_share, 1e-9)
     lengths = f"a few tokens grew long (norm ratio {before.norm_ratio:.3g} -> {now.norm_ratio:.3g})"
