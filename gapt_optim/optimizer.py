@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from ._capture import RepresentationHook, store_of
 from ._objective import check_loss
 from ._step import StepState, checked_state, notify, warn_of_another_model
-from ._torch.bases import Bases
-from ._torch.wrapper import OptimizerWrapper
+from ._torch import Bases, OptimizerWrapper
 from .config import GAPTConfig
 from .gate import Phase
 from .metrics import Observer, StepMetrics

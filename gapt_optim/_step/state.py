@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, SupportsFloat, TypeGuard
 
 import torch
@@ -309,18 +309,3 @@ def notify(observers: list[Observer], metrics: StepMetrics) -> None:
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def warn_of_another_model(model: nn.Module | None, groups: list[dict[str, Any]], bases: Sequence[object]) -> None:
-    """The hook was made on a copy of the model: a mistake that trains as if nothing was wrong."""
-    watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
-    # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
-    if watched and not any(p in watched for group in groups for p in group["params"]):
-        warnings.warn(
-            f"optimizer ({', '.join(type(base).__name__ for base in bases)}) has none of the {len(watched)} trainable "
-            f"parameters of the hook's model ({type(model).__name__}): the entropy's gradients may go nowhere. Make "
-            "the hook on the model whose parameters the optimizer has; where that model is frozen on purpose, say so "
-            "with model.requires_grad_(False)",
-            UserWarning,
-            stacklevel=3,
-        )
