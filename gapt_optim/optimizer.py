@@ -134,7 +134,8 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: an argument is of another kind.
-            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it.
+            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it. Or the loss has no
+                graph.
         """
         return self._record(loss, scaled_by)
 

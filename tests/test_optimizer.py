@@ -623,6 +623,18 @@ def test_wrong_losses_are_refused(loss: Any, error: type[Exception], message: st
         optimizer.backward(loss)
 
 
+@pytest.mark.parametrize("config", [GAPTConfig(), GAPTConfig(gate=GateConfig(initial_phase="compression"))])
+def test_a_loss_without_a_graph_is_refused_as_by_torch(config: GAPTConfig) -> None:
+    model = make_net()
+    optimizer = wrap(model, config=config)
+    with pytest.raises(RuntimeError, match=r"loss does not require grad.*detach\(\)"):
+        optimizer.backward(loss_of(model, 0).detach())
+    assert set(gradients(model).values()) == {None}
+    optimizer.backward(loss_of(model, 0))
+    optimizer.step()
+    assert optimizer.metrics is not None
+
+
 def test_the_configuration_of_an_optimizer_is_not_replaced() -> None:
     optimizer = wrap(make_net())
     with pytest.raises(AttributeError, match="config"):

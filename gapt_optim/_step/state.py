@@ -106,6 +106,11 @@ class StepState:
     def objective(self, loss: Tensor, scaled_by: float) -> Tensor:
         """One micro-batch: records it, and returns what to differentiate."""
         calls = self.store.take(loss)
+        if not loss.requires_grad:  # the taps have a graph all the same: the entropy alone would train, or nothing
+            raise RuntimeError(
+                "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
+                "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
+            )
         self._zero_entropy.look(self.plan, calls)
         self._divided.add(loss, scaled_by)
         objective = build_objective(loss, calls, self.plan, scaled_by)

@@ -178,7 +178,7 @@ def _read_flags(name: str, argv: list[str]) -> tuple[Any, int]:
     except SystemExit as end:
         if not end.code:
             return None, 0
-    text = re.sub("[\u2500-\u257f]", " ", said.getvalue())
+    text = re.sub("[\u2500-\u257f]|-{3,}", " ", said.getvalue())  # a frame, in ASCII where the terminal has no more
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = re.split(r" (?:Argument helptext|For full|For more|Similar|Arguments? similar)", " ".join(lines))[0]
     message = re.sub(
@@ -229,6 +229,10 @@ def _profile(flags: ProfileCommand) -> int:
 
 def _compare(flags: CompareCommand) -> int:
     _check_outputs(flags.out)
+    compared = {flags.first.resolve(), flags.second.resolve()}
+    for path in flags.out:
+        if path.resolve() in compared:
+            raise CommandError(f"--out {path} is one of the profiles to compare; choose another name")
     from .layer_profile import Profile
     from .profile_view import comparison_table, print_table
 
@@ -252,6 +256,8 @@ def _compare(flags: CompareCommand) -> int:
 
 
 def _report(flags: ReportCommand) -> int:
+    if flags.out.suffix != ".html":  # a run or a script of the user's would be overwritten
+        raise CommandError(f"--out {flags.out} must end in .html")
     from .report import write_report
 
     runs = _given(flags.runs)
@@ -266,8 +272,7 @@ def _report(flags: ReportCommand) -> int:
 
 
 def _watch(flags: WatchCommand) -> int:
-    if not flags.run.is_dir():
-        raise CommandError(f"there is no folder {str(flags.run)!r}")
+    _check_folder(flags.run)
     if flags.interval <= 0 or flags.patience < 0:
         raise CommandError("--interval must be above 0 and --patience at least 0 seconds")
     from rich.console import Console
@@ -337,8 +342,7 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[RunHistory]]:
         name, equals, rest = spec.partition("=")
         named = bool(equals) and not Path(spec).exists()
         folder = Path(rest if named else spec)
-        if not folder.is_dir():
-            raise CommandError(f"there is no folder {str(folder)!r}")
+        _check_folder(folder)
         folders = {name if named else folder.resolve().name: folder}
         if not (folder / "metrics.jsonl").exists():
             inside = {child.name: child for child in sorted(folder.iterdir()) if (child / "metrics.jsonl").is_file()}
@@ -374,6 +378,13 @@ def _write_profiles(profiles: dict[str, Profile], paths: Sequence[Path], title: 
         except (OSError, ValueError) as error:
             raise CommandError(error) from error
         print(f"wrote {path}")
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        raise CommandError(f"{str(path)!r} is a file; give the folder of the run, {str(path.parent)!r}")
+    if not path.is_dir():
+        raise CommandError(f"there is no folder {str(path)!r}")
 
 
 def _check_outputs(paths: Sequence[Path]) -> None:

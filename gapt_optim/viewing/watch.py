@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..runs import CommandError
 from .history import Record, switches_of, values_of
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -25,7 +26,11 @@ class Follower:
         self._rest = b""
 
     def read(self) -> int:
-        """Take what is new; the number of new records."""
+        """Take what is new; the number of new records.
+
+        Raises:
+            CommandError: the file is there and cannot be read.
+        """
         try:
             size = self.path.stat().st_size
             if size < self._place:  # another run took the file's place
@@ -35,6 +40,8 @@ class Follower:
                 new = file.read()
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise CommandError(f"{self.path} cannot be read ({error.strerror})") from error
         self._place += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
         before = len(self.records)
@@ -44,7 +51,7 @@ class Follower:
             try:
                 record = json.loads(line)
                 record["step"] = int(record["step"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 self.unreadable += 1
                 continue
             # Only what is drawn: a run's layers need not fit into memory.
@@ -93,6 +100,8 @@ def screen(name: str, records: Sequence[Record], width: int, unreadable: int = 0
     shown.add_row("run", Text(name))
     if not records:
         shown.add_row("", "waiting for the first step")
+        if unreadable:
+            shown.add_row("note", Text(_unreadable(unreadable)))
         return shown
     last = records[-1]
     phase = str(last.get("phase") or "memorization")
@@ -111,8 +120,12 @@ def screen(name: str, records: Sequence[Record], width: int, unreadable: int = 0
     for step, phase, reason in list(islice(reversed(switches), 5)):
         shown.add_row("", Text(f"{step:>9,}  {reason}: {phase}"))
     if unreadable:
-        shown.add_row("note", Text(f"{unreadable} lines could not be read"))
+        shown.add_row("note", Text(_unreadable(unreadable)))
     return shown
+
+
+def _unreadable(lines: int) -> str:
+    return f"{lines} line{'s' if lines > 1 else ''} could not be read"
 
 
 def ended(folder: Path) -> bool:

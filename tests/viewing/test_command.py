@@ -124,6 +124,9 @@ RUN_ERRORS = [
     (["watch", "nowhere"], "there is no folder 'nowhere'"),
     (["watch", "empty", "--once"], "has no metrics.jsonl"),
     (["watch", "run", "--interval", "0"], "--interval must be above 0"),
+    (["report", "run", "--out", "run/metrics.jsonl"], "--out run/metrics.jsonl must end in .html"),
+    (["report", "run/metrics.jsonl"], "is a file; give the folder of the run, 'run'"),
+    (["watch", "run/metrics.jsonl"], "is a file; give the folder of the run, 'run'"),
     (["doctor"], "give the folder of at least one run"),
     (["doctor", "nowhere"], "there is no folder"),
 ]
@@ -154,6 +157,7 @@ PROFILE_ERRORS = [
     (["profile", "MODEL", "--data", "text.txt", "--batch-size", "many"], "--batch-size"),
     (["compare", "nowhere.json", "b.json"], "there is no file 'nowhere.json'"),
     (["compare", "bad.jsonl", "bad.jsonl"], "holds no profile"),
+    (["compare", "a.json", "b.json", "--out", "c.html", "./b.json"], "--out b.json is one of the profiles to compare"),
     (["nothing"], "there is no command 'nothing'"),
 ]
 
@@ -239,6 +243,15 @@ def test_watch_shows_phase_switches_and_lines(there: Path, capsys: pytest.Captur
     assert "compressed: memorization" in shown
     assert "plateau: compression" in shown
     assert "█" in shown
+
+
+def test_watch_of_what_is_no_metrics(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(there / "odd" / "metrics.jsonl", []).write_text('{"step": 1e999}\n[3]\nhello\n')
+    assert main(["watch", "odd", "--once"]) == 0
+    assert "3 lines could not be read" in capsys.readouterr().out
+    (there / "folder" / "metrics.jsonl").mkdir(parents=True)
+    assert main(["watch", "folder", "--once"]) == 2
+    assert "metrics.jsonl cannot be read" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_is_read_anew(tmp_path: Path) -> None:
