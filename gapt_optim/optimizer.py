@@ -211,7 +211,7 @@ class GAPTOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
         self._wrapped.zero_grad(set_to_none)
-        self._state.forget_gradients()
+        self._state.forget_gradients(self.param_groups)
 
     # State
 
