@@ -106,6 +106,8 @@ class PhaseGate:
         Non-finite values are ignored: the phase stays and nothing is remembered.
 
         Args:
+            loss: the loss that is judged, on any scale; nats for cross-entropy.
+            entropy: the entropy that compression minimizes, nats or in [0, 1].
             training_loss: where ``loss`` is a held-out one, the training loss of the same time.
             warming_up: the learning rate is being raised: a loss that does not fall yet is no plateau, and `smoothed`
                 does not count the update towards one. `published` knows no warm-up.

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from ._capture import RepresentationHook, store_of
 from ._objective import check_loss
 from ._step import StepState, checked_state, notify, warn_of_another_model
-from ._torch.bases import Bases
-from ._torch.wrapper import OptimizerWrapper
+from ._torch import Bases, OptimizerWrapper
 from .config import GAPTConfig
 from .gate import Phase
 from .metrics import Observer, StepMetrics
@@ -212,7 +211,7 @@ class GAPTOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
         self._wrapped.zero_grad(set_to_none)
-        self._state.forget_gradients()
+        self._state.forget_gradients(self.param_groups)
 
     # State
 

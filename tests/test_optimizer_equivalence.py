@@ -372,6 +372,28 @@ def test_skipped_step_leaves_no_trace(base: Any) -> None:
     assert [m.phase for m in seen] == [m.phase for m in reference]
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("skipped", [True, False])
+def test_zeroed_gradients_are_those_of_a_skipped_step_or_of_a_loop_that_zeroes_late(
+    skipped: bool, set_to_none: bool
+) -> None:
+    """A loss is forgotten where its gradients were zeroed, and kept where its backward comes after."""
+    model = make_net()
+    optimizer = wrap(model, sgd)
+    run(model, optimizer, range(1))
+    first = optimizer.objective(loss_of(model, 1))
+    if skipped:
+        first.backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    if not skipped:
+        first.backward()
+    optimizer.backward(loss_of(model, 2))
+    losses = [float(loss_of(model, i).detach()) for i in (1, 2)]
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.loss == pytest.approx(losses[1] if skipped else sum(losses) / 2, rel=1e-5)
+
+
 def test_validation_loss_survives_a_skipped_step() -> None:
     for base in SCALED_BASES.values():
         model = make_net()

@@ -1,12 +1,14 @@
-"""Mistakes that show in the numbers of a run, each told once."""
+"""Mistakes that train as if nothing was wrong, each told once."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._capture import Grams
 from .._plan import StepPlan
@@ -168,3 +170,18 @@ def _divisor(loss: Tensor) -> float | None:
         value = 1 / value if value else math.nan
     nearest = float(round(value)) if math.isfinite(value) else math.nan
     return nearest if math.isclose(value, nearest, rel_tol=1e-6) else None
+
+
+def warn_of_another_model(model: nn.Module | None, groups: list[dict[str, Any]], bases: Sequence[object]) -> None:
+    """The hook was made on a copy of the model: a mistake that trains as if nothing was wrong."""
+    watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
+    # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
+    if watched and not any(p in watched for group in groups for p in group["params"]):
+        warnings.warn(
+            f"optimizer ({', '.join(type(base).__name__ for base in bases)}) has none of the {len(watched)} trainable "
+            f"parameters of the hook's model ({type(model).__name__}): the entropy's gradients may go nowhere. Make "
+            "the hook on the model whose parameters the optimizer has; where that model is frozen on purpose, say so "
+            "with model.requires_grad_(False)",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .._torch.wrapper import START_FRESH, STATE_KEY
+from .._torch import START_FRESH, STATE_KEY
 from ..config import GAPTConfig, GateConfig
 from ..gate import Phase, PhaseGate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, SupportsFloat, TypeGuard
 
 import torch
@@ -55,8 +55,9 @@ class StepState:
         self.progress = Progress(config.gate)
         self.record = StepRecord(store.names)
         self.metrics: StepMetrics | None = None
-        self.zeroed = False
-        """zero_grad was called since the last objective."""
+        self._zeroed: dict[Tensor, tuple[Tensor, int]] | None = None
+        """By parameter, the gradients that zero_grad left since the last objective, with their versions; None where it
+        was not called."""
         self._evasion = EvasionWatch()
         self._zero_entropy, self._small_share, self._divided = ZeroEntropyHint(), SmallShareHint(), DividedLossHint()
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
@@ -144,15 +145,20 @@ class StepState:
         model: nn.Module | None = self.store.model()
         return Compared.of(self.plan, model, groups)
 
-    def forget_gradients(self) -> None:
+    def forget_gradients(self, groups: list[dict[str, Any]]) -> None:
         """Gradients were zeroed: what was compared with them is gone."""
-        self.zeroed, self._comparison = True, None
+        self._comparison = None
+        if self.record.sums is not None:
+            gradients = {p: p.grad for group in groups for p in group["params"] if p.grad is not None}
+            self._zeroed = {p: (gradient, gradient._version) for p, gradient in gradients.items()}
 
     def forget_skipped(self, groups: list[dict[str, Any]]) -> None:
         """GradScaler does not call ``step`` on an overflow: what was recorded for it went with its gradients."""
-        gone = self.zeroed and self.record.sums is not None
-        self.zeroed = False
-        if gone and all(p.grad is None for group in groups for p in group["params"]):
+        zeroed, self._zeroed = self._zeroed, None
+        if zeroed is None or self.record.sums is None:
+            return
+        # Gradients that are as zero_grad left them have had no backward since.
+        if all(_is_as_noted(p.grad, zeroed.get(p)) for group in groups for p in group["params"]):
             self.store.clear_statistics()
             self.record.clear()
             self._divided.forget()
@@ -298,6 +304,11 @@ def _largest_learning_rate(groups: list[dict[str, Any]]) -> float | None:
     return max((lr for lr in known if math.isfinite(lr)), default=None)
 
 
+def _is_as_noted(gradient: Tensor | None, noted: tuple[Tensor, int] | None) -> bool:
+    """There is no gradient, or the one that was noted, and nothing has been added to it."""
+    return gradient is None or (noted is not None and noted[0] is gradient and noted[1] == gradient._version)
+
+
 def _is_number(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.numel() == 1
 
@@ -314,18 +325,3 @@ def notify(observers: list[Observer], metrics: StepMetrics) -> None:
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def warn_of_another_model(model: nn.Module | None, groups: list[dict[str, Any]], bases: Sequence[object]) -> None:
-    """The hook was made on a copy of the model: a mistake that trains as if nothing was wrong."""
-    watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
-    # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
-    if watched and not any(p in watched for group in groups for p in group["params"]):
-        warnings.warn(
-            f"optimizer ({', '.join(type(base).__name__ for base in bases)}) has none of the {len(watched)} trainable "
-            f"parameters of the hook's model ({type(model).__name__}): the entropy's gradients may go nowhere. Make "
-            "the hook on the model whose parameters the optimizer has; where that model is frozen on purpose, say so "
-            "with model.requires_grad_(False)",
-            UserWarning,
-            stacklevel=3,
-        )

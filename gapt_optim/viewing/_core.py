@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .._capture import Layers, hidden_tensor, padded, select_layers
-from .._capture.outputs import puts_sequence_first
+from .._capture import Layers, hidden_tensor, padded, puts_sequence_first, select_layers
 from ..entropy import Kernel, KernelMatrix, entropy_of_gram, windows_last
 
 __all__ = [

@@ -20,6 +20,9 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._start_over()
+
+    def _start_over(self) -> None:
         self.records: list[Record] = []
         self.unreadable = 0
         self._place = 0
@@ -34,7 +37,7 @@ class Follower:
         try:
             size = self.path.stat().st_size
             if size < self._place:  # another run took the file's place
-                self.__init__(self.path)  # type: ignore[misc]
+                self._start_over()
             with self.path.open("rb") as file:
                 file.seek(self._place)
                 new = file.read()
