@@ -2,7 +2,6 @@
 
     python examples/forgetting.py                                      # half and half: seconds
     python examples/forgetting.py --setting sequential --methods plain penalty published gapt
-    python examples/forgetting.py --gapt.objective.weight 1
 
 A random network, shifted both ways along a random direction, makes two teachers that disagree; a student hears both.
 """
@@ -46,10 +45,12 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers befor
 import torch
 from torch import Tensor, nn
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, Measures, RepresentationHook, runs
+from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, Measures, ObjectiveConfig, RepresentationHook, runs
 from gapt_optim import viewing as view
 
 INPUTS, HIDDEN, OUTPUTS, TRAINING, TEST = 10, 20, 10, 500, 100
+# A window holds samples of one experience. What they share is that experience, so their mean must not be taken off.
+GAPT = GAPTConfig(entropy=EntropyConfig(center=False), objective=ObjectiveConfig(weight=1.0))
 
 
 class Network(nn.Module):
@@ -119,8 +120,7 @@ def train(
     student, p, n = make_task()
     order = batch_order(config, torch.Generator().manual_seed(config.seed + 1_000_003))
     inputs, answers = torch.cat([p.inputs, n.inputs])[order], torch.cat([p.answers, n.answers])[order]
-    old = {"sequential": p, "finetune": n}.get(config.setting)  # what is no longer seen in the second half
-    learned = math.nan
+    old, learned = {"sequential": p, "finetune": n}.get(config.setting), math.nan  # not seen in the second half
 
     def rate(step: int) -> float:
         return 1.0 if config.schedule == "constant" else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -182,7 +182,7 @@ def evaluate(
 
 
 def main() -> None:
-    config, gapt, folder = runs.open_run(Config, sys.argv[1:])
+    config, gapt, folder = runs.open_run(Config, sys.argv[1:], gapt_default=lambda config: GAPT)
     settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
     folder.begin(settings, children=config.methods, replace=config.overwrite)
     for method in config.methods:

@@ -26,7 +26,7 @@ FIELDS = ("size", "context", "batch_size", "accumulation", "steps", "warmup", "l
 PRESETS = {
     name: dict[str, Any](zip(FIELDS, values, strict=True))
     for name, *values in (  # size: layers, width, heads, and tokens of the BPE to learn (0: GPT-2's own)
-        ("demo", (4, 128, 4, 2048), 128, 16, 1, 300, 30, 3e-3),
+        ("demo", (3, 64, 2, 257), 128, 8, 1, 700, 30, 4e-3),  # bytes, and a separator
         ("nano", (3, 64, 2, 4096), 128, 8, 1, 300, 20, 4e-3),
         ("micro", (4, 192, 3, 4096), 128, 16, 1, 400, 30, 2e-3),
         ("mini", (6, 384, 6, 8192), 256, 32, 1, 4000, 200, 1e-3),
@@ -55,12 +55,12 @@ class Config(BaseModel):
     overwrite: bool = False  # Replace the run in --out.
     quiet: bool = False  # No progress bars.
     seed: int = Field(0, ge=0, lt=2**63)  # Of weights and batches.
-    size: Annotated[tuple[int, int, int, int], N] = (4, 128, 4, 2048)  # Layers, width, heads, BPE (0: GPT-2's).
-    steps: int = Field(300, ge=1)  # Optimizer steps.
-    batch_size: int = Field(16, ge=1)  # Sequences in a micro-batch.
+    size: Annotated[tuple[int, int, int, int], N] = (3, 64, 2, 257)  # Layers, width, heads, BPE (0: GPT-2's).
+    steps: int = Field(700, ge=1)  # Optimizer steps.
+    batch_size: int = Field(8, ge=1)  # Sequences in a micro-batch.
     accumulation: int = Field(1, ge=1)  # Micro-batches in a step.
     context: int = Field(128, ge=2)  # Tokens in a sequence.
-    lr: float = Field(3e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
+    lr: float = Field(4e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
     warmup: int = Field(30, ge=0)  # Steps of linear warm-up, before half a cosine to a tenth.
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # Of the matrices.
     clip: float = Field(1.0, gt=0)  # Largest norm of the gradient.
@@ -69,7 +69,7 @@ class Config(BaseModel):
     signal: Annotated[Literal["train", "validation"], NAME] = "train"  # The loss that the gate judges, or validation.
     layers: str = "transformer.h.*"  # Glob of the modules that are watched.
     train_tokens: int = Field(0, ge=0)  # Only the first N of the corpus; 0: all.
-    eval_every: int = Field(50, ge=1)  # Steps between validations.
+    eval_every: int = Field(100, ge=1)  # Steps between validations.
     eval_sequences: int = Field(128, ge=1)  # Sequences in a validation.
     save_every: int = Field(100, ge=1)  # Steps between checkpoints.
     device: str = "auto"  # cpu, cuda, ...

@@ -21,7 +21,7 @@ class StepPlan:
     shares: dict[str, float]
     """Of the layers that count in the objective, each one's share of the pressure. They sum to 1."""
     parameter_alignment: bool
-    """The angle between parameter gradients is measured."""
+    """The angle between parameter gradients is taken."""
     group: dist.ProcessGroup | None
     """Ranks to average over; None for a single process."""
 
@@ -41,13 +41,8 @@ class StepPlan:
         return self.config.alignment.activation
 
     @property
-    def counted(self) -> list[str]:
-        """The layers that count in the objective."""
-        return list(self.shares)
-
-    @property
     def entropy_flows(self) -> bool:
-        """Entropy gradients reach the taps, to be followed or to be measured."""
+        """Entropy gradients reach the taps, to be followed or to be compared with those of the loss."""
         return self.compressing or self.parameter_alignment or self.activation_alignment
 
     def passes_entropy(self, layer: str) -> bool:

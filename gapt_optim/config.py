@@ -164,7 +164,9 @@ class LayerConfig(_Section):
     """
 
     schedule: Literal["all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"] = "all"
-    """Weight of each layer at each step of compression; see :mod:`gapt_optim.layers`."""
+    """Which layers are pressed at each step of compression: `all` alike; `rotate` one in turn; `alternate` every other
+    one; `blocks` a third of the depth in turn; `progressive` the last one first, then more; `valley` the middle most,
+    `mountain` the ends most, `slope` the late ones most."""
 
     skip_first: int = Field(0, ge=0)
     """Leading layers that are left out. Applies only where more than skip_first + skip_last are tapped."""
@@ -173,7 +175,9 @@ class LayerConfig(_Section):
     """Trailing layers that are left out, under the same condition."""
 
     reduce: Literal["mean", "max", "min", "largest_drop", "rises", "bottleneck", "valley"] = "mean"
-    """How the layers' entropies become the one that is minimized; see :mod:`gapt_optim.layers`."""
+    """How the layers' entropies become the one that is minimized: their `mean`, `max` or `min`; `largest_drop`, the
+    layer behind the steepest fall; `rises`, the sum of what rises from layer to layer; `bottleneck`, the lowest and
+    its neighbours; `valley`, the lowest, plus rises before it and falls behind it."""
 
     period: int = Field(100, ge=1)
     """Compression steps for which `blocks` stays on a block and `progressive` on a depth."""
@@ -189,30 +193,32 @@ class LayerConfig(_Section):
 
 
 class AlignmentConfig(_Section):
-    """What is measured of the angle between loss and entropy gradients.
+    """Where and how often the angle between loss and entropy gradients is taken.
 
     >>> AlignmentConfig(parameter_every=50).activation
     True
     """
 
     activation: bool = True
-    """Measure at every tapped layer, every step, in the one backward pass."""
+    """At every tapped layer, every step, in the one backward pass."""
 
     parameter_every: int = Field(0, ge=0)
-    """Measure between parameter gradients every so many optimizer steps; 0 = never."""
+    """Between parameter gradients, every so many optimizer steps; 0 = never."""
 
     parameter_streaming: bool = False
-    """Hold the entropy gradient of one parameter at a time instead of a buffer of all. Measures the first
+    """Hold the entropy gradient of one parameter at a time instead of a buffer of all. Compares the first
     micro-batch of the step; for one process, and objectives with reduce="mean", schedule="all", combine="sum"."""
 
     project_parameters: bool = False
-    """On the steps that measure, remove from the parameters' entropy gradient the part that
+    """On the steps of parameter alignment, remove from the parameters' entropy gradient the part that
     points against the loss gradient. Changes the run; needs parameter_every > 0."""
 
     @model_validator(mode="after")
-    def _project_needs_measurement(self) -> AlignmentConfig:
+    def _project_needs_alignment(self) -> AlignmentConfig:
         if self.project_parameters and self.parameter_every == 0:
-            raise ValueError("project_parameters=True needs parameter_every > 0: it acts on the steps that measure")
+            raise ValueError(
+                "project_parameters=True needs parameter_every > 0: it acts on the steps of parameter alignment"
+            )
         if self.project_parameters and self.parameter_streaming:
             raise ValueError("project_parameters=True needs the whole entropy gradient: set parameter_streaming=False")
         return self

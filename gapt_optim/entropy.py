@@ -336,7 +336,8 @@ def measures_of_gram(gram: Tensor, known: KernelMatrix) -> tuple[Tensor, Tensor]
     linear, cosine = (
         known if known.kernel == kernel else KernelMatrix(gram, kernel) for kernel in (LINEAR, CENTERED_COSINE)
     )
-    live = cosine.alive.sum(0)
+    live = cosine.live
+    assert live is not None  # under all but the plain kernel
     share = gram.sum((0, 1)) * linear.inverse / live.clamp(min=1)
     ratio = _norm_ratio(gram.diagonal(), live)
     entropies = (_collision_entropy(matrix.purity) for matrix in (linear, cosine))

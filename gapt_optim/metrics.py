@@ -74,9 +74,9 @@ class StepMetrics:
     entropy_share: float | None = None
     """Share of the objective that is entropy, weight * entropy / (loss + weight * entropy); None in memorization."""
     alignment: Alignment | None = None
-    """Activation alignment, where it is measured."""
+    """Activation alignment; None where it is off."""
     parameter_alignment: Alignment | None = None
-    """Parameter alignment, on the steps that measure it."""
+    """Parameter alignment, on the steps where it is due."""
     validation_loss: float | None = None
     """Held-out loss recorded since the last step."""
     switches: int = 0

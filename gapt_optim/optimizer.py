@@ -96,7 +96,7 @@ class GAPTOptimizer(OptimizerWrapper):
         self._config, self._hook, self._observers = config, hook, list(observers)
         store = store_of(hook)
         self._state = StepState(config, store, process_group, announce=announce)
-        self._state.refuse_unmeasurable(self.param_groups)
+        self._state.refuse_incomparable(self.param_groups)
         self._state.begin()  # attaches the hook: nothing may be refused from here on
         weakref.finalize(self, store.release)  # a hook outlives its optimizer; what it captures then would be kept
 
@@ -138,10 +138,7 @@ class GAPTOptimizer(OptimizerWrapper):
             RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it. Or the loss has no
                 graph.
         """
-        check_loss(loss, scaled_by)
-        self._state.compare_ranks(loss.device)
-        self._state.forget_skipped(self.param_groups)
-        return self._state.objective(loss, scaled_by)
+        return self._record(loss, scaled_by)
 
     def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, scaled_by: float = 1.0) -> None:
         """``(objective(loss) * scale).backward()``.
@@ -153,10 +150,17 @@ class GAPTOptimizer(OptimizerWrapper):
         """
         if not isinstance(scale, SupportsFloat):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
-        total, part = self.objective(loss, scaled_by=scaled_by), loss
+        total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale
         self._state.differentiate(total, part, scale * scaled_by, self.param_groups)
+
+    def _record(self, loss: Tensor, scaled_by: float) -> Tensor:
+        # Called by both of the above, so that a warning points at the line of the user's own that called either.
+        check_loss(loss, scaled_by)
+        self._state.compare_ranks(loss.device)
+        self._state.forget_skipped(self.param_groups)
+        return self._state.objective(loss, scaled_by)
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
         """Step the wrapped optimizer, then let the gate choose the phase of the next step.
@@ -194,8 +198,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Frameworks that skip a step by themselves, as on an overflow in half precision, call this.
         """
-        self._state.forget()
-        self._state.begin()
+        self._state.discard()
 
     def record_validation(self, loss: float | Tensor) -> None:
         """Give a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.

@@ -154,7 +154,6 @@ def test_no_live_row_means_no_entropy(alpha: float, normalize: bool, kernel: str
     assert (gradient[0] == 0).all()
 
 
-@kernels
 @normalized
 @shapes
 @routes
@@ -173,6 +172,7 @@ def test_centered_one_live_row_or_equal_rows_have_none(
         assert (gradient == 0).all()
 
 
+@kernels
 @normalized
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1)])
 @orders

@@ -328,4 +328,5 @@ def test_an_observer_that_raises_is_dropped_and_training_goes_on() -> None:
     with pytest.warns(UserWarning, match=r"function.*OSError: no space left.*dropped") as warned:
         run(model, optimizer, range(3))
     assert len(warned) == 1
+    assert warned[0].filename == run.__code__.co_filename
     assert calls == ["full disk", "step 1", "step 2", "step 3"]

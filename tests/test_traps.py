@@ -63,10 +63,11 @@ def test_an_inplace_activation_behind_a_tap(phase: str, activation: bool) -> Non
 
 
 def said(act: Callable[[], Any]) -> list[str]:
-    """Warnings of ``act``."""
+    """Warnings of ``act``, which point at its own lines."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
+    assert {warning.filename for warning in caught} <= {__file__}
     return [str(warning.message) for warning in caught]
 
 
@@ -285,6 +286,23 @@ def test_other_accumulated_losses_are_no_mistake(backward: Callable[[GAPTOptimiz
     assert said(act) == []
 
 
+def test_losses_of_a_step_that_was_not_taken_are_not_those_of_the_next() -> None:
+    """Half of a loss, once a step, is no division by the number of micro-batches."""
+    model = make_net()
+    optimizer = wrap(model)
+
+    def act() -> None:
+        for i in range(12):
+            optimizer.backward(loss_of(model, i) / 2)
+            if i % 2:
+                optimizer.step()
+            else:
+                optimizer.discard_step()
+            optimizer.zero_grad()
+
+    assert said(act) == []
+
+
 # Warm-up
 
 
@@ -437,8 +455,11 @@ def test_two_forward_passes_then_two_backward_calls(phase: str) -> None:
 # Entropies that fall without any compression
 
 
-def evading(kernel: str, center: bool, act: str, steps: int = 60) -> list[str]:
-    """Press the entropy of the rows of one matrix alone. ``act`` is what it is free to do."""
+def evading(kernel: str, center: bool, act: str, steps: int = 60, overflow: int | None = None) -> list[str]:
+    """Press the entropy of the rows of one matrix alone. ``act`` is what it is free to do.
+
+    At step ``overflow`` the rows are not finite.
+    """
     torch.manual_seed(0)
 
     class Rows(nn.Module):
@@ -447,10 +468,11 @@ def evading(kernel: str, center: bool, act: str, steps: int = 60) -> list[str]:
             self.directions = F.normalize(torch.randn(32, 24), dim=-1)
             self.lengths, self.common = nn.Parameter(torch.ones(32, 1)), nn.Parameter(torch.zeros(24))
             self.free = nn.Parameter(torch.zeros(32, 24))
-            self.tapped = nn.Identity()
+            self.tapped, self.shift = nn.Identity(), 0.0
 
         def forward(self) -> Tensor:
             rows = self.directions * self.lengths if act == "lengths" else self.directions + self.common
+            rows = rows + self.shift
             found: Tensor = self.tapped((rows + self.free if act == "free" else rows).unsqueeze(0))
             return found
 
@@ -463,8 +485,9 @@ def evading(kernel: str, center: bool, act: str, steps: int = 60) -> list[str]:
     )
 
     def step() -> None:
-        for _ in range(steps):
-            optimizer.backward(1 + 0.0 * model().sum())
+        for i in range(steps):
+            model.shift = math.inf if i == overflow else 0.0
+            optimizer.backward(1 + 0.0 * model().nan_to_num().sum())
             optimizer.step()
             optimizer.zero_grad()
 
@@ -483,6 +506,11 @@ def test_an_entropy_that_falls_by_a_common_vector_is_told_once(kernel: str) -> N
     assert re.search(
         r"layer \"tapped\" fell.*all tokens came to share one vector \(mean share 0\.0\d+ -> 0\.\d", message
     )
+
+
+@pytest.mark.parametrize("overflow", [0, 5])
+def test_a_step_that_is_not_finite_does_not_hide_a_fall(overflow: int) -> None:
+    assert len(evading("linear", False, "lengths", overflow=overflow)) == 1
 
 
 @pytest.mark.parametrize("act", ["lengths", "common", "free"])

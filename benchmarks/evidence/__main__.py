@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m benchmarks.evidence", args=words)
     try:
         if isinstance(options.command, Train):
-            return train(options.command, "python -m benchmarks.evidence " + shlex.join(words))
+            return train(options.command)
         if isinstance(options.command, Tables):
             return tables(options.command)
         if isinstance(options.command, Pictures):
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(options: Train, command: str) -> int:
+def train(options: Train) -> int:
     """Train, and write results of what is finished even if something failed."""
     from . import harness
     from .experiments import load
@@ -127,10 +126,20 @@ def train(options: Train, command: str) -> int:
     records = harness.finished(planned, folder)
     if not records:
         raise ValueError(f"{folder} holds no finished run of {name}")
-    print(f"Written: {harness.write_results(name, records, command)}")
+    planned_keys = {run.key for run in planned}
+    path = harness.write_results(name, records, _command(options), planned=len(planned_keys))
+    print(f"Written: {path} ({len(records)} of {len(planned_keys)} runs)")
     for text in experiment.tables(records).values():
         print(f"\n{text}")
     return 0
+
+
+def _command(options: Train) -> str:
+    """What trains the whole of which a results file holds what is finished."""
+    words = ["python", "-m", "benchmarks.evidence", "run", options.experiment]
+    words += ["--first-look"] if options.first_look else []
+    words += ["--seeds", *map(str, options.seeds)] if options.seeds else []
+    return " ".join(words)
 
 
 def _wanted(run: object, only: tuple[str, ...]) -> bool:

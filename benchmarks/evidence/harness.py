@@ -241,13 +241,17 @@ def _brief(record: Record) -> str:
 # Result files
 
 
-def write_results(name: str, records: Sequence[Record], command: str, folder: Path | None = None) -> Path:
+def write_results(
+    name: str, records: Sequence[Record], command: str, folder: Path | None = None, *, planned: int | None = None
+) -> Path:
     """Write the committed file of an experiment: settings, versions, command, values and thinned curves."""
     unique = list({json.dumps([r.task, r.settings], sort_keys=True): r for r in records}.values())
     content = {
         "experiment": name,
         "command": command,
         "versions": versions(),
+        "planned_runs": len(unique) if planned is None else planned,
+        "finished_runs": len(unique),
         "commits": sorted({record.commit for record in unique}),
         "seeds": sorted({record.settings["seed"] for record in unique}),
         "cpu_seconds": round(sum(record.seconds for record in unique)),
@@ -272,7 +276,7 @@ def read_results(name: str, folder: Path | None = None) -> list[Record]:
     ]
 
 
-def thin(result: Result, points: int = 60) -> Result:
+def thin(result: Result, points: int = 200) -> Result:
     """The result with 5 significant digits, and curves of at most about ``points`` values that keep the last one."""
     longest = max((len(v) for v in result.get("curve", {}).values()), default=0)
     every = max(1, -(-longest // points))

@@ -97,10 +97,10 @@ def curves_of_methods(
 ) -> Path:
     """A line per method through (x, y, error of x, error of y) of its settings, and single marked points."""
     made, (axis,) = figure(1, width=6.2, height=4.4)
-    for method, rows in points.items():
+    for i, (method, rows) in enumerate(points.items()):
         x, y, ex, ey = zip(*sorted(rows), strict=True)
         axis.errorbar(
-            x, y, xerr=ex, yerr=ey, color=COLORS.get(method, "#444444"), marker="o", ms=4, lw=1.4, elinewidth=0.8,
+            x, y, xerr=ex, yerr=ey, color=COLORS.get(method, f"C{i}"), marker="o", ms=4, lw=1.4, elinewidth=0.8,
             label=NAMES.get(method, method),
         )  # fmt: skip
     for name, (a, b) in (marked or {}).items():
@@ -128,6 +128,6 @@ def lines_of_methods(
 
 
 def spread(values_: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean, 0 for one seed."""
+    """Half the 95 % interval of a mean, 0 for fewer than three seeds, whose interval says nothing."""
     interval: Any = mean_interval(values_)
-    return float(interval.high - interval.mean) if len(values_) > 1 else 0.0
+    return float(interval.high - interval.mean) if len(values_) > 2 else 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def _raised(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
         yield ast.unparse(node.exc.func), node.exc.args[0]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn" and node.args:
         yield (ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"), node.args[0]
+    elif isinstance(node, ast.Call) and re.fullmatch(r"_?log(ger)?\.\w+", ast.unparse(node.func), re.IGNORECASE):
+        yield from (("logging", part) for part in node.args[:1])
     elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):  # a state, and what to warn of
         yield from (("UserWarning", part) for part in node.value.elts if isinstance(part, ast.Constant))
 
@@ -79,7 +82,7 @@ def _collect(body: Sequence[ast.AST], named: dict[str, list[ast.expr]]) -> None:
 def _texts(node: ast.expr, named: dict[str, list[ast.expr]], depth: int = 0) -> list[str]:
     """What an expression may say, with … where a value stands."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str | int):
-        return [str(node.value)]
+        return [re.sub(r"%\.?\d*[sdg]", "…", str(node.value))]
     if isinstance(node, ast.JoinedStr):
         parts = [_texts(part, named, depth) for part in node.values]
         return ["".join(choice) for choice in itertools.islice(itertools.product(*parts), 8)]

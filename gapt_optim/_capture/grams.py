@@ -25,13 +25,14 @@ class Grams(NamedTuple):
     dtype: torch.dtype
     """Of the hidden tensor."""
     carrier: Tensor | None
-    """The zero t; None above frozen layers, where nothing flows back."""
+    """The two zeros t of the tap; None above frozen layers, where nothing flows back."""
     measures: tuple[Tensor, Tensor] | None
     """Where rows outnumber features: what :func:`measures_of_rows` gives, (windows, 4) and (windows,). Elsewhere the
     matrices tell."""
 
 
 def kernel_of(config: EntropyConfig) -> Kernel:
+    """The kernel that a configuration names."""
     return Kernel(cosine=config.kernel == "cosine", center=config.center)
 
 

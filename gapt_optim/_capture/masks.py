@@ -40,7 +40,8 @@ class ModelCall(Unsaved):
                 store.recomputed = False
 
     def token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        keywords = dict(zip(self.parameters, args)) | kwargs  # noqa: B905  # Dynamo of torch 2.6 knows no strict=
+        # As Dynamo of torch 2.6 knows it: neither strict= nor a union of dictionaries.
+        keywords = {**dict(zip(self.parameters, args)), **kwargs}  # noqa: B905
         if self.store.pick_mask is None:
             mask = keywords.get("attention_mask")
             return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,7 +1,7 @@
 """The tap: an identity on a hidden tensor that hands its Gram matrices to the objective.
 
-Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of its windows, and a
-zero t. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
+Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of its windows, and t,
+two zeros. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
 Backward, a tap then receives three gradients: g for h, the entropy's factor for K, times the
 scale of the whole loss (of a GradScaler, of accumulation), and for t the weight that its entropy has in
 the objective and how it was linked (:data:`WITH_LOSS` or :data:`ALONE`; 0 in a backward of something
@@ -48,7 +48,7 @@ class Tap(torch.autograd.Function):
         center: bool,
         window: int | None,
         compress: bool,
-        measure: bool,
+        alignment: bool,
         combine: str,
         max_ratio: float,
         module: str,
@@ -58,11 +58,11 @@ class Tap(torch.autograd.Function):
         gram = gram_matrix(rows, alpha, ctx.kernel)
         measures = measures_beside(rows)
         carrier = h.new_zeros(2, dtype=gram.dtype)
-        ctx.window, ctx.compress, ctx.measure = window, compress, measure
+        ctx.window, ctx.compress, ctx.alignment = window, compress, alignment
         ctx.combine, ctx.max_ratio, ctx.module = combine, max_ratio, module
         if not torch.compiler.is_compiling():  # a gradient that does not exist is no zero: see backward
             ctx.set_materialize_grads(False)
-        if compress or measure:
+        if compress or alignment:
             ctx.save_for_backward(h, mask)
             ctx.mark_non_differentiable(*measures)
         else:
@@ -79,7 +79,7 @@ class Tap(torch.autograd.Function):
         if ctx.compress and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f'the entropy of module "{ctx.module}" cannot be differentiated twice, and this backward pass was '
-                "asked for a graph (create_graph=True) in compression, or where parameter alignment is measured; run "
+                "asked for a graph (create_graph=True) in compression, or where parameter alignment is due; run "
                 "what needs second derivatives inside `with hook.measuring():`, or keep the gate in memorization with "
                 "GateConfig(frozen=True)"
             )
@@ -105,11 +105,11 @@ def _join_gradients(
     if ctx.compress:
         # Without this, one overflowing layer would put nan into every weight below it.
         d = d.nan_to_num_(0.0, 0.0, 0.0)
-    if ctx.measure or ctx.combine != "sum":
+    if ctx.alignment or ctx.combine != "sum":
         flat_g, flat_d = wide.reshape(-1), d.reshape(-1)
         gd, gg, dd = torch.dot(flat_g, flat_d), torch.dot(flat_g, flat_g), torch.dot(flat_d, flat_d)
-        # The gradient of another loss, or of another wrapper's, is not what is measured.
-        statistics = torch.stack((gd, gg * with_loss, dd)) if ctx.measure else None
+        # The gradient of another loss, or of another wrapper's, is not what the angle is of.
+        statistics = torch.stack((gd, gg * with_loss, dd)) if ctx.alignment else None
     if not ctx.compress:
         return g, statistics
     if ctx.combine == "cap":

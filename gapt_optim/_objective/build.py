@@ -25,7 +25,7 @@ class Objective(NamedTuple):
     penalty: Tensor | None
     """Scalar, what compression adds to the loss; None in memorization."""
     mean_entropy: Tensor | None
-    """A zero with the gradient of the mean entropy, where that is measured."""
+    """A zero with the gradient of the mean entropy, where parameter alignment is due."""
 
 
 def build_objective(loss: Tensor, calls: dict[str, list[Grams]], plan: StepPlan, scaled_by: float) -> Objective:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import astuple, dataclass
 
@@ -37,7 +38,7 @@ class EvasionWatch:
         self._warned = False
 
     def look(self, plan: StepPlan, reading: Reading) -> None:
-        """Take the numbers of one step.
+        """Take the numbers of one step. Those of a layer that are not all finite are passed over.
 
         Warns:
             UserWarning: once, where a pressed entropy has halved and the centered cosine entropy fell by less than a
@@ -56,6 +57,8 @@ class EvasionWatch:
                     measures.norm_ratio,
                     measures.mean_share,
                 )
+                if not all(map(math.isfinite, astuple(here))):
+                    continue
                 self._now[name] = self._now[name].moved_to(here) if name in self._now else here
                 if self._compressed:
                     self._compare(name, self._before.setdefault(name, here), self._now[name])
@@ -75,7 +78,7 @@ class EvasionWatch:
 
 
 def _what_happened(before: _Level, now: _Level) -> str:
-    """Which of the two ways out was taken: the one whose measure went further of the way that it can go."""
+    """Which of the two ways out was taken: the one that went further of the way that it can go."""
     longer = 1 - before.norm_ratio / now.norm_ratio if now.norm_ratio > 0 else 0.0
     shared = (now.mean_share - before.mean_share) / max(1 - before.mean_share, 1e-9)
     lengths = f"a few tokens grew long (norm ratio {before.norm_ratio:.3g} -> {now.norm_ratio:.3g})"

@@ -47,7 +47,7 @@ class ZeroEntropyHint:
             warnings.warn(
                 f'the entropy of layer "{zero[0]}"{more} is 0 whatever happens: {reasons[zero[0]]}',
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -105,7 +105,7 @@ class SmallShareHint:
                 'change anything. Where the loss is a sum over the batch (reduction="sum"), take its mean; otherwise '
                 f"ObjectiveConfig(weight={wanted:.2g}) makes it one percent",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
 
 
@@ -127,6 +127,7 @@ class DividedLossHint:
             self._divisors.append(_divisor(loss) if scaled_by == 1.0 else None)
 
     def forget(self) -> None:
+        """The losses so far are of no step."""
         self._divisors.clear()
 
     def look(self) -> None:
@@ -147,7 +148,7 @@ class DividedLossHint:
                 f"optimizer.backward(loss / {count}, scaled_by=1 / {count}), or give the whole loss: "
                 f"optimizer.backward(loss, scale=1 / {count}); the same arguments go to optimizer.objective",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
 
 

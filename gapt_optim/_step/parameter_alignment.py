@@ -1,7 +1,7 @@
 """Parameter alignment during training: the angle between the gradients of loss and entropy.
 
-A measured step takes one more gradient, that of the mean entropy, and compares it with what the step's own
-backward leaves in ``.grad``. That backward is the one of a step that does not measure.
+A step that compares takes one more gradient, that of the mean entropy, and compares it with what the step's own
+backward leaves in ``.grad``. That backward is the one of any other step.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .ranks import HostCopy, mean_over_ranks
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What is compared in a measured step."""
+class Compared:
+    """What a comparison is of."""
 
     parameters: dict[str, Tensor]
     """Trainable parameters, by name."""
@@ -38,7 +38,7 @@ class Comparison:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, plan: StepPlan, model: nn.Module | None, groups: list[dict[str, Any]]) -> Comparison:
+    def of(cls, plan: StepPlan, model: nn.Module | None, groups: list[dict[str, Any]]) -> Compared:
         """For the step that ``plan`` describes, of ``model`` and an optimizer's parameter groups."""
         config = plan.config
         return cls(
@@ -52,19 +52,19 @@ class Comparison:
         )
 
 
-class ParameterMeasurement:
-    """One measured step: its micro-batches' backward passes, then the alignment.
+class GradientComparison:
+    """The comparison of one step: its micro-batches' backward passes, then the alignment.
 
     By default the entropy's gradient is kept, one buffer of the parameters' size, and summed over
     micro-batches. Across ranks it is averaged as DistributedDataParallel averages ``.grad``.
-    With ``streaming`` only one parameter's entropy gradient exists at a time, and the first micro-batch is measured.
+    With ``streaming`` only one parameter's entropy gradient exists at a time, and the first micro-batch is compared.
 
     Raises:
         RuntimeError: parameters are sharded, the model is compiled with donated buffers, or streaming is not possible.
     """
 
-    def __init__(self, compared: Comparison) -> None:
-        refuse_unmeasurable(compared)  # parameters may have been sharded or hooked since the last measurement
+    def __init__(self, compared: Compared) -> None:
+        refuse_incomparable(compared)  # parameters may have been sharded or hooked since the last comparison
         self.compared = compared
         self._parameters = list(compared.parameters.values())
         n = len(self._parameters)
@@ -76,11 +76,11 @@ class ParameterMeasurement:
 
     @property
     def begun(self) -> bool:
-        """A backward was measured, and its gradients are still in ``.grad``."""
+        """A backward was compared, and its gradients are still in ``.grad``."""
         return self._statistics is not None and any(p.grad is not None for p in self._parameters)
 
     def backward(self, total: Tensor, loss: Tensor, entropy: Tensor) -> None:
-        """Differentiate ``total`` into ``.grad``, and measure ``loss`` against ``entropy``, all scaled alike."""
+        """Differentiate ``total`` into ``.grad``, and compare ``loss`` with ``entropy``, all scaled alike."""
         if self.compared.streaming:
             self._stream(total, loss, entropy)
             return
@@ -95,7 +95,7 @@ class ParameterMeasurement:
             self._project(statistics)
 
     def finish(self) -> Callable[[], Alignment] | None:
-        """A reader of the alignment, None if no backward was measured."""
+        """A reader of the alignment, None if no backward was compared."""
         statistics, reached, compared = self._statistics, self._reached, self.compared
         if statistics is None:
             return None
@@ -210,8 +210,8 @@ class ParameterMeasurement:
         self._compare(rows)
 
 
-def refuse_unmeasurable(compared: Comparison) -> None:
-    """Raises RuntimeError where the gradients that a measurement compares do not exist, with advice."""
+def refuse_incomparable(compared: Compared) -> None:
+    """Raises RuntimeError where the gradients to compare do not exist, with advice."""
     refuse_sharded(
         compared.parameters, "Set AlignmentConfig.parameter_every=0; activation alignment works on sharded models"
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._torch.wrapper import START_FRESH, STATE_KEY
-from ..config import EntropyConfig, GAPTConfig, GateConfig
+from ..config import GAPTConfig, GateConfig
 from ..gate import Phase, PhaseGate
 
 _UNJUDGED_STEPS = 2000
@@ -156,6 +156,7 @@ REQUIRED = (
 """Settings that a saved state depends on, besides the layers: its entropies and losses would be of another kind."""
 
 _BEFORE_KERNELS = {"kernel": "linear", "center": False}
+"""What entropies were where a saved configuration does not say."""
 
 
 def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tuple[dict[str, Any], str | None]:
@@ -175,8 +176,7 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
         raise _refusal(STATE_KEY, "must be an object", saved)
     saved = dict(saved)
     if isinstance(saved.get("config"), dict) and isinstance(saved["config"].get("entropy"), dict):
-        known = {name: value for name, value in _BEFORE_KERNELS.items() if name in EntropyConfig.model_fields}
-        saved["config"] = saved["config"] | {"entropy": known | saved["config"]["entropy"]}
+        saved["config"] = saved["config"] | {"entropy": _BEFORE_KERNELS | saved["config"]["entropy"]}
     try:
         state = _SavedState.model_validate(saved, strict=True)
     except ValidationError as error:
@@ -192,11 +192,11 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
     _refuse_contradictions(state)
     given = _flat(saved["config"])
     for path in REQUIRED:
-        if path in _flat(config.model_dump()) and path not in given:
+        if path not in given:
             raise _refusal(f"config.{path}", "is required", None, missing=True)
     old, new = (_flat(each.model_dump()) for each in (state.config, config))
     for path in REQUIRED:
-        if path in new and old[path] != new[path]:
+        if old[path] != new[path]:
             raise ValueError(
                 f"state_dict was saved with {path}={old[path]!r}, found {new[path]!r}, and its numbers depend on it; "
                 f"set it as it was, or, {START_FRESH}"
@@ -207,7 +207,7 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
             f"gate.initial_phase={config.gate.initial_phase!r}; set initial_phase={state.gate.phase!r}, or, "
             f"{START_FRESH}"
         )
-    changed = [f"{path}: {old[path]!r} -> {new[path]!r}" for path in new if old.get(path) != new[path]]
+    changed = [f"{path}: {old[path]!r} -> {new[path]!r}" for path in new if old[path] != new[path]]
     notice = f"the state goes on with other settings than it was saved with: {', '.join(changed)}" if changed else None
     now = dict(zip(state.layers, layers, strict=True))
     result = state.model_dump() | {"layers": list(layers), "ran": [now[name] for name in state.ran]}

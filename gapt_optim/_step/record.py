@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     validation: float
     """nan where none was recorded."""
     statistics: list[list[float]]
-    """<g,d>, |g|² and |d|² per layer; empty where they are not measured."""
+    """<g,d>, |g|² and |d|² per layer; empty without activation alignment."""
 
 
 class StepRecord:
@@ -79,7 +79,7 @@ class StepRecord:
         """Begin to bring the numbers to the host; the result waits for them. None when nothing was added.
 
         Args:
-            statistics: (layers, 3) of the taps, None where they are not measured.
+            statistics: (layers, 3) of the taps, None without activation alignment.
             validation: mean of the recorded validation losses, nan for none.
             group: ranks to average over.
         """

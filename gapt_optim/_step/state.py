@@ -21,7 +21,7 @@ from ..metrics import Measures, Observer, StepMetrics
 from .announce import announce_switch
 from .evasion import EvasionWatch
 from .hints import DividedLossHint, SmallShareHint, ZeroEntropyHint
-from .parameter_alignment import Comparison, ParameterMeasurement, refuse_unmeasurable
+from .parameter_alignment import Compared, GradientComparison, refuse_incomparable
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
 from .record import Reading, StepRecord, mean_or_nan
@@ -59,10 +59,10 @@ class StepState:
         """zero_grad was called since the last objective."""
         self._evasion = EvasionWatch()
         self._zero_entropy, self._small_share, self._divided = ZeroEntropyHint(), SmallShareHint(), DividedLossHint()
-        self._comparison: ParameterMeasurement | None = None  # from the first backward of a step that measures
-        self._mean_entropy: Tensor | None = None  # of the micro-batch whose parameter alignment is measured
+        self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
+        self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
         self._silent_steps = 0
-        self._warned_unmeasured = False
+        self._warned_uncompared = False
         self._ranks_compared = False
         self.plan = self._next_plan()
 
@@ -131,18 +131,18 @@ class StepState:
             total.backward()  # type: ignore[no-untyped-call]
             return
         if self._comparison is None or not self._comparison.begun:
-            self._comparison = ParameterMeasurement(self._compared(groups))
+            self._comparison = GradientComparison(self._compared(groups))
         self._comparison.backward(total, loss, self._mean_entropy * scale)
         self._mean_entropy = None
 
-    def refuse_unmeasurable(self, groups: list[dict[str, Any]]) -> None:
+    def refuse_incomparable(self, groups: list[dict[str, Any]]) -> None:
         """Raises RuntimeError where parameter alignment is wanted and cannot be."""
         if self.config.alignment.parameter_every:
-            refuse_unmeasurable(self._compared(groups))
+            refuse_incomparable(self._compared(groups))
 
-    def _compared(self, groups: list[dict[str, Any]]) -> Comparison:
+    def _compared(self, groups: list[dict[str, Any]]) -> Compared:
         model: nn.Module | None = self.store.model()
-        return Comparison.of(self.plan, model, groups)
+        return Compared.of(self.plan, model, groups)
 
     def forget_gradients(self) -> None:
         """Gradients were zeroed: what was compared with them is gone."""
@@ -163,6 +163,12 @@ class StepState:
         self.store.clear()
         self.store.clear_statistics()
         self.record.clear()
+
+    def discard(self) -> None:
+        """No step is taken: what was captured and recorded for it goes, and its plan is made anew."""
+        self.forget()
+        self._divided.forget()
+        self.begin()
 
     def record_validation(self, loss: float | Tensor) -> None:
         """One held-out loss.
@@ -229,7 +235,7 @@ class StepState:
         if self.announce:
             announce_switch(plan, self.metrics)
         # Last, so that a warning that is made an error leaves a step that is complete.
-        self._warn_unmeasured(missing=plan.parameter_alignment and compared is None)
+        self._warn_uncompared(missing=plan.parameter_alignment and compared is None)
         self._evasion.look(plan, reading)
         self._small_share.look(plan, reading)
         self._divided.look()
@@ -255,9 +261,9 @@ class StepState:
                 stacklevel=4,
             )
 
-    def _warn_unmeasured(self, *, missing: bool) -> None:
-        if missing and not self._warned_unmeasured:
-            self._warned_unmeasured = True
+    def _warn_uncompared(self, *, missing: bool) -> None:
+        if missing and not self._warned_uncompared:
+            self._warned_uncompared = True
             warnings.warn(
                 "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
                 UserWarning,
@@ -282,8 +288,7 @@ class StepState:
             self.progress.load_state_dict(state)
         self.store.ran = set() if state is None else set(state["ran"])
         self._ranks_compared = False
-        self.forget()
-        self.begin()
+        self.discard()
 
 
 def _largest_learning_rate(groups: list[dict[str, Any]]) -> float | None:
@@ -307,7 +312,7 @@ def notify(observers: list[Observer], metrics: StepMetrics) -> None:
             warnings.warn(
                 f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

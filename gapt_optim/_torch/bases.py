@@ -372,10 +372,11 @@ def _cut(groups: list[dict[str, Any]], sizes: Sequence[int]) -> list[list[dict[s
 
 def _taken_apart(base: Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[str, Any]]:
     """Parameter groups, the state of parameters, and what else the state dict of ``base`` holds."""
-    entries = dict(base.state_dict())
-    groups, state = entries.pop("param_groups", None), entries.pop("state", None)
+    saved = dict(base.state_dict())
+    groups, state = saved.get("param_groups"), saved.get("state")
     if not (isinstance(groups, list) and isinstance(state, Mapping)):  # a form of its own
-        return [], {}, {"groups": 0, "entries": dict(base.state_dict()), "state": {}}
+        return [], {}, {"groups": 0, "entries": saved, "state": {}}
+    entries = {key: value for key, value in saved.items() if key not in ("param_groups", "state")}
     named = {name for group in groups for name in group["params"]}
     of_parameters = {key: value for key, value in state.items() if key in named}
     others = {key: value for key, value in state.items() if key not in named}

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from .bases import Bases
 
 STATE_KEY = "gapt"
-START_FRESH = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
 """In the first parameter group of a state dict, where checkpoint tools carry it along."""
+START_FRESH = f'to start the gate fresh, remove "{STATE_KEY}" from state_dict["param_groups"][0]'
+"""Ends the errors about what is under it."""
 
 
 class OptimizerWrapper(Optimizer):

@@ -104,13 +104,13 @@ def test_the_estimate_of_a_kind_that_never_ran_grows_with_its_steps() -> None:
 
 
 def test_results_are_written_and_read_back(tmp_path: Path) -> None:
-    result = {"final": {"loss": 1.23456789}, "curve": {"step": [float(i) for i in range(200)], "loss": [0.1] * 200}}
+    result = {"final": {"loss": 1.23456789}, "curve": {"step": [float(i) for i in range(1000)], "loss": [0.1] * 1000}}
     record = Record("conflict", {"seed": 3}, result, 1.0, "abc")
     path = harness.write_results("x", [record, record], "command", tmp_path)
     (found,) = harness.read_results("x", tmp_path)
     assert found.result["final"]["loss"] == 1.2346
-    assert len(found.result["curve"]["step"]) <= 61
-    assert found.result["curve"]["step"][-1] == 199.0
+    assert len(found.result["curve"]["step"]) <= 201
+    assert found.result["curve"]["step"][-1] == 999.0
     content = json.loads(path.read_text())
     assert content["command"] == "command"
     assert content["seeds"] == [3]

@@ -131,3 +131,24 @@ def test_alignment_in_both_spaces_is_related_phase_by_phase() -> None:
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| memorization", "| both"]
     assert "| 4 |" in lines[2]
     assert "75%" in lines[2]
+
+
+@pytest.mark.parametrize("truth", [-0.6, 0.0, 0.6])
+def test_the_cosine_of_noisy_gradients(truth: float) -> None:
+    """Noise that both gradients of a micro-batch share is not taken for agreement; the error is about the scatter."""
+    import torch
+
+    from benchmarks.evidence.tasks.cycle import cross_cosine
+
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(400, 2, generator=generator)).Q.T
+    found = []
+    for _ in range(60):
+        shared = 0.1 * torch.randn(8, 400, generator=generator)
+        found.append(cross_cosine(u + shared, truth * u + math.sqrt(1 - truth**2) * v + shared))
+    cosines, errors = np.array(found).T
+    assert (np.abs(cosines) <= 1).all()
+    assert abs(cosines.mean() - truth * 2 / 3) < 0.05  # the noise adds half to both squared norms
+    assert 0.5 < errors.mean() / cosines.std() < 2
+    if truth:
+        assert (np.sign(cosines) == np.sign(truth)).all()

@@ -36,11 +36,12 @@ def tables(records: list[Record]) -> dict[str, str]:
     """Against plain: separation, entropies, task loss."""
     plain = [r for r in records if r.settings["method"] == "plain"]
     rest = group([r for r in records if r.settings["method"] != "plain"], "kernel", "center", "method", "weight")
-    header = ["method", "pressed", "weight", "separation", "task loss", "p", "linear", "cosine", "cosine, centred",
-              "norm ratio", "mean share", "compression", "switches"]  # fmt: skip
+    header = ["method", "pressed", "weight", "seeds", "separation", "task loss", "p", "linear", "cosine",
+              "cosine, centred", "norm ratio", "mean share", "compression", "switches"]  # fmt: skip
     columns = ("linear", "cosine", "centred_cosine")
     rows = [
-        ["plain", "", "", mean_cell(plain, "separation", digits=2), mean_cell(plain, "loss", digits=4), "",
+        ["plain", "", "", str(len(plain)), mean_cell(plain, "separation", digits=2),
+         mean_cell(plain, "loss", digits=4), "",
          *(mean_cell(plain, c) for c in columns), mean_cell(plain, "norm_ratio", digits=1),
          mean_cell(plain, "mean_share", digits=2), "", ""]
     ]  # fmt: skip
@@ -51,6 +52,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 method,
                 kernel_name({"kernel": kernel, "center": center}),
                 f"{weight:g}",
+                str(len(found)),
                 change_cell(versus(found, plain, "separation"), digits=0),
                 change_cell(loss, digits=0),
                 p_cell(loss.p_t) if loss else "",
@@ -74,7 +76,7 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     gated = [r for r in records if r.settings["method"] in ("gapt", "penalty")]
     for (method, kernel, center, _), found in group(gated, "method", "kernel", "center", "weight").items():
         x, y = versus(found, plain, "separation"), versus(found, plain, "loss")
-        if x is None or y is None:
+        if x is None or y is None or len(found) < len(plain):
             continue
         name = f"{method}, {kernel_name({'kernel': kernel, 'center': center})}"
         points.setdefault(name, []).append((100 * x.change.mean, 100 * y.change.mean, spread([0]), spread([0])))

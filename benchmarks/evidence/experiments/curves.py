@@ -30,8 +30,8 @@ def tables(records: list[Record]) -> dict[str, str]:
     plain = [r for r in records if r.settings["method"] == "plain"]
     gate = {w: g for (w,), g in group([r for r in records if r.settings["method"] == "gapt"], "weight").items()}
     penalty = {w: g for (w,), g in group([r for r in records if r.settings["method"] == "penalty"], "weight").items()}
-    header = ["method", "weight", "loss", "change", "centred cosine", "change", "cosine", "linear", "norm ratio",
-              "mean share", "compression", "switches"]  # fmt: skip
+    header = ["method", "weight", "seeds", "loss", "change", "centred cosine", "change", "cosine", "linear",
+              "norm ratio", "mean share", "compression", "switches"]  # fmt: skip
     rows = []
     for method, groups in (("plain", {0.0: plain}), ("penalty", penalty), ("gapt", gate)):
         for weight, found in sorted(groups.items()):
@@ -39,6 +39,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 [
                     method,
                     f"{weight:g}",
+                    str(len(found)),
                     mean_cell(found, "loss"),
                     "" if method == "plain" else change_cell(versus(found, plain, "loss")),
                     mean_cell(found, "centred_cosine"),

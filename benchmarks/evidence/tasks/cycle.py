@@ -96,24 +96,20 @@ def flat_gradient(scalar: Tensor, parameters: list[nn.Parameter]) -> Tensor:
 
 
 def cross_cosine(g: Tensor, d: Tensor) -> tuple[float, float]:
-    """Cosine of the mean rows of (m, p) ``g`` and ``d``, from products of different rows, and its jackknife error.
+    """Cosine of the mean rows of (m, p) ``g`` and ``d``, and its error by leaving out one row after the other.
 
-    The norms are those of the means, also from different rows where that is positive.
+    The inner product is that of different rows, so noise that both gradients of one micro-batch share has mean 0 in it.
+    The norms are those of the mean rows, noise included, which makes the cosine smaller but cannot change its sign.
     """
 
     def cosine(gd: Tensor, gg: Tensor, dd: Tensor) -> float:
         n = len(gd)
-
-        def between(products: Tensor) -> float:
-            return float((products.sum() - products.diagonal().sum()) / (n * (n - 1)))
-
-        norms = [max(between(p), float(p.mean()) * 1e-3, 1e-30) for p in (gg, dd)]
-        return between(gd) / math.sqrt(norms[0] * norms[1])
+        inner = float((gd.sum() - gd.diagonal().sum()) / (n * (n - 1)))
+        return inner / math.sqrt(max(float(gg.mean()) * float(dd.mean()), 1e-60))
 
     products = (g @ d.T, g @ g.T, d @ d.T)
     n = len(g)
     keep = [[j for j in range(n) if j != i] for i in range(n)]
     left_out = [cosine(*(p[k][:, k] for p in products)) for k in keep]
     mean = sum(left_out) / n
-    error = math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in left_out))
-    return cosine(*products), error
+    return cosine(*products), math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in left_out))
