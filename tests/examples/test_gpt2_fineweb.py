@@ -438,7 +438,17 @@ def test_presets_are_the_published_sizes() -> None:
     assert sizes["small"] == sizes["sprint"] == 124_439_808
     assert sizes["medium"] == 354_823_168
     assert sizes["large"] == 774_030_080
-    assert 100_000 < sizes["demo"] < 300_000 < sizes["nano"] < 500_000 < sizes["micro"] < 3_000_000 < sizes["mini"] < 20_000_000
+    assert (
+        100_000
+        < sizes["demo"]
+        < 300_000
+        < sizes["nano"]
+        < 500_000
+        < sizes["micro"]
+        < 3_000_000
+        < sizes["mini"]
+        < 20_000_000
+    )
     assert Config() == Config(preset="demo", **PRESETS["demo"])
 
 
