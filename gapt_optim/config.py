@@ -139,7 +139,7 @@ class ObjectiveConfig(_Section):
     'sum'
     """
 
-    weight: float = Field(0.05, ge=0.0, allow_inf_nan=False)
+    weight: float = Field(0.03, ge=0.0, allow_inf_nan=False)
     """Weight of the entropy in the objective, per nat."""
 
     combine: Literal["sum", "project", "cap"] = "sum"

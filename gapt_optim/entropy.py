@@ -93,6 +93,8 @@ def matrix_entropy(
         ValueError: ``z`` has fewer than two dimensions, ``alpha`` or ``kernel`` is out of range, or ``mask`` does not
             fit.
     """
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z must be a tensor, found {type(z).__name__}")
     if not z.is_floating_point():
         raise TypeError(f"z must be a real floating-point tensor, found {z.dtype}; convert it with z.float()")
     if z.ndim < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch.distributed as dist
 from torch import Tensor
@@ -147,6 +147,8 @@ class GAPTOptimizer(OptimizerWrapper):
             scale: factor on what is differentiated, such as 1 / micro-batches. With a GradScaler, use
                 ``scaler.scale(optimizer.objective(loss)).backward()``: it must see what it scales.
         """
+        if not isinstance(scale, SupportsFloat):
+            raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale

@@ -270,6 +270,11 @@ def test_refuses_what_is_not_real_floating_point(dtype: torch.dtype) -> None:
         matrix_entropy(torch.ones(3, 3, dtype=dtype))
 
 
+def test_refuses_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="z must be a tensor, found list"):
+        matrix_entropy([[1.0, 2.0]])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_refuses_fewer_than_two_dimensions(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"z must have shape"):

@@ -623,6 +623,16 @@ def test_wrong_losses_are_refused(loss: Any, error: type[Exception], message: st
         optimizer.backward(loss)
 
 
+@pytest.mark.parametrize("name", ["scale", "scaled_by"])
+@pytest.mark.parametrize("value", ["0.5", None, [0.5]])
+def test_scales_that_are_no_numbers_are_refused_by_name(name: str, value: Any) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    with pytest.raises(TypeError, match=f"{name} must be a number.*found {type(value).__name__}"):
+        optimizer.backward(loss_of(model, 0), **{name: value})
+    assert set(gradients(model).values()) == {None}
+
+
 @pytest.mark.parametrize("config", [GAPTConfig(), GAPTConfig(gate=GateConfig(initial_phase="compression"))])
 def test_a_loss_without_a_graph_is_refused_as_by_torch(config: GAPTConfig) -> None:
     model = make_net()

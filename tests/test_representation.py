@@ -562,6 +562,14 @@ def test_the_error_of_a_model_that_is_gone_says_so() -> None:
         optimizer.objective(torch.ones((), requires_grad=True))
 
 
+def test_an_optimizer_that_is_copied_by_itself_says_what_to_copy_with_it() -> None:
+    model, x = MLP(), torch.randn(3, 9, 6)
+    copied = copy.deepcopy(wrapped(model, "blocks.*"))
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"deepcopy\(\(model, optimizer\)\)"):
+        copied.objective(loss_of(model, x))
+
+
 # Lifetime
 
 

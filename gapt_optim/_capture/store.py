@@ -171,7 +171,10 @@ class CaptureStore:
         if self.removed:
             return "the RepresentationHook was removed; make a new hook and optimizer, or step the base optimizer"
         if self.model() is None:
-            return "the model of this RepresentationHook no longer exists; make a hook on the model that is trained"
+            return (
+                "the model of this RepresentationHook no longer exists; make a hook on the model that is trained, and "
+                "copy or pickle an optimizer together with its model: copy.deepcopy((model, optimizer))"
+            )
         if self.measurement is not None:
             return "hook.measuring() is open, and captures nothing for the optimizer; train outside its with block"
         name = missing[0]

@@ -130,9 +130,8 @@ _ALL = [
     Finding(
         "spiked",
         "Compression kept raising the loss",
-        "{spikes} of {exits} compression phases ended because the loss rose by {tolerance:.3g} % or more. In the "
-        "middle they "
-        "lasted {length:g} steps.",
+        "{spikes} of {exits} compression phases ended because the loss rose by {tolerance:.3g} % or more. Their "
+        "median length was {length:g} steps.",
         "The entropy pushes harder than the task allows.",
         "Lower objective.weight, for example to a third. objective.combine = cap bounds the push relative to the loss "
         "gradient. If the rises are only noise, raise gate.spike_tolerance or gate.smoothing.",
@@ -142,7 +141,8 @@ _ALL = [
     Finding(
         "short_phases",
         "Compression phases last only a few steps",
-        "{phases} compression phases lasted {length:g} steps in the middle, {share:.1%} of all steps.",
+        "The median length of {phases} compression phases was {length:g} steps, and all of them are {share:.1%} of the "
+        "run.",
         "Judging single minibatches, the gate takes their noise for a rise or a standstill.",
         "Set gate.rule to smoothed, raise gate.smoothing, or raise gate.patience_compression.",
         ("gate.rule", "gate.smoothing", "gate.patience_compression"),
