@@ -308,9 +308,15 @@ class RunFolder:
             name += "-again"
         try:
             problem: BaseException | None = None
-            if first:
-                self.file(f"{name}/")
-                self.file(CHECKPOINT)
+            refused = self._claim_checkpoint(name) if first else None
+            if dist.is_initialized():  # no rank writes before the first has claimed the folder
+                answer = [refused]
+                dist.broadcast_object_list(answer)
+                refused = answer[0]
+            if refused is not None:
+                if not first and isinstance(refused, OSError):
+                    return False
+                raise refused
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -332,6 +338,15 @@ class RunFolder:
         if before is not None:
             self._drop_shards(before["folder"])
         return True
+
+    def _claim_checkpoint(self, name: str) -> OSError | RunFolderError | None:
+        """List the files of a checkpoint as ours; what stands against it."""
+        try:
+            self.file(f"{name}/")
+            self.file(CHECKPOINT)
+        except (OSError, RunFolderError) as error:
+            return error
+        return None
 
     def load_checkpoint(self, model: Any, optimizer: Any, schedule: Any) -> int:
         """Reads the last checkpoint, in place, and returns its step; 0 without one. All ranks call it together.

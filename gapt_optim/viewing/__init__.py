@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conclusion import conclude, figures, summary
     from .doctor import diagnose
     from .findings import FINDINGS, Diagnosis, Finding
     from .history import RunHistory, compression_spans, read_metrics, read_run, sign_changes
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from .pictures import draw_alignment, draw_entropy_map, draw_training
     from .profile_view import draw_profile, write_profile
     from .report import write_report
-    from .summary import conclude, figures, summary
 
 _HOMES = {
     "Diagnosis": "findings",
@@ -27,18 +27,18 @@ _HOMES = {
     "Profile": "layer_profile",
     "RunHistory": "history",
     "compression_spans": "history",
-    "conclude": "summary",
+    "conclude": "conclusion",
     "diagnose": "doctor",
     "draw_alignment": "pictures",
     "draw_entropy_map": "pictures",
     "draw_profile": "profile_view",
     "draw_training": "pictures",
-    "figures": "summary",
+    "figures": "conclusion",
     "profile": "layer_profile",
     "read_metrics": "history",
     "read_run": "history",
     "sign_changes": "history",
-    "summary": "summary",
+    "summary": "conclusion",
     "write_profile": "profile_view",
     "write_report": "report",
 }

@@ -107,6 +107,8 @@ def test_forgetting_is_how_much_the_old_loss_rose(setting: str, old: str) -> Non
     assert "forgetting" not in train("plain")
 
 
+# What the samples of a window share is their experience: here it may take the entropy down.
+@pytest.mark.filterwarnings("ignore:the entropy of layer:UserWarning")
 def test_the_script_leaves_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
