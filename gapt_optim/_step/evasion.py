@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 from .._plan import StepPlan
 from .record import Reading
@@ -13,8 +13,7 @@ _DECAY = 0.9
 """Of the moving averages that are compared."""
 
 
-@dataclass
-class _Level:
+class _Level(NamedTuple):
     """Moving averages of one layer."""
 
     pressed: float
@@ -24,8 +23,7 @@ class _Level:
 
     def moved_to(self, here: _Level) -> _Level:
         """One step on."""
-        pairs = zip(astuple(self), astuple(here), strict=True)
-        return _Level(*(_DECAY * mean + (1 - _DECAY) * value for mean, value in pairs))
+        return _Level(*(_DECAY * mean + (1 - _DECAY) * value for mean, value in zip(self, here, strict=True)))
 
 
 class EvasionWatch:
@@ -57,7 +55,7 @@ class EvasionWatch:
                     measures.norm_ratio,
                     measures.mean_share,
                 )
-                if not all(map(math.isfinite, astuple(here))):
+                if not all(map(math.isfinite, here)):
                     continue
                 self._now[name] = self._now[name].moved_to(here) if name in self._now else here
                 if self._compressed:
