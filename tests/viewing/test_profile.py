@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -240,7 +241,9 @@ def test_encoder_that_packs_padded_sequences() -> None:
     x, padding = torch.randn(3, 11, 12), torch.zeros(3, 11, dtype=torch.bool)
     padding[0, 7:] = padding[2, 3:] = True
     batch = {"x": x, "padding": padding}
-    with pytest.warns(UserWarning, match="nested tensors"):
+    with warnings.catch_warnings():
+        # PyTorch warns once per process that nested tensors are a prototype, so not always here.
+        warnings.filterwarnings("ignore", message=".*nested tensors", category=UserWarning)
         result = profile(model, [batch], mask=lambda b: ~b["padding"])
     direct = profile(model, [{"x": x[i : i + 1, : int((~padding[i]).sum())], "padding": None} for i in range(3)])
     for found, expected in zip(result.layers, direct.layers, strict=True):
