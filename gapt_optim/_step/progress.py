@@ -179,8 +179,8 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
         path = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ValueError(
-                f"state_dict: {STATE_KEY}.{path}={first['input']!r:.100} is unknown to gapt_optim {__version__}; load it "
-                f"with the version that saved it, or, {START_FRESH}"
+                f"state_dict: {STATE_KEY}.{path}={first['input']!r:.100} is unknown to gapt_optim {__version__}; load "
+                f"it with the version that saved it, or, {START_FRESH}"
             ) from None
         found = "nothing" if first["type"] == "missing" else first["input"]
         raise _refusal(path, f"is refused: {first['msg']}", found, missing=first["type"] == "missing") from None
