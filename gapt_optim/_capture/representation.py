@@ -41,7 +41,8 @@ class RepresentationHook:
             a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
             ``(batch, channels, *positions)``.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
-            model's call. By default ``attention_mask`` where the call has one of that shape.
+            model's call. By default ``attention_mask`` where the call has one of that shape. Of a layer whose output is
+            (batch * seq, d) it masks rows; a layer with one vector for each sequence has no token to leave out.
         batch_first: False where outputs of three dimensions are (seq, batch, d). By default each module's own
             ``batch_first``, where it has one, as ``nn.LSTM`` and the parts of ``nn.Transformer`` do, else True.
 
