@@ -142,12 +142,9 @@ class ObjectiveConfig(_Section):
     weight: float = Field(0.03, ge=0.0, allow_inf_nan=False)
     """Weight of the entropy in the objective, per nat."""
 
-    combine: Literal["sum", "project", "cap"] = "sum"
+    combine: Literal["sum", "project"] = "sum"
     """How the entropy gradient joins the loss gradient at a layer: `sum` adds it, `project` first
-    drops the part that points against the loss gradient, `cap` limits its norm."""
-
-    max_ratio: float = Field(1.0, gt=0.0, allow_inf_nan=False)
-    """With combine="cap": largest norm of the entropy gradient, relative to the loss gradient's."""
+    drops the part that points against the loss gradient."""
 
     floor: float = Field(0.0, ge=0.0, allow_inf_nan=False)
     """A layer whose entropy is at or below this is pushed no further (same unit as the entropy)."""

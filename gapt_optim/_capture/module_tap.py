@@ -92,7 +92,6 @@ class ModuleTap(Unsaved):
             plan.passes_entropy(self.name),
             plan.activation_alignment,
             plan.config.objective.combine,
-            plan.config.objective.max_ratio,
             self.name,
         )
         if not recomputing:

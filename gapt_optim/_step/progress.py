@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._torch import START_FRESH, STATE_KEY
+from .._version import __version__
 from ..config import GAPTConfig, GateConfig
 from ..gate import Phase, PhaseGate
 
@@ -155,9 +156,6 @@ REQUIRED = (
 )
 """Settings that a saved state depends on, besides the layers: its entropies and losses would be of another kind."""
 
-_BEFORE_KERNELS = {"kernel": "linear", "center": False}
-"""What entropies were where a saved configuration does not say."""
-
 
 def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tuple[dict[str, Any], str | None]:
     """A saved state, checked by type, range and meaning against the layers and settings of now.
@@ -174,14 +172,16 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
     """
     if not isinstance(saved, dict):
         raise _refusal(STATE_KEY, "must be an object", saved)
-    saved = dict(saved)
-    if isinstance(saved.get("config"), dict) and isinstance(saved["config"].get("entropy"), dict):
-        saved["config"] = saved["config"] | {"entropy": _BEFORE_KERNELS | saved["config"]["entropy"]}
     try:
         state = _SavedState.model_validate(saved, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ValueError(
+                f"state_dict: {STATE_KEY}.{path}={first['input']!r:.100} is unknown to gapt_optim {__version__}; load "
+                f"it with the version that saved it, or, {START_FRESH}"
+            ) from None
         found = "nothing" if first["type"] == "missing" else first["input"]
         raise _refusal(path, f"is refused: {first['msg']}", found, missing=first["type"] == "missing") from None
     if _bare_names(state.layers) != _bare_names(list(layers)):
