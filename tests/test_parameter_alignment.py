@@ -25,7 +25,7 @@ from tests.angles import (
 )
 from tests.loops import RESTLESS, adamw, assert_same, gradients, loss_of, make_net, run, sgd, weights, wrap
 from tests.memory import Live
-from tests.models import CASES, MLP, Block, Case
+from tests.models import CASES, COMPILED, MLP, Block, Case
 from tests.training import wrapped
 
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
@@ -266,7 +266,7 @@ def fresh_compiler() -> Iterator[None]:
     ids=["kept", "streaming", "project"],
 )
 def test_compiled(phase: str, parts: dict[str, Any]) -> None:
-    case = CASES["sequence mlp"]
+    case = replace(CASES["sequence mlp"], build=lambda: MLP(depth=2))
     model = case.model()
     optimizer = measuring(model, case, phase, **parts)
     compiled = torch.compile(model, backend="aot_eager")
@@ -281,7 +281,7 @@ def test_compiled(phase: str, parts: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("streaming", [pytest.param(value, marks=IN_TORCH) for value in (False, True)])
 def test_donated_buffers_are_refused_with_advice(streaming: bool) -> None:
-    case = CASES["sequence mlp"]
+    case = COMPILED["sequence mlp"]
     model = case.model()
     optimizer = measuring(model, case, alignment={"parameter_streaming": streaming})
     with torch._functorch.config.patch(donated_buffer=True):

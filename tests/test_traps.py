@@ -415,7 +415,8 @@ def test_what_is_logged_is_off_by_a_flag(caplog: pytest.LogCaptureFixture) -> No
 def test_what_is_logged_is_seen_without_configuring_logging() -> None:
     """Also where warnings are errors, and not again after a resume."""
     code = """
-from tests.test_traps import RESTLESS, GAPTConfig, make_net, run, wrap
+from gapt_optim import GAPTConfig
+from tests.loops import RESTLESS, make_net, run, wrap
 model = make_net(); optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS))
 run(model, optimizer, range(20))
 state = optimizer.state_dict()

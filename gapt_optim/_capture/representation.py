@@ -41,7 +41,8 @@ class RepresentationHook:
             a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
             ``(batch, channels, *positions)``.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, from the arguments of the
-            model's call, given by name. By default ``attention_mask``, if the call has one of that shape.
+            model's call, given by name. By default ``attention_mask``, if the call has one of that shape. For an
+            output (batch * seq, d) it masks rows; an output with one vector per sequence has nothing to mask.
         batch_first: False where outputs of three dimensions are (seq, batch, d). By default each module's own
             ``batch_first``, where it has one, as ``nn.LSTM`` and the parts of ``nn.Transformer`` do, else True.
 

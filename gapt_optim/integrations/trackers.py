@@ -94,8 +94,8 @@ class WandB(_Tracker):
     """Logs to Weights & Biases, or to Trackio, which has the same interface.
 
     In Weights & Biases the numbers have ``gapt/step`` as their x-axis, so they fit beside your own logs in the same
-    run; ``gapt/switch_reason`` has the reason of each switch. With Trackio a switch is an alert of level "info", which its
-    charts mark.
+    run; ``gapt/switch_reason`` has the reason of each switch. In Trackio a switch is an alert of level "info", which
+    its charts mark.
 
     >>> board = WandB(project="gapt")  # begins a run                                  # doctest: +SKIP
     >>> board = WandB(run)  # joins one of yours                                      # doctest: +SKIP

@@ -76,7 +76,7 @@ def test_claims_rest_on_five_seeds_from_300_on(name: str, first_look: bool) -> N
     runs = load(name).runs(first_look, None)
     assert runs
     seeds = {run.settings.seed for run in runs}
-    tuning = name == "gate" or (name == "text" and seeds <= {0, 1})
+    tuning = name in ("gate", "pressing") or (name == "text" and seeds <= {0, 1})
     assert all(seed < 10 for seed in seeds) if tuning else all(seed >= 300 for seed in seeds)
     if not (first_look or tuning or name == "kernels"):
         assert len(seeds) >= 5

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-NAMES = ("kernels", "gate", "curves", "text", "multiplication", "conflict", "cycle", "use", "barrier")
+NAMES = ("kernels", "gate", "curves", "text", "multiplication", "conflict", "cycle", "use", "pressing", "barrier")
 
 
 def load(name: str) -> Any:
