@@ -308,6 +308,9 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("ran", None, "list"),
     ("ran", ["layers.9"], "some of the layers"),
     ("ran", ["layers.0", "layers.0"], "once"),
+    ("evasion", 1, "dictionary"),
+    ("evasion.warned", "no", "boolean"),
+    ("evasion.now", 5, "dictionary"),
     ("config", [], "dictionary"),
     ("config.objective.weight", "0.1", "number"),
     ("config.objective.weight", -1.0, "greater"),
@@ -338,6 +341,25 @@ def test_a_damaged_field_is_named(base: Any, path: str, value: Any, why: str) ->
         optimizer.load_state_dict(saved)
     assert repr(value).strip("[]") in str(refused.value)
     assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("levels", "why"),
+    [
+        ({"layers.9": {"pressed": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "mean_share": 0.1}}, "some of the layers"),
+        ({"layers.0": {"pressed": 1.0}}, "cosine is refused: Field required"),
+        ({"layers.0": {"pressed": float("nan"), "cosine": 1.0, "norm_ratio": 1.0, "mean_share": 0.1}}, "finite"),
+    ],
+)
+def test_damaged_levels_are_named(levels: dict[str, Any], why: str) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    saved = optimizer.state_dict()
+    own = json.loads(saved["param_groups"][0]["gapt"])
+    own["evasion"]["now"] = levels
+    saved["param_groups"][0]["gapt"] = json.dumps(own)
+    with pytest.raises(ValueError, match=rf"gapt\.evasion\.now.*{why}.*start the gate fresh"):
+        optimizer.load_state_dict(saved)
 
 
 class FailsHalfway(torch.optim.SGD):
@@ -456,6 +478,7 @@ def test_distributed_state_dict_keeps_the_gate(base: Any, options: StateDictOpti
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # by torch 2.6 itself
 @pytest.mark.parametrize("base", [adamw, matrices_and_rest])
 def test_distributed_checkpoint_on_disk_keeps_the_gate(base: Any, tmp_path: Path) -> None:
     model, optimizer = started(base)

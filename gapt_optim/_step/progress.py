@@ -127,8 +127,23 @@ class _SavedGate(_Saved):
     lowest_entropy: float | None
 
 
+class _SavedLevel(_Saved):
+    pressed: float
+    cosine: float
+    norm_ratio: float
+    mean_share: float
+
+
+class _SavedEvasion(_Saved):
+    compressed: bool = False
+    warned: bool = False
+    now: dict[str, _SavedLevel] = {}
+    before: dict[str, _SavedLevel] = {}
+
+
 class _SavedState(_Saved):
     gate: _SavedGate
+    evasion: _SavedEvasion = _SavedEvasion()
     steps: _Count
     compression_steps: _Count
     nonfinite_steps: _Count
@@ -211,6 +226,8 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
     notice = f"the state goes on with other settings than it was saved with: {', '.join(changed)}" if changed else None
     now = dict(zip(state.layers, layers, strict=True))
     result = state.model_dump() | {"layers": list(layers), "ran": [now[name] for name in state.ran]}
+    for when in ("now", "before"):
+        result["evasion"][when] = {now[name]: level for name, level in result["evasion"][when].items()}
     return result, notice
 
 
@@ -239,6 +256,9 @@ def _refuse_contradictions(state: _SavedState) -> None:
         raise _refusal("layers", "must name each layer once", state.layers)
     if len(set(state.ran)) != len(state.ran) or not set(state.ran) <= set(state.layers):
         raise _refusal("ran", f"must be some of the layers {state.layers}, each once", state.ran)
+    for when, levels in (("now", state.evasion.now), ("before", state.evasion.before)):
+        if not set(levels) <= set(state.layers):
+            raise _refusal(f"evasion.{when}", f"must be of some of the layers {state.layers}", list(levels))
 
 
 def flat_state(state: Mapping[str, Any]) -> dict[str, str]:
@@ -246,7 +266,8 @@ def flat_state(state: Mapping[str, Any]) -> dict[str, str]:
 
     A layer may rest on some ranks, and each rank records the held-out losses that it has.
     """
-    return {path: repr(value) for path, value in _flat(state).items() if path not in ("ran", "unjudged_validation")}
+    own = ("ran", "unjudged_validation", "evasion")
+    return {path: repr(value) for path, value in _flat(state).items() if path.split(".")[0] not in own}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

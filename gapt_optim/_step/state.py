@@ -255,6 +255,7 @@ class StepState:
         """Plain values."""
         return {
             **self.progress.state_dict(),
+            "evasion": self._evasion.state_dict(),
             "layers": list(self.store.names),
             "ran": sorted(self.store.ran),
             "config": self.config.model_dump(),
@@ -262,9 +263,10 @@ class StepState:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a checked state, or start fresh."""
-        self.progress = Progress(self.config.gate)
+        self.progress, self._evasion = Progress(self.config.gate), EvasionWatch()
         if state is not None:
             self.progress.load_state_dict(state)
+            self._evasion.load_state_dict(state["evasion"])
         self.store.ran = set() if state is None else set(state["ran"])
         self._ranks_compared = False
         self.discard()
