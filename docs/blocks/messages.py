@@ -100,6 +100,6 @@ def messages_by_module() -> str:
     """A section per module, a list item per message."""
     lines: list[str] = []
     for path, found in itertools.groupby(messages(ROOT / "gapt_optim"), key=lambda message: message.path):
-        lines += ["", f"## {path}", ""]
+        lines += ["", f"## `{path}`", ""]
         lines += [f"- `{message.text.replace('`', chr(39))}` ({message.kind})" for message in found]
     return "\n".join(lines).strip()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.evidence.experiments import NAMES
 from gapt_optim import GAPTConfig
 
 from .pages import ROOT
@@ -26,6 +27,14 @@ def test_every_setting_is_on_its_page() -> None:
     for section, values in GAPTConfig().model_dump().items():
         assert f"<!-- filled: settings {type(getattr(GAPTConfig(), section)).__name__} -->" in page
         assert all(f"- **`{name}`** = " in page for name in values)
+
+
+def test_every_experiment_has_a_page() -> None:
+    index = (ROOT / "docs" / "evidence" / "index.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        page = ROOT / "docs" / "evidence" / f"{name}.md"
+        assert f"<!-- filled: evidence {name} -->" in page.read_text(encoding="utf-8")
+        assert f"]({name}.md) |" in index
 
 
 def test_a_page_that_is_behind_is_named_and_written(
