@@ -11,7 +11,7 @@ from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table,
 from ..stats import at_equal, compare
 from ..tasks import text
 
-WEIGHTS = {"penalty": (0.005, 0.01, 0.02, 0.05, 0.1), "gapt": (0.01, 0.02, 0.05, 0.1, 0.2)}
+WEIGHTS = {"penalty": (0.005, 0.01, 0.02, 0.05, 0.1), "gapt": (0.01, 0.02, 0.035, 0.05, 0.1, 0.2)}
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
