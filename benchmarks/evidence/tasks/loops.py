@@ -157,7 +157,7 @@ def lora(s: Settings) -> Problem:
         next_byte(model, rows_of(old, order)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True))  # type: ignore[arg-type]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True))
     data, held_out = speeches(recent=True)
     return Problem(adapted, "base_model.model.transformer.h.*", partial(rows_of, data), held_out, next_byte)
 
@@ -208,7 +208,7 @@ def under_trainer(s: Settings) -> dict[str, Any]:
             folder, max_steps=s.steps, per_device_train_batch_size=16, logging_strategy="no", save_strategy="no",
             report_to=[], disable_tqdm=True, use_cpu=True, seed=s.seed,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=examples, optimizers=(optimizer, schedule))  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, train_dataset=examples, optimizers=(optimizer, schedule))
         trainer.add_callback(GAPTCallback(trainer))
         trainer.train()
     return ended(s, model, hook, optimizer, next_byte, held_out)
