@@ -23,6 +23,7 @@ TINY: dict[str, dict[str, Any]] = {
     "multiplication": {"blocks": 2, "width": 16, "heads": 2, "context": 64, "batch": 4, "steps": 4,
                        "evaluate_every": 2, "evaluate_tokens": 600},
     "conflict": {"steps": 4},
+    "loops": {"steps": 2},
 }  # fmt: skip
 TINY["use"] = TINY["barrier"] = TINY["text"]
 TINY["cycle"] = {**TINY["text"], "steps": 12, "measure_every": 1, "micro_batches": 4}
@@ -54,6 +55,7 @@ def miniature() -> Any:
     return of
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 @pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_in_miniature(name: str, miniature: Any, tmp_path: Path) -> None:
     records = miniature(name)
