@@ -234,4 +234,8 @@ FINDINGS: dict[str, Finding] = {finding.key: finding for finding in _ALL}
 NOTHING_FOUND = "Nothing stands out: the gate switched as it should, and the entropies agree on what compression did."
 NO_STEPS = "The run has no steps yet, so there is nothing to judge."
 PLAIN_RUN = "The gate is frozen in memorization, so this is plain training: there is no compression to judge."
+SETTINGS_UNKNOWN = (
+    "The run does not say how its gate was set, so the defaults are assumed. If it was frozen, this is plain training, "
+    "and nothing is wrong."
+)
 CONSTANT_PENALTY = "The gate is frozen in compression: a constant entropy penalty, without phases to judge."

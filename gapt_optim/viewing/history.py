@@ -79,9 +79,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunHistory:
     settings = _read_table(folder / "settings.json", notes)
     if not settings:
         # A method of a comparison, whose settings lie beside the methods' folders.
-        shared = _read_table(folder.resolve().parent / "settings.json", [])
-        methods = shared.get("methods")
-        if isinstance(methods, list) and folder.resolve().name in methods:
+        shared = read_settings(folder.resolve().parent)
+        if folder.resolve().name in methods_of(shared):
             settings = {**shared, "method": folder.resolve().name}
     marker = _read_table(folder / "run.json", notes)
     version = marker.get("version")
@@ -166,6 +165,18 @@ def _read_table(path: Path, notes: list[str]) -> Record:
         notes.append(f"{path.name} could not be read")
         return {}
     return table
+
+
+def read_settings(folder: Path) -> Record:
+    """A folder's ``settings.json``; empty where there is none, or it cannot be read."""
+    return _read_table(folder / "settings.json", [])
+
+
+def methods_of(settings: Record) -> list[str]:
+    """The methods that a comparison runs, in its order, from its settings; empty where they name none."""
+    tables = (settings, settings.get("config"))
+    found = next((table["methods"] for table in tables if isinstance(table, dict) and "methods" in table), [])
+    return [method for method in found if isinstance(method, str)] if isinstance(found, list) else []
 
 
 def _thinning(path: Path) -> int:

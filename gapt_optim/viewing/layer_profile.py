@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ._core import Layers, hidden_tensor, padded, puts_sequence_first, select_layers
+from ._core import Layers, hidden_rows, puts_sequence_first, select_layers
 from .layer_statistics import LayerSums, What
 
 DEFAULT_WINDOWS: tuple[int | None, ...] = (8, None)
@@ -329,27 +329,14 @@ class _Collector:
         return hook
 
     def _hidden(self, name: str, output: Any) -> tuple[Tensor, Tensor | None]:
-        h = hidden_tensor(output) if self.output is None else self.output(output)
-        if not isinstance(h, Tensor) or not h.is_floating_point():
-            what = str(h.dtype) if isinstance(h, Tensor) else type(h).__name__
-            raise TypeError(
-                f'layer "{name}" gives {what}, not a floating-point tensor; pass output=lambda out: ... to pick the '
-                "hidden tensor, or choose other layers"
-            )
-        if h.ndim < 2:
-            raise ValueError(
-                f'layer "{name}" gives a tensor of shape {tuple(h.shape)}; expected (batch, d), (batch, seq, d) or '
-                "(batch, channels, *positions)"
-            )
+        length = 0 if self.mask is None else self.mask.shape[1]
+        h, inside = hidden_rows(name, output, self.output, name in self.sequence_first, length)
         mask = self.mask
-        if name in self.sequence_first and h.ndim == 3 and (self.output is None or h is hidden_tensor(output)):
-            h = h.transpose(0, 1)
-        if h.is_nested:
-            h, inside = padded(h, 0 if mask is None else mask.shape[1])
-            mask = inside if mask is None else mask.to(inside) & inside
         if mask is not None and (h.ndim != 3 or mask.shape != h.shape[:2]):
             mask = None
-        return h, None if mask is None else mask.to(device=h.device, dtype=torch.bool)
+        if mask is not None:
+            mask = mask.to(device=h.device, dtype=torch.bool)
+        return h, inside if mask is None else mask if inside is None else mask & inside
 
     def end_of_call(self) -> None:
         silent = [name for name, calls in self.calls.items() if calls == 0]

@@ -429,7 +429,7 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _plus_products(total: Tensor | None, rows: Tensor) -> Tensor:
-    """The lower triangle of rows' Gram matrix of features, added to ``total``: in strips, 10 of 16 parts of the work."""
+    """``rows.mT @ rows`` added to the lower triangle of ``total``: in four strips, 10 of 16 parts of the work."""
     d = rows.shape[1]
     if total is None:
         total = rows.new_zeros(d, d)
