@@ -347,7 +347,9 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[RunHistory]]:
         for run, path in folders.items():
             try:
                 found.setdefault(run, []).append(read_run(path))
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                raise CommandError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+            except ValueError as error:
                 raise CommandError(error) from error
     return found
 

@@ -9,7 +9,16 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ..config import GAPTConfig, GateConfig
-from .findings import CONSTANT_PENALTY, FINDINGS, NO_STEPS, NOTHING_FOUND, PLAIN_RUN, SETTINGS_UNKNOWN, Diagnosis
+from .findings import (
+    CONSTANT_PENALTY,
+    FINDINGS,
+    NO_STEPS,
+    NOT_ALL_SEEN,
+    NOTHING_FOUND,
+    PLAIN_RUN,
+    SETTINGS_UNKNOWN,
+    Diagnosis,
+)
 from .history import Record, RunHistory, compression_spans, switches_of, values_of
 
 Points = list[tuple[float, float]]
@@ -39,7 +48,11 @@ def verdict(run: RunHistory, found: Sequence[Diagnosis]) -> str:
     case = _Case(run)
     if not case.spans and case.setting("gate", "frozen"):
         return PLAIN_RUN
-    return CONSTANT_PENALTY if case.spans and case.setting("gate", "frozen") else NOTHING_FOUND
+    if case.setting("gate", "frozen"):
+        return CONSTANT_PENALTY
+    keys = {"loss": "loss", "entropy": "entropy", "measures.centered_cosine_entropy": "measures"}
+    missing = [name for key, name in keys.items() if not values_of(run.steps, key)]
+    return NOT_ALL_SEEN.format(missing=" and no ".join(missing)) if missing else NOTHING_FOUND
 
 
 # What the methods of a comparison are, besides the one whose gate its settings hold.
@@ -75,8 +88,10 @@ class _Case:
         table = find_section(self.run.settings, section)
         if section == "gate" and self.run.settings.get("method") in _GATES:
             table = _GATES[self.run.settings["method"]].model_dump()  # its own, not that of the method beside it
-        value = table.get(name)
-        return self.defaults[section][name] if value is None else value
+        value, default = table.get(name), self.defaults[section][name]
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            return value if isinstance(value, type(default)) else default
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else default
 
     def gate(self) -> list[Diagnosis]:
         if self.setting("gate", "frozen"):

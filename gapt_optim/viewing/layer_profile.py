@@ -182,7 +182,7 @@ class Profile:
                 version=str(values["version"]),
                 **plain,
             )
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(
                 f"{path} holds no profile; make one with gapt-optim profile MODEL --data DATA --out NAME.json"
             ) from None
