@@ -282,6 +282,8 @@ def profile(
             module.training = mode
     if count == 0:
         raise ValueError("batches is empty; pass at least one batch (an iterator that was used up gives none)")
+    if not any(int(sums.rows) for sums in collector.sums.values()):
+        raise ValueError("no row of any layer counts: all are masked or not finite, or the batches are empty")
     seconds = time.perf_counter() - started
     profiles = tuple(_result(name, sums) for name, sums in collector.sums.items())
     first = next(iter(collector.sums.values()))
@@ -317,11 +319,19 @@ class _Collector:
         self.calls = dict.fromkeys(names, 0)
         self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}  # of the views of an item
         self.latest: dict[str, Tensor] = {}
+        self.kinds: dict[str, tuple[int, int]] = {}  # dimensions and features of the outputs
 
     def tap(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.calls[name] += 1
             h, mask = self._hidden(name, output)
+            kind = (h.ndim, h.shape[1] if h.ndim > 3 else h.shape[-1])
+            if self.kinds.setdefault(name, kind) != kind:
+                (dims, features), (before, width) = kind, self.kinds[name]
+                raise ValueError(
+                    f'layer "{name}" gives {dims} dimensions and {features} features, but {before} and {width} before; '
+                    "leave it out of layers"
+                )
             embedding = self.sums[name].add(h, mask)
             if self.sums[name].lidar is not None:
                 self.latest[name] = embedding

@@ -157,6 +157,8 @@ class LayerSums:
         self.features = rows.shape[-1]
         self.rows = self.rows.to(h.device) + live.sum()
         self.sequences += len(rows)
+        if rows.numel() == 0:
+            return rows.new_zeros(len(h), self.features)
         for window in self.what.windows:
             for part in _parts(rows, window):
                 self._add_windows(window, rows[part], live[part], first[part])
