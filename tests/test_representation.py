@@ -678,15 +678,15 @@ def test_memory_is_flat(parts: dict[str, Any]) -> None:
     model, x = MLP(depth=2), torch.randn(4, 6)
     optimizer = wrapped(model, "blocks.*", **parts)
     counts = []
-    for step in range(1001):
+    for step in range(301):
         optimizer.backward(loss_of(model, x))
         optimizer.step()
         optimizer.zero_grad()
-        if step in (20, 1000):
+        if step in (20, 300):
             counts.append((living_tensors(), living_objects()))
     (tensors, objects), (later_tensors, later_objects) = counts
     assert later_tensors <= tensors
-    assert later_objects <= objects + 20
+    assert later_objects <= objects + 20  # far less than one a step
 
 
 @pytest.mark.parametrize("left", ["idle", "deleted"])

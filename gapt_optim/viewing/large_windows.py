@@ -1,7 +1,7 @@
 """Order-2 entropies of windows of many rows, in few passes over their Gram matrices.
 
-A window's first token has the largest norm in many models, so each value is wanted with it and without. The matrices are
-made without it. What it adds follows from its row alone, and every term of that is positive, so nothing is lost to
+A window's first token has the largest norm in many models, so each value is wanted with it and without. The matrices
+are made without it. What it adds follows from its row alone, and every term of that is positive, so nothing is lost to
 rounding: for a matrix M of the other rows, with u the products of the first row with them and q its own,
 
 - plain: ||M||^2 + 2 |u|^2 + q^2, and a trace of tr M + q;

@@ -157,6 +157,8 @@ class LayerSums:
         self.features = rows.shape[-1]
         self.rows = self.rows.to(h.device) + live.sum()
         self.sequences += len(rows)
+        if rows.numel() == 0:
+            return rows.new_zeros(len(h), self.features)
         for window in self.what.windows:
             for part in _parts(rows, window):
                 self._add_windows(window, rows[part], live[part], first[part])
@@ -429,7 +431,7 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _plus_products(total: Tensor | None, rows: Tensor) -> Tensor:
-    """The lower triangle of rows' Gram matrix of features, added to ``total``: in strips, 10 of 16 parts of the work."""
+    """``rows.mT @ rows`` added to the lower triangle of ``total``: in four strips, 10 of 16 parts of the work."""
     d = rows.shape[1]
     if total is None:
         total = rows.new_zeros(d, d)

@@ -238,12 +238,12 @@ def plain_run(layers: str) -> list[StepMetrics]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2},
     "checkpointing": {"activation_checkpointing": True},
     "checkpointing and evaluation": {
         "activation_checkpointing": True,
         "eval_strategy": "steps",
-        "eval_steps": 1,
+        "eval_steps": 3,
         "per_device_eval_batch_size": 2,
     },
     "own loss": {"trainer": {"compute_loss_func": per_token}},
