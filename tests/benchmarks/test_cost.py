@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +138,6 @@ def test_the_page_of_a_long_run_is_measured(tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "page.json"
     assert page.main(["--steps", "2000", "--layers", "3", "--times", "0", "--json", str(path)]) == 0
     assert 1 < json.loads(path.read_text())["megabytes"] < 10
-    assert page.cpu_seconds_below(os.getpid()) > 0
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
