@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,12 @@ settings.register_profile("explore", deadline=None, max_examples=2000, database=
 settings.load_profile("same")
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What modules and tests are made of stays to the end, so collections, and tests that count objects, skip it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

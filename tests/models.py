@@ -203,3 +203,16 @@ CASES: dict[str, Case] = {
     "tied": Case(TiedLM, "blocks.*", tokens, VOCABULARY),
     "tied masked": Case(TiedLM, "blocks.*", masked_tokens, VOCABULARY),
 }
+
+COMPILED: dict[str, Case] = {
+    "sequence mlp": Case(lambda: MLP(depth=1), "blocks.*", CASES["sequence mlp"].batch, 4),
+    "cnn": CASES["cnn"],
+    "gpt2 masked": Case(lambda: gpt2(n_layer=1), "transformer.h.*", masked_tokens, VOCABULARY),
+}
+"""With as few layers as will do, as torch's compiler takes most of a second for each."""
+
+
+def recompute_activations(model: Any, *options: Any) -> None:
+    """Activation checkpointing of a transformers model, under the name that its version has for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(model, next(name for name in names if hasattr(model, name)))(*options)

@@ -38,8 +38,7 @@ def test_unknown_field_is_refused_by_name(section: type[BaseModel]) -> None:
         (GateConfig, "initial_phase", ["compressed"]),
         (GateConfig, "frozen", ["maybe"]),
         (ObjectiveConfig, "weight", [-1.0, math.inf, math.nan]),
-        (ObjectiveConfig, "combine", ["add"]),
-        (ObjectiveConfig, "max_ratio", [0.0, -1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "combine", ["add", "cap"]),
         (ObjectiveConfig, "floor", [-1.0, math.inf, math.nan]),
         (ObjectiveConfig, "max_nonfinite", [0, -1]),
         (LayerConfig, "schedule", ["none"]),
@@ -99,7 +98,7 @@ def test_projection_of_parameter_gradients_needs_their_measurement() -> None:
     [
         {"layers": LayerConfig(schedule="rotate")},
         {"layers": LayerConfig(reduce="max")},
-        {"objective": ObjectiveConfig(combine="cap")},
+        {"objective": ObjectiveConfig(combine="project")},
         {"objective": ObjectiveConfig(floor=0.1)},
     ],
 )
@@ -153,7 +152,7 @@ def test_validation_gate_judges_held_out_losses_one_by_one() -> None:
         GAPTConfig(
             entropy=EntropyConfig(kernel="linear", center=False, alpha=math.inf, window=None, normalize=True),
             gate=GateConfig.published(signal="validation", initial_phase="compression", frozen=True),
-            objective=ObjectiveConfig(weight=0.0, combine="cap", max_ratio=0.5, floor=0.1, max_nonfinite=1),
+            objective=ObjectiveConfig(weight=0.0, combine="project", floor=0.1, max_nonfinite=1),
             layers=LayerConfig(schedule="blocks", skip_first=1, skip_last=2, reduce="max", period=7),
             alignment=AlignmentConfig(activation=False, parameter_every=5),
         ),

@@ -107,6 +107,52 @@ def test_phases_alternate_while_an_entropy_decays_under_noise(floor: float) -> N
         assert len(reasons) >= 6
 
 
+@pytest.mark.parametrize("rule", ["smoothed", "published"])
+def test_patience_counts_anew_in_every_phase(rule: str) -> None:
+    """`smoothed` takes one update more, for the value that the phase begins with."""
+    gate = PhaseGate(GateConfig(rule=rule, patience_memorization=4, patience_compression=3))
+    seen = feed(gate, [1.0] * 24, [1.0] * 24)
+    memorization, compression = (5, 4) if rule == "smoothed" else (4, 3)
+    ends = [i + 1 for i, (_, reason) in enumerate(seen) if reason]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    assert lengths[:4] == [memorization, compression] * 2
+    assert [reason for _, reason in seen if reason][:4] == ["plateau", "compressed"] * 2
+
+
+def test_published_patience_counts_anew_after_a_spike() -> None:
+    gate = PhaseGate(GateConfig(rule="published", patience_memorization=2, patience_compression=4))
+    losses = [1.0] * 5 + [9.0] + [1.0] * 6
+    reasons = [reason for _, reason in feed(gate, losses, [1.0] * 12)]
+    assert reasons == [None, "plateau", None, None, None, "spike", None, "plateau", None, None, None, "compressed"]
+
+
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+@pytest.mark.parametrize("rule", ["smoothed", "published"])
+def test_patience_counts_anew_after_an_improvement(rule: str, phase: str) -> None:
+    config = GateConfig(rule=rule, initial_phase=phase, patience_memorization=3, patience_compression=3, smoothing=0.0)
+    falls_once = [2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    other = [1.0] * 7
+    numbers = (falls_once, other) if phase == "memorization" else (other, falls_once)
+    reasons = [reason for _, reason in feed(PhaseGate(config), *numbers)]
+    assert reasons[:6] == [None] * 5 + ["plateau" if phase == "memorization" else "compressed"]
+
+
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+@pytest.mark.parametrize("rule", ["smoothed", "published"])
+def test_patience_that_is_lowered_on_resuming_is_kept_to_at_once(rule: str, phase: str) -> None:
+    def gate(patience: int) -> PhaseGate:
+        return PhaseGate(
+            GateConfig(rule=rule, initial_phase=phase, patience_memorization=patience, patience_compression=patience)
+        )
+
+    patient, other = gate(10), gate(3)
+    feed(patient, [1.0] * 7, [1.0] * 7)
+    assert patient.switches == 0
+    other.load_state_dict(patient.state_dict())
+    other.update(1.0, 1.0)
+    assert other.switches == 1
+
+
 def test_compression_is_judged_by_the_level_at_which_it_began() -> None:
     """Under 1 % of that level in 5 updates is a plateau, however large a part of what is left it is."""
     config = GateConfig(initial_phase="compression", smoothing=0.0, patience_compression=5, min_improvement=0.01)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gapt_optim import Measures, RepresentationHook
-from tests.models import CASES, Case
+from tests.models import CASES, COMPILED, Case
 from tests.reference import KERNELS, reference_layer_measures
 from tests.training import gradients, recorded, wrapped
 
@@ -100,9 +100,8 @@ def test_measures_of_lower_precision_are_those_of_what_the_model_gave(dtype: tor
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("name", ["sequence mlp", "gpt2"])
-def test_measures_of_a_compiled_model(name: str) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize("case", [CASES["sequence mlp"], COMPILED["gpt2 masked"]], ids=["mlp", "gpt2"])
+def test_measures_of_a_compiled_model(case: Case) -> None:
     found: list[dict[str, Measures]] = []
     for compiling in (False, True):
         torch._dynamo.reset()

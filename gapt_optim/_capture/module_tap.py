@@ -89,7 +89,6 @@ class ModuleTap(Unsaved):
             plan.passes_entropy(self.name),
             plan.activation_alignment,
             plan.config.objective.combine,
-            plan.config.objective.max_ratio,
             self.name,
         )
         if not recomputing:
@@ -103,8 +102,14 @@ class ModuleTap(Unsaved):
         """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
         store = self.store
         mask = store.masks[-1] if store.masks else store.mask if recomputing else None
-        if mask is None or h.ndim != 3:
+        if mask is None or h.ndim > 3:
             return None
+        rows = h.shape[:2] if h.ndim == 3 else (1, len(h))
+        if h.ndim == 2:
+            if mask.numel() == len(h):  # tokens of all sequences in one row after another
+                mask = mask.reshape(rows)
+            elif store.pick_mask is None or (mask.ndim == 2 and len(mask) == len(h)):
+                return None  # a vector for each sequence, which has no tokens left
         if recomputing and not store.masks and store.masked_calls > 1:
             raise RuntimeError(
                 f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
@@ -112,12 +117,13 @@ class ModuleTap(Unsaved):
             )
         if recomputing:
             store.recomputed = True
-        if mask.shape != h.shape[:2]:
+        if mask.shape != rows:
             if store.pick_mask is None:
                 return None
             raise ValueError(
-                f'mask= gave shape {tuple(mask.shape)}, but the output of module "{self.name}" has (batch, seq) = '
-                f"{tuple(h.shape[:2])}; return a mask of that shape, or None"
+                f'mask= gave shape {tuple(mask.shape)}, but the output of module "{self.name}" has '
+                + (f"(batch, seq) = {tuple(rows)}" if h.ndim == 3 else f"{len(h)} rows")
+                + "; return a mask of that shape, or None"
             )
         return mask.to(device=h.device, dtype=torch.bool)
 

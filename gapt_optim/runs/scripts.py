@@ -115,8 +115,8 @@ def open_run(
 def config_of(method: str, gapt: GAPTConfig) -> GAPTConfig:
     """The configuration of one of the methods that are compared, so that one loop trains them all.
 
-    ``plain`` is a gate that never opens, so training with the bare optimizer, bit for bit; ``penalty`` is one that
-    never closes, a constant weight on the entropy; ``published`` is the rule of arXiv 2505.08727; ``gapt`` is ``gapt``.
+    ``plain`` freezes the gate in memorization, which is the bare optimizer bit for bit; ``penalty`` freezes it in
+    compression, a constant entropy penalty; ``published`` uses the rule of arXiv 2505.08727; ``gapt`` is as given.
 
     Example:
         >>> config_of("plain", GAPTConfig()).gate.frozen

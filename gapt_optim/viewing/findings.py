@@ -132,9 +132,9 @@ _ALL = [
         "{spikes} of {exits} compression phases ended because the loss rose by {tolerance:.3g} % or more. Their "
         "median length was {length:g} steps.",
         "The entropy pushes harder than the task allows.",
-        "Lower objective.weight, for example to a third. objective.combine = cap bounds the push relative to the loss "
-        "gradient. If the rises are only noise, raise gate.spike_tolerance or gate.smoothing.",
-        ("objective.weight", "objective.combine", "gate.spike_tolerance", "gate.smoothing"),
+        "Lower objective.weight, for example to a third. If the rises are only noise, raise gate.spike_tolerance or "
+        "gate.smoothing.",
+        ("objective.weight", "gate.spike_tolerance", "gate.smoothing"),
         {"spikes": 9, "exits": 10, "tolerance": 20.0, "length": 7},
     ),
     Finding(
@@ -176,8 +176,8 @@ _ALL = [
         "In compression the entropy was {share:.0%} of the objective, and the loss rose from {before:.3g} to "
         "{after:.3g}.",
         "Most of the gradient then serves the entropy.",
-        "Lower objective.weight, or set objective.combine to cap with an objective.max_ratio below 1.",
-        ("objective.weight", "objective.combine", "objective.max_ratio"),
+        "Lower objective.weight, for example to a third.",
+        ("objective.weight",),
         {"share": 0.61, "before": 2.1, "after": 3.4},
     ),
     Finding(

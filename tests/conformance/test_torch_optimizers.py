@@ -18,13 +18,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarn
 CASES = cases()
 
 
-def as_bare(statement: str, inputs: list[Any]) -> int:
-    """How many of the inputs the statement held for, in the wrapper."""
+def as_bare(statement: str, inputs: list[Any], *, compare: bool = True) -> int:
+    """How many of the inputs the statement held for, in the wrapper.
+
+    Args:
+        compare: run it on the bare optimizer also where it holds in the wrapper, which is most of the work.
+    """
     held = 0
     for case in inputs:
         for form, bare in BARE_OF.items():
-            ours, theirs = outcome(STATEMENTS[statement], case, form), outcome(STATEMENTS[statement], case, bare)
+            ours = outcome(STATEMENTS[statement], case, form)
             held += ours == "passed"
+            if ours == "passed" and not compare:
+                continue
+            theirs = outcome(STATEMENTS[statement], case, bare)
             if theirs == "does not apply":  # two bare optimizers have no such method together
                 theirs = ours if ours == "does not apply" else "passed"
             assert ours == theirs or (ours != "passed" and theirs != "passed"), (form, case.kwargs, ours, theirs)
@@ -36,7 +43,7 @@ def as_bare(statement: str, inputs: list[Any]) -> int:
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_statement_on_one_input_set(statement: str, optimizer: str) -> None:
     """The one with the most settings."""
-    as_bare(statement, [max(CASES[optimizer], key=lambda case: len(case.kwargs))])
+    as_bare(statement, [max(CASES[optimizer], key=lambda case: len(case.kwargs))], compare=False)
 
 
 @pytest.mark.slow
@@ -47,7 +54,7 @@ def test_statement_on_every_input_set(statement: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", scheduler_statements.SCHEDULERS)
-@pytest.mark.parametrize("form", ["bare", "alone", "several"])
+@pytest.mark.parametrize("form", [pytest.param("bare", marks=pytest.mark.slow), "alone", "several"])
 def test_statements_on_a_scheduler(scheduler: str, form: str) -> None:
     for name, statement in scheduler_statements.STATEMENTS.items():
         assert scheduler_statements.outcome(statement, scheduler, form) == "passed", name

@@ -26,8 +26,8 @@ _IGNORED = (  # what torch itself says of its own ways
 class Ranks:
     """Runs a function of a module, with arguments that can be pickled, on all ranks.
 
-    The processes live from call to call, as starting them takes seconds; a call that fails ends them, since a rank
-    may be left waiting for the other.
+    The processes are forked from one that has imported what they need, and live from call to call; a call that fails
+    ends them, since a rank may be left waiting for the other.
     """
 
     def __init__(self, world: int = 2) -> None:
@@ -60,7 +60,8 @@ class Ranks:
         return [results[rank] for rank in range(self.world)]
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "tests.distributed.test_over_ranks"])
         handle, store = tempfile.mkstemp()
         os.close(handle)
         for rank in range(self.world):

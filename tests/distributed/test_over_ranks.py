@@ -98,22 +98,25 @@ COMPARED = [(8, 64)]
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("activation", [False, True])
-@pytest.mark.parametrize(("depth", "micro_batches"), [(12, 1), (3, 4)])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("depth", "micro_batches", "dtype", "size"),
+    [(6, 1, torch.float32, 4), (3, 4, torch.float64, 8), (3, 2, torch.bfloat16, 4)],
+    ids=str,
+)
 def test_one_collective_per_step(
     ranks: Ranks, parallel: str, activation: bool, depth: int, micro_batches: int, dtype: torch.dtype, size: int
 ) -> None:
     """However many micro-batches the step has."""
     config = GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(activation=activation))
     build = partial(Net, depth=depth)
-    run = Run(parallel, config=config, micro_batches=micro_batches, steps=4, build=build, dtype=dtype)
+    run = Run(parallel, config=config, micro_batches=micro_batches, steps=3, build=build, dtype=dtype)
     numbers = numbers_per_step(depth, activation)
     step = [(numbers, size * numbers)]
-    assert ranks(collectives, run) == [[COMPARED + step, step, step, step]] * 2
+    assert ranks(collectives, run) == [[COMPARED + step, step, step]] * 2
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("combine", ["sum", "cap"])
+@pytest.mark.parametrize("combine", ["sum", "project"])
 def test_collectives_of_a_measured_step(ranks: Ranks, combine: str, micro_batches: int) -> None:
     """Per micro-batch, one for which parameters there are and one for each parameter's entropy gradient.
 
@@ -402,7 +405,7 @@ def test_a_sharded_checkpoint_goes_on_at_another_world_size(ranks: Ranks) -> Non
 
     Of four, one rank has no row of the blocks' matrices.
     """
-    runs = [(Run("fsdp", steps=8, base=base), until) for base in (SGD, ADAMW) for until in (1, 4)]
+    runs = [(Run("fsdp", steps=8, base=base), until) for base, until in ((SGD, 4), (ADAMW, 1))]
     with tempfile.TemporaryDirectory() as folder, closing(Ranks(4)) as four, closing(Ranks(1)) as one:
         for i, (run, until) in enumerate(runs):
             where = f"{folder}/{i}"

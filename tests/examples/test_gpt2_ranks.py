@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gapt_optim.viewing import read_metrics
+from tests.examples import quick
 from tests.examples.conftest import ROOT
 from tests.examples.test_gpt2_fineweb import _no_pictures, results, run  # noqa: F401
 
@@ -21,11 +22,11 @@ SCRIPT = str(ROOT / "examples" / "gpt2_fineweb.py")
 SHARED = ["--accumulation", "3", "--eval-sequences", "5", "--methods", "gapt"]
 
 
-def start(*argv: str) -> subprocess.Popen[str]:
+def start(*argv: str, script: str = SCRIPT) -> subprocess.Popen[str]:
     """The script under torchrun, on a free port of its own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [sys.executable, *torchrun, SCRIPT, *argv],
+        [sys.executable, *torchrun, script, *argv],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,19 +70,37 @@ def files(folder: Path) -> set[str]:
     return {name for name in found if not name.endswith((".distcp", ".png", ".html"))}  # shards differ, pictures too
 
 
+def assert_same_results(ranks: Path, one: Path) -> None:
+    """Losses, entropies, validations and switches, and one set of files."""
+    assert files(ranks) == files(one)
+    here, there = results(ranks), results(one)
+    assert (here["ranks"], there["ranks"]) == (2, 1)
+    assert here["runs"]["gapt"]["switch_list"] == there["runs"]["gapt"]["switch_list"]
+    assert there["runs"]["gapt"]["switches"] >= 2
+    assert_alike(ranks / "gapt", one / "gapt")
+
+
+def test_two_ranks_equal_one_process(tiny: list[str], tmp_path: Path) -> None:
+    """DDP and FSDP2, one after the other in the same two processes, as starting these is what takes the time."""
+    one, kinds = tmp_path / "one", ("ddp", "fsdp")
+    flags = ["\n".join([*tiny, *SHARED, "--parallel", kind, "--out", str(tmp_path / kind)]) for kind in kinds]
+    process = start(*flags, script=quick.__file__)
+    run([*tiny, *SHARED, "--out", str(one)])
+    out, _ = finished(process)
+    assert out.count("Training GPT-2") == 2  # said by the first rank alone
+    for kind in kinds:
+        assert_same_results(tmp_path / kind, one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_equal_one_process(tiny: list[str], tmp_path: Path, parallel: str) -> None:
-    """Losses, entropies, validations and switches; one set of files, and one table."""
+def test_the_script_itself_over_two_ranks(tiny: list[str], tmp_path: Path, parallel: str) -> None:
+    """With its pictures, and one table."""
     process = start(*tiny, *SHARED, "--parallel", parallel, "--out", str(tmp_path / "ranks"))
     run([*tiny, *SHARED, "--out", str(tmp_path / "one")])
     out, _ = finished(process)
     assert out.count("| held-out loss (nats)") == 1
-    assert files(tmp_path / "ranks") == files(tmp_path / "one")
-    here, there = results(tmp_path / "ranks"), results(tmp_path / "one")
-    assert (here["ranks"], there["ranks"]) == (2, 1)
-    assert here["runs"]["gapt"]["switch_list"] == there["runs"]["gapt"]["switch_list"]
-    assert there["runs"]["gapt"]["switches"] >= 2
-    assert_alike(tmp_path / "ranks" / "gapt", tmp_path / "one" / "gapt")
+    assert_same_results(tmp_path / "ranks", tmp_path / "one")
 
 
 @pytest.mark.slow

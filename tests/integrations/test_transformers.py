@@ -36,7 +36,7 @@ from gapt_optim import (
 )
 from gapt_optim.integrations.transformers import GAPTCallback
 from tests.loops import COMPRESSING, RESTLESS, assert_same, weights
-from tests.models import VOCABULARY
+from tests.models import VOCABULARY, recompute_activations
 from tests.models import gpt2 as any_gpt2
 from tests.reference import reference_objective
 from tests.training import recorded
@@ -238,12 +238,12 @@ def plain_run(layers: str) -> list[StepMetrics]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2},
     "checkpointing": {"activation_checkpointing": True},
     "checkpointing and evaluation": {
         "activation_checkpointing": True,
         "eval_strategy": "steps",
-        "eval_steps": 1,
+        "eval_steps": 3,
         "per_device_eval_batch_size": 2,
     },
     "own loss": {"trainer": {"compute_loss_func": per_token}},
@@ -444,7 +444,7 @@ def test_measuring_between_forward_and_backward_leaves_the_mask_alone() -> None:
     def gradients(measure: bool) -> dict[str, Tensor | None]:
         torch.manual_seed(3)
         model = gpt2()
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
         hook = RepresentationHook(model, "transformer.h.*.mlp")
         optimizer = GAPTOptimizer(still(model), hook, COMPRESSING)
         batch = default_data_collator(texts(2))

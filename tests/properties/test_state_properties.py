@@ -22,7 +22,7 @@ CONFIGS = {
     "published": GAPTConfig(gate=GateConfig.published(patience_memorization=2, patience_compression=2)),
     "validation": GAPTConfig(gate=RESTLESS.model_copy(update={"signal": "validation"})),
 }
-KINDS = [(base, config) for base in BASES for config in CONFIGS]
+KINDS = [*(("one", config) for config in CONFIGS), ("several", "smoothed")]
 
 
 def trained(base: str, config: str) -> tuple[Net, GAPTOptimizer]:
