@@ -201,7 +201,8 @@ def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathL
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, 0), max(high, 0))  # so that small differences look small
+            room = 0.06 * (max(high, 0) - min(low, 0))
+            axes.set_ylim(min(low, 0) - room * (low < 0), max(high, 0) + room)  # small differences look small
             if sum(not line.dashed and line.view == view for line in panel.lines) > 1:
                 axes.legend(fontsize=7, loc="best", framealpha=0.8, edgecolor="none")
         for axes in grid.ravel()[len(shown) :]:
@@ -245,7 +246,8 @@ def write_profile(
         for other in rest:
             changes = difference_panels(named[first], named[other])
             heading = f"From {first} to {other}"
-            content = table(*comparison_table(named[first], named[other]), f"Change of each layer, {heading.lower()}")
+            said = f"Values of {other}, and their change from {first}."
+            content = table(*comparison_table(named[first], named[other]), said)
             page.add(f"change{len(page.sections)}", heading, content, [_chart(panel) for panel in changes])
     entropies = [panel for panel in panels(named) if panel.title.startswith("Entropy")]
     others = [panel for panel in panels(named) if not panel.title.startswith("Entropy")]
