@@ -171,19 +171,18 @@ class LayerConfig(_Section):
     skip_last: int = Field(0, ge=0)
     """Number of last layers to leave out, under the same condition."""
 
-    reduce: Literal["mean", "max", "min", "largest_drop", "rises", "bottleneck", "valley"] = "mean"
+    reduce: Literal["mean", "max", "min", "largest_drop"] = "mean"
     """What is minimized: the `mean`, `max` or `min` of the layers' entropies; `largest_drop`, the entropy of the layer
-    after the steepest fall; `rises`, the sum of all rises from layer to layer; `bottleneck`, the lowest and its
-    neighbours; `valley`, the lowest, plus rises before it and falls after it."""
+    after the steepest fall."""
 
     period: int = Field(100, ge=1)
     """Compression steps after which `blocks` and `progressive` move on."""
 
     @model_validator(mode="after")
     def _shape_needs_all_layers(self) -> LayerConfig:
-        if self.reduce in ("largest_drop", "rises", "bottleneck", "valley") and self.schedule != "all":
+        if self.reduce == "largest_drop" and self.schedule != "all":
             raise ValueError(
-                f'reduce="{self.reduce}" judges the profile of all layers, found schedule="{self.schedule}"; '
+                f'reduce="largest_drop" judges the profile of all layers, found schedule="{self.schedule}"; '
                 'use schedule="all", or reduce="mean", "max" or "min"'
             )
         return self

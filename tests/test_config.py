@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from gapt_optim import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
 
 SECTIONS = [AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig]
-PROFILE_REDUCTIONS = ["largest_drop", "rises", "bottleneck", "valley"]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -74,11 +73,10 @@ def test_frozen_and_documented(section: type[BaseModel]) -> None:
         assert section is GAPTConfig or section.model_fields[name].description
 
 
-@pytest.mark.parametrize("reduce", PROFILE_REDUCTIONS)
-def test_reductions_over_the_whole_profile_need_all_layers(reduce: str) -> None:
-    LayerConfig(reduce=reduce)
-    with pytest.raises(ValidationError, match=f'{reduce}.*schedule="rotate"'):
-        LayerConfig(reduce=reduce, schedule="rotate")
+def test_a_reduction_over_the_whole_profile_needs_all_layers() -> None:
+    LayerConfig(reduce="largest_drop")
+    with pytest.raises(ValidationError, match=r'largest_drop.*schedule="rotate"'):
+        LayerConfig(reduce="largest_drop", schedule="rotate")
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max", "min"])
