@@ -15,7 +15,7 @@ def evidence(experiment: str) -> str:
     tables = chosen(experiment)
     is_first_look = any(FIRST_LOOK in table.stem for table in tables)
     if is_first_look:
-        parts.append("*A first look: few seeds, a smaller setting. It shows the order of magnitude, no more.*")
+        parts.append("*Of the smaller setting of this experiment (`--first-look`). Each table names its seeds.*")
     for table in tables:
         parts.append(re.sub(r"<!--.*?-->", "", table.read_text(encoding="utf-8"), flags=re.DOTALL).strip())
     parts += [
