@@ -204,6 +204,18 @@ def test_the_flag_is_about_the_sequence_alone() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
+def test_an_output_that_is_named_is_read_as_the_one_that_is_found() -> None:
+    """``output=`` may give the very tensor that the flag is about."""
+    found = []
+    for output in (None, lambda out: out[0]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.LSTM(6, 6)).double()
+        with RepresentationHook(model, "0", output=output).measuring() as measured:
+            model(data(3, 21).transpose(0, 1))
+        found.append(measured.entropies)
+    assert found[0] == found[1]
+
+
 def test_without_a_batch() -> None:
     """(seq, d) is one sequence, whatever the flag says."""
     found = []

@@ -84,9 +84,9 @@ class EvasionWatch:
         self._warned = True
         warnings.warn(
             f'the entropy of layer "{name}" fell from {before.pressed:.3g} to {now.pressed:.3g}, but its centered '
-            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: this is no compression, but "
-            f'{_what_happened(before, now)}. Use EntropyConfig(kernel="cosine", center=True), which neither long '
-            "tokens nor a shared vector lowers",
+            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: nothing was compressed; "
+            f"{_what_happened(before, now)} instead. "
+            'Use EntropyConfig(kernel="cosine", center=True), which neither long tokens nor a shared vector lowers',
             UserWarning,
             stacklevel=6,
         )
