@@ -52,7 +52,9 @@ def gpt2(options: Options) -> nn.Module:
     """Random weights, without its head, as the command loads it."""
     from transformers import GPT2Config, GPT2Model
 
-    return GPT2Model(GPT2Config(n_embd=options.width, n_layer=options.layers, n_head=options.width // 64)).eval()
+    config = GPT2Config(n_embd=options.width, n_layer=options.layers, n_head=options.width // 64)
+    model: nn.Module = GPT2Model(config)
+    return model.eval()
 
 
 def llama(options: Options) -> nn.Module:
@@ -63,7 +65,8 @@ def llama(options: Options) -> nn.Module:
         hidden_size=options.width, intermediate_size=11 * options.width // 4, num_hidden_layers=options.layers,
         num_attention_heads=options.width // 64, num_key_value_heads=options.width // 128,
     )  # fmt: skip
-    return LlamaModel(config).eval()
+    model: nn.Module = LlamaModel(config)
+    return model.eval()
 
 
 MODELS: dict[str, Callable[[Options], nn.Module]] = {"GPT-2": gpt2, "Llama": llama}

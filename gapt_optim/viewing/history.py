@@ -200,7 +200,7 @@ def read_settings(folder: Path) -> Record:
 def methods_of(settings: Record) -> list[str]:
     """The methods that a comparison runs, in its order, from its settings; empty where they name none."""
     tables = (settings, settings.get("config"))
-    found = next((table["methods"] for table in tables if isinstance(table, dict) and "methods" in table), [])
+    found: Any = next((table["methods"] for table in tables if isinstance(table, dict) and "methods" in table), [])
     return [method for method in found if isinstance(method, str)] if isinstance(found, list) else []
 
 

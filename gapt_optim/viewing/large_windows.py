@@ -80,7 +80,8 @@ def collisions(gram: Tensor, live: Tensor, first: Tensor) -> tuple[Collisions, C
 
 
 def _squared(matrices: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1)).square()
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return norms.square()
 
 
 def _positive(values: Tensor, least: float) -> Tensor:

@@ -9,6 +9,12 @@ Sources of the formulas, with z_i the n live rows of a window and K the Gram mat
 - entropy: Giraldo, Rao and Principe, "Measures of entropy from data using infinitely divisible kernels", 2015.
   Kernels: ``linear`` <z_i, z_j>; ``cosine`` <z_i, z_j> / (|z_i| |z_j|). ``center`` takes H K H with
   H = I - 11'/n, as in CKA (Kornblith et al., 2019).
+- effective rank: exp of the entropy (Roy and Vetterli, "The effective rank: a measure of effective dimensionality",
+  2007, for order 1).
+- norm ratio, max |z_i| / median |z_i|, and mean share, n |mean z|^2 / sum |z_i|^2: this library's, as in
+  :class:`gapt_optim.Measures`. Share of the first token: |z_1|^2 / sum |z_i|^2, whose growth empties the entropies of
+  middle layers (Queipo-de-Llano et al., "Attention sinks and compression valleys in LLMs are two sides of the same
+  coin", 2025).
 - curvature: mean angle between successive differences z_(t+1) - z_t (Hosseini and Fedorenko, "Large language models
   implicitly learn to straighten neural sentence trajectories", 2023).
 - RankMe: exp of the entropy of sigma / sum sigma, sigma the singular values of all rows (Garrido et al., 2023).
@@ -147,7 +153,8 @@ class LayerSums:
         rows = h.unsqueeze(0) if h.ndim == 2 else h if h.ndim == 3 else h.flatten(2).mT
         rows = rows.to(torch.promote_types(h.dtype, torch.float32))
         live = torch.ones(rows.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask
-        norms = torch.linalg.vector_norm(rows, dim=-1).square()
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+        norms = norms.square()
         finite = norms.isfinite()  # one pass instead of three; a norm that overflows could be used nowhere
         self.nonfinite = self.nonfinite.to(h.device) + (live & ~finite).sum()
         live = live & finite

@@ -89,6 +89,20 @@ def test_charts_are_figures_that_plotly_takes() -> None:
         assert len(figure.data) == len(chart["data"])
 
 
+def test_the_alignment_map_is_blue_where_gradients_agree() -> None:
+    """As its note says, and as matplotlib's scale of that name has it: plotly's begins with blue."""
+    (chart,) = [
+        c for c in report_page({"a": history()}).sections[-2][3] if c.note.startswith("Blue: the gradients agree")
+    ]
+    heat = chart.data[0]
+    assert (heat["type"], heat["colorscale"], heat["reversescale"], heat["zmin"]) == (
+        "heatmap",
+        "RdBu",
+        True,
+        -heat["zmax"],
+    )
+
+
 def test_every_switch_is_in_the_page_with_its_reason() -> None:
     run = history(steps=3000, period=20)
     charts = charts_of(render(report_page({"gapt": run})))

@@ -218,7 +218,8 @@ def test_a_notebook_shows_the_live_bar(tmp_path: Path) -> None:
 
 def test_trackers_are_not_imported_before_they_are_made() -> None:
     code = (
-        "import sys, gapt_optim, gapt_optim.integrations.trackers as t; gapt_optim.TensorBoard;"
+        "import sys, gapt_optim, gapt_optim.integrations.trackers as t;"
+        "assert (gapt_optim.TensorBoard, gapt_optim.WandB, gapt_optim.MLflow) == (t.TensorBoard, t.WandB, t.MLflow);"
         "names = {'wandb', 'mlflow', 'trackio', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules);"
         "assert not names, names"
     )
