@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import re
+
+from sphinx.application import Sphinx
 
 from gapt_optim import __version__
-
-sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "gapt_optim"
 author = "the gapt_optim developers"
@@ -19,14 +18,8 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-    "settings",  # {settings}: the fields of a configuration class, from their docstrings
-    "evidence",  # {evidence}: the generated tables of one experiment
-    "cost",  # {cost}: what benchmarks/cost has measured
-    "findings",  # {findings}: what `gapt-optim doctor` can say
-    "messages",  # {messages}: every error and warning of the library, from its source
 ]
 exclude_patterns = ["_build", "generated/*.md"]
-myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -44,3 +37,15 @@ html_title = f"gapt_optim {__version__}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+
+
+def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
+    """Where a page's first table links to pages, they are its contents, for the sidebar."""
+    if name.rpartition("/")[2] == "index":
+        rows = "\n".join(line for line in source[0].splitlines() if line.startswith("|"))
+        pages = dict.fromkeys(re.findall(r"\]\(([\w/]+)\.md\)", rows))
+        source[0] += "\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n"
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_contents)

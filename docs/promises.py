@@ -1,6 +1,6 @@
 """The tests that hold each promise of `promises.toml`, and how many cases they have.
 
-python docs/promises.py                        # counts the cases and writes docs/generated/promises.md
+python docs/promises.py                        # counts the cases and writes docs/promises.md
 python docs/promises.py --check junit.xml      # fails where a promise has no case in that run, or one that failed
 """
 
@@ -22,7 +22,8 @@ else:
     import tomli as tomllib
 
 DOCS = Path(__file__).parent
-OUT = DOCS / "generated" / "promises.md"
+PAGE = DOCS / "promises.md"
+BEGIN, END = "<!-- written by promises.py -->\n", "<!-- end -->"
 Cases = Mapping[str, Counter[str]]
 """By `file::function`, relative to `tests`: how many cases there are of each outcome."""
 
@@ -82,6 +83,16 @@ def table(cases: Cases) -> str:
     return "\n".join(lines) + "\n"
 
 
+def written() -> str:
+    """The table that the page has."""
+    return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def write(rows: str) -> None:
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{begin}\n{rows.strip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", type=Path, metavar="JUNIT", help="what pytest wrote with --junitxml")
@@ -89,9 +100,8 @@ def main() -> int:
     if arguments.check is None:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0"]
         listed = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent, check=True)
-        OUT.parent.mkdir(exist_ok=True)
-        OUT.write_text(table(collected(listed.stdout)), encoding="utf-8")
-        print(OUT)
+        write(table(collected(listed.stdout)))
+        print(PAGE)
         return 0
     cases = outcomes(arguments.check)
     counts = {promise.text: count(promise, cases) for promise in promises()}

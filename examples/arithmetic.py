@@ -119,7 +119,7 @@ def answers(model: nn.Module, problems: Problems) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gapt: GAPTConfig) -> dict[str, Any]:
-    """Loss, exact-match accuracy, calibration, loss and accuracy of each digit, entropies and what can hide in them."""
+    """Loss, exact-match accuracy, calibration, loss and accuracy of each digit, entropies and their measures."""
     model.eval()
     with hook.measuring(gapt.entropy) as measured:
         logits, targets = (tensor.cpu() for tensor in answers(model, problems))

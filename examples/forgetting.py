@@ -3,7 +3,7 @@
     python examples/forgetting.py                                      # half and half: seconds
     python examples/forgetting.py --setting sequential --methods plain penalty published gapt
 
-A random network, shifted both ways along a random direction, makes two teachers that disagree; a student hears both.
+A random network, shifted both ways along a random direction, gives two teachers that disagree; a student learns both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, Measures, Objec
 from gapt_optim import viewing as view
 
 INPUTS, HIDDEN, OUTPUTS, TRAINING, TEST = 10, 20, 10, 500, 100
-# A window holds samples of one experience. What they share is that experience, so their mean must not be taken off.
+# A window holds samples of one experience. What they share is that experience, so their mean must not be subtracted.
 GAPT = GAPTConfig(entropy=EntropyConfig(center=False), objective=ObjectiveConfig(weight=1.0))
 
 
@@ -158,7 +158,7 @@ def held_out_loss(student: Network, experience: Experience) -> float:
 def evaluate(
     student: Network, hook: RepresentationHook, p: Experience, n: Experience, gapt: GAPTConfig
 ) -> dict[str, Any]:
-    """Losses, how far the two experiences lie apart in units of their spread, entropies and what can hide in them."""
+    """Losses, how far the two experiences lie apart in units of their spread, entropies and their measures."""
     clouds, losses, entropies, measures = [], [], [], []
     for experience in (p, n):
         with hook.measuring(gapt.entropy) as measured:

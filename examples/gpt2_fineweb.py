@@ -1,6 +1,6 @@
 """Pretrains GPT-2 on web text, plain and with GAPT, and says what that changed.
 
-python examples/gpt2_fineweb.py                                          # 3 minutes on two CPU cores
+python examples/gpt2_fineweb.py                                          # about a minute on two CPU cores
 python examples/gpt2_fineweb.py --methods gapt --data corpus.jsonl --gapt.objective.weight 0.1
 python examples/gpt2_fineweb.py --preset small --compile --out runs/124m           # GPT-2 124M, on a GPU
 torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --parallel fsdp --out runs/124m --resume
@@ -160,7 +160,7 @@ def batch(tokens: Any, context: int, size: int, seed: int, index: int) -> tuple[
 def evaluate(
     model: nn.Module, hook: RepresentationHook, tokens: Any, config: Config, gapt: GAPTConfig, half: Any
 ) -> Any:
-    """Loss, entropies, and what can hide in them, on sequences spread evenly over held-out text; on every rank all."""
+    """Loss, entropies and their measures, on sequences spread evenly over held-out text; every rank does all."""
     windows = (len(tokens) - 1) // config.context
     chosen = np.unique(np.linspace(0, windows - 1, min(config.eval_sequences, windows)).astype(int)) * config.context
     device, total = next(model.parameters()).device, 0.0

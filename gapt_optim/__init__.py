@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
     from .entropy import matrix_entropy
     from .gate import Phase, PhaseGate
-    from .integrations.trackers import TensorBoard
+    from .integrations.trackers import MLflow, TensorBoard, WandB
     from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
     from .optimizer import GAPTOptimizer
 
@@ -26,6 +26,7 @@ _HOMES = {
     "GateConfig": "config",
     "JSONLines": "metrics",
     "LayerConfig": "config",
+    "MLflow": "integrations.trackers",
     "Measurement": "_capture",
     "Measures": "metrics",
     "ObjectiveConfig": "config",
@@ -36,6 +37,7 @@ _HOMES = {
     "RepresentationHook": "_capture",
     "StepMetrics": "metrics",
     "TensorBoard": "integrations.trackers",
+    "WandB": "integrations.trackers",
     "gradient_alignment": "alignment",
     "gradient_cosines": "alignment",
     "matrix_entropy": "entropy",
@@ -51,6 +53,7 @@ __all__ = [
     "GateConfig",
     "JSONLines",
     "LayerConfig",
+    "MLflow",
     "Measurement",
     "Measures",
     "ObjectiveConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "RepresentationHook",
     "StepMetrics",
     "TensorBoard",
+    "WandB",
     "__version__",
     "gradient_alignment",
     "gradient_cosines",

@@ -18,7 +18,7 @@ Parameters: TypeAlias = Tensor | Iterable[Tensor | tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Angle:
-    """How the loss gradient g and the entropy gradient d lie to each other in one layer or tensor.
+    """The angle between the loss gradient g and the entropy gradient d, in one layer or tensor.
 
     >>> Angle.of(gd=3.0, gg=9.0, dd=4.0).cosine  # <g,d>, ‖g‖², ‖d‖²
     0.5
@@ -47,7 +47,7 @@ class Angle:
 
 @dataclass(frozen=True)
 class Alignment(Angle):
-    """The angle over everything, and in parts.
+    """The angle between two gradients as a whole, and per layer or parameter.
 
     >>> import torch
     >>> w = torch.ones(2, requires_grad=True)

@@ -1,7 +1,7 @@
 """Configuration: typed fields, each with what it does, its unit and its range.
 
-A value that cannot work is refused when it is written down, with the field's name, rather than
-hundreds of steps into a run. Every class is frozen, so a configuration can be shared.
+A value that cannot work is refused at once, with the field's name, rather than hundreds of steps into
+a run. Every class is frozen, so a configuration can be shared.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class EntropyConfig(_Section):
     """
 
     kernel: Literal["linear", "cosine"] = "cosine"
-    """What the Gram matrix holds: `cosine` counts the direction of each token, `linear` also its length. Under
-    `linear` a few long tokens bring the entropy to nearly 0 while all others keep their directions."""
+    """Kernel of the Gram matrix: `cosine` uses the direction of each token, `linear` also its length. With `linear`, a
+    few long tokens bring the entropy to nearly 0 while all others keep their directions."""
 
     center: bool = True
-    """Take the mean of the window off, under `cosine` after rows are scaled to unit length, so that a vector which all
-    tokens share is no compression."""
+    """Subtract the mean of the window (with `cosine`, after rows are scaled to unit length), so that a vector which all
+    tokens share does not count as compression."""
 
     alpha: float = Field(2.0, gt=0.0)
     """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest."""
@@ -74,8 +74,8 @@ class GateConfig(_Section):
     minibatches against their minimum over the whole run, as the paper does."""
 
     patience_memorization: int = Field(15, ge=1)
-    """Updates without improvement of the loss before compression starts. `smoothed` does not count those in which the
-    learning rate of the wrapped optimizer, the largest of its groups, is higher than at the step before: a warm-up."""
+    """Updates without improvement of the loss before compression starts. `smoothed` does not count those of a warm-up,
+    in which the largest learning rate of the wrapped optimizer is higher than at the step before."""
 
     patience_compression: int = Field(25, ge=1)
     """Updates without improvement of the entropy before memorization starts."""
@@ -93,7 +93,7 @@ class GateConfig(_Section):
     signal: Literal["train", "validation"] = "train"
     """The loss that is judged: that of the training steps, or the values given to
     ``optimizer.record_validation``. With `validation`, compression starts when generalization stalls;
-    with `smoothed`, a spike is still one of the training loss."""
+    in `smoothed`, a spike still means one of the training loss."""
 
     initial_phase: Literal["memorization", "compression"] = "memorization"
     """Phase of the first step."""
@@ -116,10 +116,10 @@ class GateConfig(_Section):
 
     @classmethod
     def validation(cls, **changes: Any) -> GateConfig:
-        """Settings for judging a held-out loss some dozens of times in a run; ``changes`` override.
+        """Settings for judging a held-out loss a few dozen times in a run; ``changes`` override.
 
-        Its values come from the same text each time and hardly scatter, so they are not smoothed, and any fall of the
-        loss or of the entropy counts. With a large weight a rise of the training loss soon ends compression.
+        Its values come from the same data each time and have little noise, so they are not smoothed, and any fall of
+        the loss or the entropy counts. With a large weight, a rise of the training loss soon ends compression.
         """
         settings: dict[str, Any] = {
             "signal": "validation",
@@ -142,76 +142,72 @@ class ObjectiveConfig(_Section):
     weight: float = Field(0.03, ge=0.0, allow_inf_nan=False)
     """Weight of the entropy in the objective, per nat."""
 
-    combine: Literal["sum", "project", "cap"] = "sum"
+    combine: Literal["sum", "project"] = "sum"
     """How the entropy gradient joins the loss gradient at a layer: `sum` adds it, `project` first
-    drops the part that points against the loss gradient, `cap` limits its norm."""
-
-    max_ratio: float = Field(1.0, gt=0.0, allow_inf_nan=False)
-    """With combine="cap": largest norm of the entropy gradient, relative to the loss gradient's."""
+    drops the part that points against the loss gradient."""
 
     floor: float = Field(0.0, ge=0.0, allow_inf_nan=False)
-    """A layer whose entropy is at or below this is pushed no further (same unit as the entropy)."""
+    """A layer whose entropy is at or below this is not compressed further (same unit as the entropy)."""
 
     max_nonfinite: int = Field(25, ge=1)
     """Steps in a row with a non-finite loss or entropy after which ``step()`` raises."""
 
 
 class LayerConfig(_Section):
-    """Which of the tapped layers count, and how their entropies become one number.
+    """Which of the tapped layers count, and how their entropies are combined into one number.
 
     >>> LayerConfig(skip_first=1, skip_last=1).schedule
     'all'
     """
 
     schedule: Literal["all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"] = "all"
-    """Which layers are pressed at each step of compression: `all` alike; `rotate` one in turn; `alternate` every other
-    one; `blocks` a third of the depth in turn; `progressive` the last one first, then more; `valley` the middle most,
-    `mountain` the ends most, `slope` the late ones most."""
+    """Which layers a step compresses: `all` equally; `rotate` one at a time, in turn; `alternate` every other one;
+    `blocks` a third of the depth at a time, in turn; `progressive` the last one first, then more; `valley` mostly the
+    middle, `mountain` mostly the ends, `slope` mostly the late ones."""
 
     skip_first: int = Field(0, ge=0)
-    """Leading layers that are left out. Applies only where more than skip_first + skip_last are tapped."""
+    """Number of first layers to leave out. Applies only if more than skip_first + skip_last layers are tapped."""
 
     skip_last: int = Field(0, ge=0)
-    """Trailing layers that are left out, under the same condition."""
+    """Number of last layers to leave out, under the same condition."""
 
-    reduce: Literal["mean", "max", "min", "largest_drop", "rises", "bottleneck", "valley"] = "mean"
-    """How the layers' entropies become the one that is minimized: their `mean`, `max` or `min`; `largest_drop`, the
-    layer behind the steepest fall; `rises`, the sum of what rises from layer to layer; `bottleneck`, the lowest and
-    its neighbours; `valley`, the lowest, plus rises before it and falls behind it."""
+    reduce: Literal["mean", "max", "min", "largest_drop"] = "mean"
+    """What is minimized: the `mean`, `max` or `min` of the layers' entropies; `largest_drop`, the entropy of the layer
+    after the steepest fall."""
 
     period: int = Field(100, ge=1)
-    """Compression steps for which `blocks` stays on a block and `progressive` on a depth."""
+    """Compression steps after which `blocks` and `progressive` move on."""
 
     @model_validator(mode="after")
     def _shape_needs_all_layers(self) -> LayerConfig:
-        if self.reduce in ("largest_drop", "rises", "bottleneck", "valley") and self.schedule != "all":
+        if self.reduce == "largest_drop" and self.schedule != "all":
             raise ValueError(
-                f'reduce="{self.reduce}" judges the profile of all layers, found schedule="{self.schedule}"; '
+                f'reduce="largest_drop" judges the profile of all layers, found schedule="{self.schedule}"; '
                 'use schedule="all", or reduce="mean", "max" or "min"'
             )
         return self
 
 
 class AlignmentConfig(_Section):
-    """Where and how often the angle between loss and entropy gradients is taken.
+    """Where and how often the angle between the loss and entropy gradients is measured.
 
     >>> AlignmentConfig(parameter_every=50).activation
     True
     """
 
     activation: bool = True
-    """At every tapped layer, every step, in the one backward pass."""
+    """Measure it at every tapped layer, every step, in the one backward pass."""
 
     parameter_every: int = Field(0, ge=0)
-    """Between parameter gradients, every so many optimizer steps; 0 = never."""
+    """Measure it between parameter gradients, every so many optimizer steps; 0 = never."""
 
     parameter_streaming: bool = False
-    """Hold the entropy gradient of one parameter at a time instead of a buffer of all. Compares the first
-    micro-batch of the step; for one process, and objectives with reduce="mean", schedule="all", combine="sum"."""
+    """Hold the entropy gradient of one parameter at a time instead of all. Compares the first micro-batch of the step
+    only. For one process, and reduce="mean", schedule="all", combine="sum", floor=0."""
 
     project_parameters: bool = False
-    """On the steps of parameter alignment, remove from the parameters' entropy gradient the part that
-    points against the loss gradient. Changes the run; needs parameter_every > 0."""
+    """On the steps that measure it, remove from the parameters' entropy gradient the part that points against the
+    loss gradient. Changes training; needs parameter_every > 0."""
 
     @model_validator(mode="after")
     def _project_needs_alignment(self) -> AlignmentConfig:

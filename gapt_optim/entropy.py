@@ -74,9 +74,9 @@ def matrix_entropy(
     Args:
         z: (..., n, d), real floating point: n tokens or samples with d features.
         alpha: order, in (0, inf]. 1 is the von Neumann entropy, ``math.inf`` the min-entropy.
-        kernel: "cosine" counts the direction of each row, whatever its length; "linear" lets a few long rows make up
-            the whole matrix. With "cosine", and with ``center``, a row of zeros counts as masked.
-        center: take the mean of the rows off, so that a vector which all rows share does not count.
+        kernel: "cosine" uses the direction of each row, whatever its length; with "linear", a few long rows dominate
+            the matrix. With "cosine", and with ``center``, a row of zeros counts as masked.
+        center: subtract the mean of the rows, so that a vector which all rows share does not count.
         mask: (..., n), broadcastable to ``z``'s leading shape; rows where it is false or 0 do not count
             and receive no gradient.
         normalize: divide by the logarithm of the largest rank, min(live rows, d), with ``center`` min(live rows - 1,

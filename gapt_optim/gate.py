@@ -1,6 +1,6 @@
-"""The gate: a state machine that names the phase of the next step from two numbers.
+"""The gate: a state machine that picks the phase of the next step from two numbers.
 
-It knows nothing of tensors. Feed it a loss and an entropy per update and read ``phase``.
+It works on plain numbers. Feed it a loss and an entropy per update and read ``phase``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .config import GateConfig
 
 
 class Phase(str, Enum):
-    """What a training step follows.
+    """What a training step minimizes.
 
     >>> Phase("compression") is Phase.COMPRESSION
     True
@@ -55,15 +55,15 @@ class PhaseGate:
 
     `smoothed` keeps exponential moving averages of loss and entropy. In memorization it watches
     the loss and starts compression when that has not improved for ``patience_memorization``
-    updates. In compression it watches the entropy, goes back when that has not improved for
-    ``patience_compression`` updates, and at once when the loss rises by ``spike_tolerance`` over
+    updates. In compression it watches the entropy, returns to memorization when that has not improved for
+    ``patience_compression`` updates, or immediately when the loss rises by ``spike_tolerance`` over
     its level at the start of compression. Improvements are judged within the present phase.
     The spike threshold is about 95 % of the tolerance, the part of a rise that a moving average
     shows after three time constants: a lasting rise beyond the tolerance ends compression by then.
     A run that starts in compression takes its level from the first two time constants.
-    While the learning rate is warmed up, a loss that does not fall is no plateau.
+    During a learning-rate warm-up, a loss that does not fall does not count as a plateau.
 
-    With ``signal="validation"`` the loss that it watches is a held-out one, while the rise that ends
+    With ``signal="validation"`` the gate watches a held-out loss, while the rise that ends
     compression is one of the training loss: a held-out loss that rises while the training loss falls
     is overfitting, not harm done by compression.
 
@@ -108,9 +108,9 @@ class PhaseGate:
         Args:
             loss: the loss that is judged, on any scale; nats for cross-entropy.
             entropy: the entropy that compression minimizes, nats or in [0, 1].
-            training_loss: where ``loss`` is a held-out one, the training loss of the same time.
-            warming_up: the learning rate is being raised: a loss that does not fall yet is no plateau, and `smoothed`
-                does not count the update towards one. `published` knows no warm-up.
+            training_loss: if ``loss`` is held out, the training loss at that time.
+            warming_up: the learning rate is rising: `smoothed` then does not count the update towards a plateau.
+                `published` ignores it.
         """
         self.reason = None
         loss, entropy = float(loss), float(entropy)  # a tensor or numpy number would stay in the state
@@ -178,11 +178,11 @@ class PhaseGate:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as plain numbers and strings."""
+        """Everything needed to resume, as plain numbers and strings."""
         return asdict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. Raises ValueError on fields that this gate does not know."""
+        """Resume from :meth:`state_dict`. Raises ValueError on unknown fields."""
         unknown = set(state) ^ set(asdict(self._state))
         if unknown:
             raise ValueError(f"gate state has missing or unknown fields {sorted(unknown)}: is it from another version?")

@@ -1,4 +1,4 @@
-"""What one optimizer step reports, and observers that write it down."""
+"""What one optimizer step reports, and observers that record it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .alignment import Alignment
 
 @dataclass(frozen=True)
 class Measures:
-    """What can hide in the entropy of a layer. Each is a mean over windows, computed in one window at a time.
+    """Measures beside an entropy that show whether it fell through compression. Each is a mean over windows.
 
-    An entropy falls without any compression where a few tokens grow long, which ``norm_ratio`` and the centered cosine
-    entropy show, or where all tokens come to share one large vector, which ``mean_share`` shows. Tokens that are
-    masked, or all zero, do not count.
+    An entropy can fall without any compression in two ways: the norms of a few tokens grow, which ``norm_ratio`` and
+    the centered cosine entropy show, or all tokens come to share one large vector, which ``mean_share`` shows. Tokens
+    that are masked, or all zero, do not count.
 
     >>> long_tokens = Measures(linear_entropy=0.1, centered_cosine_entropy=1.1, norm_ratio=26.0, mean_share=0.2)
     >>> usual = Measures(linear_entropy=1.1, centered_cosine_entropy=1.1, norm_ratio=2.0, mean_share=0.2)
@@ -72,7 +72,7 @@ class StepMetrics:
     layer_entropy: dict[str, float]
     """Entropy per tapped layer, in nats (or in [0, 1] with ``normalize``)."""
     measures: Measures | None = None
-    """What can hide in the entropy: means over the layers that count."""
+    """Whether the entropy fell through compression: means over the layers that count."""
     layer_measures: dict[str, Measures] = field(default_factory=dict)
     """The same per tapped layer."""
     entropy_share: float | None = None
@@ -99,8 +99,8 @@ class StepMetrics:
         """Numbers to log by name, such as ``gapt/loss``; those that are missing or not finite are left out.
 
         Args:
-            layers: also the entropy of each layer and its measures.
-            prefix: what the names begin with.
+            layers: include the entropy and measures of each layer.
+            prefix: of the names.
         """
         values: dict[str, float | None] = {
             "loss": self.loss,
@@ -122,7 +122,7 @@ class StepMetrics:
 
 
 class Observer(Protocol):
-    """Called once per optimizer step. ``close`` is called by whoever made it.
+    """Called once per optimizer step. Whoever made it calls its ``close``, if it has one.
 
     >>> def switches(metrics: StepMetrics) -> None:
     ...     if metrics.reason is not None:
@@ -136,16 +136,15 @@ class Observer(Protocol):
 class JSONLines:
     """Appends one JSON object per step to a file and flushes it.
 
-    A killed process loses at most the line being written. A file never mixes two runs by accident: one that holds
-    records already is refused, unless it is said what becomes of them.
+    A killed process loses at most the line being written. A file never mixes two runs by accident: one that already
+    holds records is refused unless ``resume`` or ``overwrite`` is set.
 
         log = JSONLines("run/metrics.jsonl", resume=checkpoint is not None)
 
     Args:
-        path: of the file; missing folders are made.
-        resume: go on behind the records that the file holds, if any. A last line that was cut short is ended, so that
-            no two records are glued together.
-        overwrite: begin anew; records that the file holds are lost.
+        path: of the file; missing folders are created.
+        resume: append to the records that the file holds, if any. A last line that was cut short is terminated first.
+        overwrite: start over; records that the file holds are lost.
 
     >>> phase = "memorization"
     >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})

@@ -24,7 +24,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
     In memorization a step follows the task loss alone, bit for bit as the wrapped optimizer would. In
     compression it follows loss + weight * entropy of the representations that ``hook`` watches. After
-    each step a gate judges loss and entropy, averaged over micro-batches and ranks, and names the
+    each step a gate judges loss and entropy, averaged over micro-batches and ranks, and picks the
     phase of the next step. Method: Gated Phase Transition, arXiv 2505.08727.
 
     >>> import torch
@@ -38,12 +38,12 @@ class GAPTOptimizer(OptimizerWrapper):
     'memorization'
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``, or a sequence of them with parameters of their own.
+        optimizer: any ``torch.optim.Optimizer``, or a sequence of them with disjoint parameters.
         hook: the layers to watch; a hook serves one optimizer.
         config: settings, by default ``GAPTConfig()``.
         process_group: ranks to average loss and entropy over, by default all of them.
-        observers: called with :class:`StepMetrics` after each step. One that raises is dropped with a warning.
-        announce: log the first switch to compression and the first return from it, in a line each, through the logger
+        observers: called with :class:`StepMetrics` after each step. One that raises is removed with a warning.
+        announce: log the first switch to compression and the first switch back, one line each, through the logger
             ``gapt_optim``.
 
     Raises:
@@ -101,17 +101,17 @@ class GAPTOptimizer(OptimizerWrapper):
 
     @property
     def phase(self) -> Phase:
-        """Phase of the step that is being computed."""
+        """Phase of the current step."""
         return self._state.progress.phase
 
     @property
     def metrics(self) -> StepMetrics | None:
-        """What the last step reported, None before the first."""
+        """Metrics of the last step, None before the first."""
         return self._state.metrics
 
     @property
     def config(self) -> GAPTConfig:
-        """The settings; to change them, make a new optimizer."""
+        """The settings. To change them, make a new optimizer."""
         return self._config
 
     @property
@@ -125,17 +125,17 @@ class GAPTOptimizer(OptimizerWrapper):
         Call it once per forward pass, with the loss before any scaling, and scale what it returns.
 
         Args:
-            loss: scalar, the task loss of the forward pass just run (nats for cross-entropy).
-            scaled_by: factor that the loss was multiplied by already, such as 1 / micro-batches in a loop that divides
-                it. The entropy is scaled alike, and the gate judges the loss without it.
+            loss: scalar, the task loss of the last forward pass (nats for cross-entropy).
+            scaled_by: factor that the loss was already multiplied by, such as 1 / micro-batches in a loop that divides
+                it. The entropy gets the same factor, and the gate judges the loss without it.
 
         Returns:
-            A scalar of the loss's dtype. Its value in memorization is the loss's own.
+            A scalar of the loss's dtype. In memorization its value is that of the loss.
 
         Raises:
-            TypeError, ValueError: an argument is of another kind.
-            RuntimeError: a tapped module did not run, or DDP leaves it out; the message names it. Or the loss has no
-                graph.
+            TypeError, ValueError: an argument has the wrong type or shape.
+            RuntimeError: a tapped module did not run, or DDP does not average its gradients; the message names it. Or
+                the loss does not require grad.
         """
         return self._record(loss, scaled_by)
 
@@ -145,7 +145,7 @@ class GAPTOptimizer(OptimizerWrapper):
         Args:
             loss, scaled_by: as for :meth:`objective`.
             scale: factor on what is differentiated, such as 1 / micro-batches. With a GradScaler, use
-                ``scaler.scale(optimizer.objective(loss)).backward()``: it must see what it scales.
+                ``scaler.scale(optimizer.objective(loss)).backward()`` instead.
         """
         if not isinstance(scale, SupportsFloat):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
@@ -167,10 +167,10 @@ class GAPTOptimizer(OptimizerWrapper):
         Args:
             closure: evaluates the model, calls :meth:`backward` and returns the loss. It runs once, with
                 gradients on (LBFGS runs it as often as it needs).
-            options: go to the wrapped optimizer; of several, to those that take them.
+            options: passed to the wrapped optimizer; of several, to those that accept them.
 
         Returns:
-            What the closure returned, or what the wrapped optimizer's step did.
+            The closure's result, or that of the wrapped optimizer's ``step``.
 
         Raises:
             FloatingPointError: loss or entropy was not finite for ``max_nonfinite`` steps in a row.
@@ -193,17 +193,17 @@ class GAPTOptimizer(OptimizerWrapper):
         return result
 
     def discard_step(self) -> None:
-        """Forget what was recorded since the last step: its gradients were thrown away, and no step is taken.
+        """Discard what was recorded since the last step, because its gradients were dropped and no step is taken.
 
-        Frameworks that skip a step by themselves, as on an overflow in half precision, call this.
+        For loops that skip a step, for example after an overflow in half precision.
         """
         self._state.discard()
 
     def record_validation(self, loss: float | Tensor) -> None:
-        """Give a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
+        """Record a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
 
-        Several before one step are averaged, and so are those of several ranks; not every rank needs to have one. One
-        that is not finite is left out, with a warning.
+        Several before one step are averaged, also over ranks; not every rank needs to record one. A loss that is not
+        finite is ignored with a warning.
 
         Raises:
             TypeError, ValueError: ``loss`` is not one number.

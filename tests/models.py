@@ -210,3 +210,9 @@ COMPILED: dict[str, Case] = {
     "gpt2 masked": Case(lambda: gpt2(n_layer=1), "transformer.h.*", masked_tokens, VOCABULARY),
 }
 """With as few layers as will do, as torch's compiler takes most of a second for each."""
+
+
+def recompute_activations(model: Any, *options: Any) -> None:
+    """Activation checkpointing of a transformers model, under the name that its version has for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(model, next(name for name in names if hasattr(model, name)))(*options)

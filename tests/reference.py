@@ -165,16 +165,8 @@ def _number(value: Tensor) -> float:
     return float(value.detach())
 
 
-def _lowest(entropies: list[Tensor]) -> int:
-    return min(range(len(entropies)), key=lambda i: _number(entropies[i]))
-
-
 def _mean(entropies: list[Tensor]) -> Tensor:
     return torch.stack(entropies).mean()
-
-
-def _rises(entropies: list[Tensor]) -> Tensor:
-    return sum((b - a for a, b in pairwise(entropies) if b > a), entropies[0] * 0)
 
 
 def _largest_drop(entropies: list[Tensor]) -> Tensor:
@@ -183,23 +175,10 @@ def _largest_drop(entropies: list[Tensor]) -> Tensor:
     return max(pairwise(entropies), key=lambda pair: _number(pair[0] - pair[1]))[1]
 
 
-def _bottleneck(entropies: list[Tensor]) -> Tensor:
-    low = _lowest(entropies)
-    return _mean(entropies[max(low - 1, 0) : low + 2])
-
-
-def _valley(entropies: list[Tensor]) -> Tensor:
-    low = _lowest(entropies)
-    return entropies[low] + _rises(entropies[: low + 1]) + _rises(entropies[: low - 1 : -1] if low else entropies[::-1])
-
-
 REFERENCE_REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "mean": _mean,
     "max": lambda entropies: max(entropies, key=_number),
     "min": lambda entropies: min(entropies, key=_number),
     "largest_drop": _largest_drop,
-    "rises": _rises,
-    "bottleneck": _bottleneck,
-    "valley": _valley,
 }
 """Each reduction of a list of layer entropies, written down once more."""

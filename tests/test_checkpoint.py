@@ -258,21 +258,16 @@ def test_other_settings_go_on_and_are_said() -> None:
     assert metrics["step"] == 6
 
 
-def test_a_state_without_a_kernel_is_of_the_linear_one() -> None:
-    """It was written before there was another."""
-    for entropy, fits in ((EntropyConfig(kernel="linear", center=False), True), (EntropyConfig(), False)):
-        model = make_net()
-        optimizer = wrap(model, config=GAPTConfig(entropy=entropy))
-        saved = optimizer.state_dict()
-        own = json.loads(saved["param_groups"][0]["gapt"])
-        for name in ("kernel", "center"):
-            del own["config"]["entropy"][name]
-        saved["param_groups"][0]["gapt"] = json.dumps(own)
-        if fits:
-            optimizer.load_state_dict(saved)
-        else:
-            with pytest.raises(ValueError, match=r"entropy\.kernel='linear'"):
-                optimizer.load_state_dict(saved)
+@pytest.mark.parametrize("field", ["kernel", "center", "window"])
+def test_a_state_that_does_not_say_what_its_entropies_are_is_refused(field: str) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    saved = optimizer.state_dict()
+    own = json.loads(saved["param_groups"][0]["gapt"])
+    del own["config"]["entropy"][field]
+    saved["param_groups"][0]["gapt"] = json.dumps(own)
+    with pytest.raises(ValueError, match=rf"gapt\.config\.entropy\.{field} is required, found nothing"):
+        optimizer.load_state_dict(saved)
 
 
 def test_a_frozen_gate_refuses_the_other_phase() -> None:
@@ -320,10 +315,15 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("ran", None, "list"),
     ("ran", ["layers.9"], "some of the layers"),
     ("ran", ["layers.0", "layers.0"], "once"),
+    ("evasion", 1, "dictionary"),
+    ("evasion.warned", "no", "boolean"),
+    ("evasion.now", 5, "dictionary"),
     ("config", [], "dictionary"),
     ("config.objective.weight", "0.1", "number"),
     ("config.objective.weight", -1.0, "greater"),
-    ("config.objective.wait", 1, "not permitted"),
+    ("config.objective.wait", 1, "unknown"),
+    ("config.objective.max_ratio", 1.0, "unknown"),  # a setting of versions before the first release
+    ("config.objective.combine", "cap", "'sum' or 'project'"),
     ("config.gate.rule", "mine", "smoothed"),
 ]
 
@@ -348,6 +348,25 @@ def test_a_damaged_field_is_named(base: Any, path: str, value: Any, why: str) ->
         optimizer.load_state_dict(saved)
     assert repr(value).strip("[]") in str(refused.value)
     assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("levels", "why"),
+    [
+        ({"layers.9": {"pressed": 1.0, "cosine": 1.0, "norm_ratio": 1.0, "mean_share": 0.1}}, "some of the layers"),
+        ({"layers.0": {"pressed": 1.0}}, "cosine is refused: Field required"),
+        ({"layers.0": {"pressed": float("nan"), "cosine": 1.0, "norm_ratio": 1.0, "mean_share": 0.1}}, "finite"),
+    ],
+)
+def test_damaged_levels_are_named(levels: dict[str, Any], why: str) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    saved = optimizer.state_dict()
+    own = json.loads(saved["param_groups"][0]["gapt"])
+    own["evasion"]["now"] = levels
+    saved["param_groups"][0]["gapt"] = json.dumps(own)
+    with pytest.raises(ValueError, match=rf"gapt\.evasion\.now.*{why}.*start the gate fresh"):
+        optimizer.load_state_dict(saved)
 
 
 class FailsHalfway(torch.optim.SGD):
@@ -466,6 +485,7 @@ def test_distributed_state_dict_keeps_the_gate(base: Any, options: StateDictOpti
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # by torch 2.6 itself
 @pytest.mark.parametrize("base", [adamw, matrices_and_rest])
 def test_distributed_checkpoint_on_disk_keeps_the_gate(base: Any, tmp_path: Path) -> None:
     model, optimizer = started(base)

@@ -69,16 +69,6 @@ def test_shape_of_each_schedule(name: str, step: int, weights: list[int]) -> Non
         ("largest_drop", [4.0, 3.5, 1.0, 0.5], 1.0),
         ("largest_drop", [1.0, 2.0, 4.0], 2.0),  # the smallest rise, where nothing falls
         ("largest_drop", [3.0], 3.0),
-        ("rises", [1.0, 3.0, 2.0, 2.5], 2.5),
-        ("rises", [3.0, 2.0, 1.0], 0.0),
-        ("rises", [3.0], 0.0),
-        ("bottleneck", [4.0, 2.0, 1.0, 3.0], 2.0),
-        ("bottleneck", [1.0, 2.0, 9.0], 1.5),
-        ("bottleneck", [9.0, 2.0, 1.0], 1.5),
-        ("bottleneck", [3.0], 3.0),
-        ("valley", [3.0, 2.0, 1.0, 2.0], 1.0),  # a valley: nothing but its lowest layer
-        ("valley", [3.0, 3.5, 1.0, 4.0, 2.0], 3.5),  # 1 + a rise of 0.5 before it + a fall of 2 behind it
-        ("valley", [3.0], 3.0),
     ],
 )
 def test_value_of_each_reduction(name: str, entropies: list[float], expected: float) -> None:

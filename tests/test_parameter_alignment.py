@@ -110,7 +110,6 @@ def test_streaming_measures_the_first_micro_batch() -> None:
     "parts",
     [
         {"objective": {"combine": "project", "weight": 20.0}},
-        {"objective": {"combine": "cap", "max_ratio": 0.1}},
         {"objective": {"floor": 1.5}},
         {"counting": {"reduce": "max"}},
         {"counting": {"schedule": "rotate"}},
@@ -263,8 +262,8 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("phase", PHASES_COMPILED)
 @pytest.mark.parametrize(
     "parts",
-    [{}, {"alignment": {"parameter_streaming": True}}, {"objective": {"combine": "cap", "max_ratio": 0.1}}],
-    ids=["kept", "streaming", "cap"],
+    [{}, {"alignment": {"parameter_streaming": True}}, {"objective": {"combine": "project", "weight": 20.0}}],
+    ids=["kept", "streaming", "project"],
 )
 def test_compiled(phase: str, parts: dict[str, Any]) -> None:
     case = replace(CASES["sequence mlp"], build=lambda: MLP(depth=2))
@@ -416,7 +415,6 @@ def measure(**alignment: Any) -> GAPTConfig:
         ({}, {"parameter_every": 3}),
         ({}, {"parameter_every": 1, "parameter_streaming": True}),
         ({"combine": "project"}, {"parameter_every": 1}),
-        ({"combine": "cap", "max_ratio": 0.3}, {"parameter_every": 1}),
         ({"floor": 0.5}, {"parameter_every": 2}),
     ],
     ids=str,

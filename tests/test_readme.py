@@ -1,4 +1,4 @@
-"""The README: short, its two commands are the ones that are run, its files exist. Its code runs in tests/docs."""
+"""The README: short, and its two commands are the ones that are run. Its code and its links are tried in tests/docs."""
 
 from __future__ import annotations
 
@@ -10,30 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = sorted((ROOT / "examples").rglob("*.md"))
-MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *EXAMPLES]
 
 
 def test_fits_on_a_few_screens() -> None:
     assert len(README.splitlines()) <= 120
-
-
-@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_pictures_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" in target:
-            continue
-        path, _, anchor = target.partition("#")
-        file = page.parent / path if path else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
-
-
-def anchors(text: str) -> set[str]:
-    """Of the titles of a page, as GitHub and the site make them."""
-    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_costs_are_those_that_were_measured() -> None:

@@ -388,6 +388,50 @@ def test_errors_of_a_mask(mask: Any, error: Any, message: str, phase: str) -> No
         model(**tokens())
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_mask_of_tokens_that_lie_in_one_row(phase: str, explicit: bool) -> None:
+    """As mixtures of experts flatten them: the entropy and its gradient are those of (batch, seq, d)."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer, self.pooled = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor, flat: bool) -> Tensor:
+            h = self.first(x)
+            h = self.layer(h.flatten(0, 1) if flat else h).reshape(len(x), 16, 5)
+            return self.pooled((h * attention_mask.unsqueeze(-1)).sum(1))
+
+    x = torch.randn(3, 16, 6)
+    mask = (torch.rand(3, 16) > 0.4).float()
+    found = []
+    for flat in (False, True):
+        torch.manual_seed(0)
+        model = Flat()
+        optimizer = wrapped(
+            model,
+            ["layer", "pooled"],
+            phase=phase,
+            mask=(lambda keywords: keywords["attention_mask"]) if explicit else None,
+        )
+        optimizer.backward(model(x, attention_mask=mask, flat=flat).square().mean())
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        found.append((entropies(optimizer), gradients))
+    (one, g), (two, d) = found
+    assert one == pytest.approx(two, rel=1e-6)
+    for a, b in zip(g, d, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_explicit_mask_that_fits_no_row_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    optimizer = wrapped(model, "0", mask=lambda keywords: torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r'mask= gave shape \(3, 4\).*"0" has 7 rows'):
+        optimizer.objective(model(torch.randn(7, 6)).square().mean())
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 13, 13), (3, 20), (13,)])
 def test_an_attention_mask_of_another_shape_is_not_a_token_mask(shape: tuple[int, ...]) -> None:
     model, batch = TiedLM(), tokens()

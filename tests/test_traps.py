@@ -456,10 +456,12 @@ def test_two_forward_passes_then_two_backward_calls(phase: str) -> None:
 # Entropies that fall without any compression
 
 
-def evading(kernel: str, center: bool, act: str, steps: int = 60, overflow: int | None = None) -> list[str]:
+def evading(
+    kernel: str, center: bool, act: str, steps: int = 60, overflow: int | None = None, resumed: int | None = None
+) -> list[str]:
     """Press the entropy of the rows of one matrix alone. ``act`` is what it is free to do.
 
-    At step ``overflow`` the rows are not finite.
+    At step ``overflow`` the rows are not finite; before step ``resumed`` the optimizer is made anew from a checkpoint.
     """
     torch.manual_seed(0)
 
@@ -478,15 +480,21 @@ def evading(kernel: str, center: bool, act: str, steps: int = 60, overflow: int 
             return found
 
     model = Rows()
-    hook = RepresentationHook(model, "tapped")
     settings = config("memorization", {"kernel": kernel, "center": center, "window": None}, {"weight": 3.0})
     gate = GateConfig(patience_memorization=1, patience_compression=1000, spike_tolerance=1e9)
-    optimizer = GAPTOptimizer(
-        torch.optim.Adam(model.parameters(), lr=0.2), hook, settings.model_copy(update={"gate": gate}), announce=False
-    )
+
+    def make() -> GAPTOptimizer:
+        hook, base = RepresentationHook(model, "tapped"), torch.optim.Adam(model.parameters(), lr=0.2)
+        return GAPTOptimizer(base, hook, settings.model_copy(update={"gate": gate}), announce=False)
 
     def step() -> None:
+        optimizer = make()
         for i in range(steps):
+            if i == resumed:
+                saved = optimizer.state_dict()
+                optimizer.hook.remove()
+                optimizer = make()
+                optimizer.load_state_dict(saved)
             model.shift = math.inf if i == overflow else 0.0
             optimizer.backward(1 + 0.0 * model().nan_to_num().sum())
             optimizer.step()
@@ -512,6 +520,11 @@ def test_an_entropy_that_falls_by_a_common_vector_is_told_once(kernel: str) -> N
 @pytest.mark.parametrize("overflow", [0, 5])
 def test_a_step_that_is_not_finite_does_not_hide_a_fall(overflow: int) -> None:
     assert len(evading("linear", False, "lengths", overflow=overflow)) == 1
+
+
+@pytest.mark.parametrize("resumed", [1, 3, 10, 59])
+def test_a_resumed_run_tells_of_a_fall_as_an_uninterrupted_one(resumed: int) -> None:
+    assert evading("linear", False, "lengths", resumed=resumed) == evading("linear", False, "lengths")
 
 
 @pytest.mark.parametrize("act", ["lengths", "common", "free"])

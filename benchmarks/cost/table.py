@@ -89,10 +89,10 @@ def amortized(seconds: list[float], every: int, rounds: int) -> float:
     return statistics.fmean(seconds[: cycles * every]) if cycles else float("nan")
 
 
-def peak_bytes(step: Step) -> int:
-    """Peak of live tensor bytes over three steps, above what lives now."""
+def peak_bytes(step: Callable[[], object], times: int = 3) -> int:
+    """Peak of live tensor bytes over so many steps, above what lives now."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        for _ in range(3):
+        for _ in range(times):
             step()
     live = peak = 0
     for event in recording.profiler.kineto_results.events():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .harness import Record
 from .markdown import group, kernel_name, values
-from .stats import mean_interval
+from .stats import Interval, mean_interval
 
 COLORS = {
     "plain": "#6b6b6b",
@@ -88,19 +89,24 @@ def scatter_by_kernel(records: Iterable[Record], path: Path) -> Path:
 
 
 def curves_of_methods(
-    points: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    points: Mapping[str, Sequence[tuple[Interval, Interval]]],
     path: Path,
     *,
     labels: tuple[str, str],
     title: str,
     marked: Mapping[str, tuple[float, float]] | None = None,
 ) -> Path:
-    """A line per method through (x, y, error of x, error of y) of its settings, and single marked points."""
+    """A line per method through its settings (x, y), with the intervals of both, and single marked points."""
     made, (axis,) = figure(1, width=6.2, height=4.4)
-    for i, (method, rows) in enumerate(points.items()):
-        x, y, ex, ey = zip(*sorted(rows), strict=True)
+    for i, (method, found) in enumerate(points.items()):
+        rows = sorted(found, key=lambda row: row[0].mean)
+        errors = [
+            [[max(0.0, z.mean - z.low) for z in of], [max(0.0, z.high - z.mean) for z in of]]
+            for of in zip(*rows, strict=True)
+        ]
         axis.errorbar(
-            x, y, xerr=ex, yerr=ey, color=COLORS.get(method, f"C{i}"), marker="o", ms=4, lw=1.4, elinewidth=0.8,
+            [x.mean for x, _ in rows], [y.mean for _, y in rows], xerr=errors[0], yerr=errors[1],
+            color=COLORS.get(method, f"C{i}"), marker="o", ms=4, lw=1.4, elinewidth=0.8, alpha=0.85,
             label=NAMES.get(method, method),
         )  # fmt: skip
     for name, (a, b) in (marked or {}).items():
@@ -108,6 +114,20 @@ def curves_of_methods(
     axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
     axis.legend(frameon=False, fontsize=8)
     return save(made, path)
+
+
+def percent(interval: Interval, *, of_whole: bool = False) -> Interval:
+    """A relative change in per cent; ``of_whole``: of what it is a change from, so that no change is 100."""
+    return Interval(*(100 * (value + of_whole) for value in (interval.mean, interval.low, interval.high)))
+
+
+def path_of_training(
+    axis: Axes, x: Sequence[Sequence[float]], y: Sequence[Sequence[float]], label: str, **style: Any
+) -> None:
+    """One quantity over another along training: the mean over seeds, and a dot where each seed ends."""
+    means = [[statistics.fmean(column) for column in zip(*series, strict=True)] for series in (x, y)]
+    (line,) = axis.plot(*means, lw=1.5, label=label, **style)
+    axis.plot([of[-1] for of in x], [of[-1] for of in y], ls="", marker="o", ms=3, alpha=0.5, color=line.get_color())
 
 
 def lines_of_methods(
@@ -125,9 +145,3 @@ def lines_of_methods(
         axis.set(xlabel=x_label, ylabel=name)
     axes[0].legend(frameon=False, fontsize=8)
     return save(made, path)
-
-
-def spread(values_: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean, 0 for fewer than three seeds, whose interval says nothing."""
-    interval: Any = mean_interval(values_)
-    return float(interval.high - interval.mean) if len(values_) > 2 else 0.0

@@ -82,7 +82,7 @@ def _relative_change(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, fl
     Drawing n seeds again from n varies by sqrt((n - 1) / n) less than new seeds would, which matters for a handful:
     the interval is widened about the mean by the inverse of that.
     """
-    if not b.mean() > 0:
+    if not (b > 0).all():
         return math.nan, math.nan, math.nan  # a ratio says nothing there
 
     def change(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> Any:

@@ -1,4 +1,4 @@
-"""Entropies of a model that was trained without any of this, and what can hide in them."""
+"""Entropies of a model that was trained without this library, and the measures that show how to read them."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -20,7 +20,7 @@ def main() -> None:
         for batch in batches:
             model(input_ids=batch)
 
-    # new: an entropy is never read alone; a few long tokens, or one vector that all share, lower it without compression
+    # new: never read an entropy alone: a few long tokens, or one vector that all share, lower it without compression
     print(f"{'layer':<16} entropy  linear  centered cosine  norm ratio  mean share")
     for name, entropy in measured.entropies.items():
         each = measured.measures[name]

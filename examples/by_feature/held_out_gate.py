@@ -26,7 +26,7 @@ def main() -> None:
             with torch.no_grad():
                 judged = nn.functional.cross_entropy(model(held_out[0]), held_out[1])
             model.train()
-            optimizer.record_validation(judged.item())  # new: the gate hears of it at the next step
+            optimizer.record_validation(judged.item())  # new: the gate judges it at the next step
         metrics = optimizer.metrics
         if metrics is not None and metrics.reason is not None:
             print(f"step {step}: {metrics.phase} -> {metrics.next_phase} ({metrics.reason})")

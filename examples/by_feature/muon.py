@@ -13,9 +13,9 @@ def main() -> None:
     matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is q for q in matrices)]
     bases = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=3e-3)]
-    # new: one wrapper for both, so that one gate judges the loss that they share
+    # new: one wrapper for both, and so one gate
     optimizer = GAPTOptimizer(bases, RepresentationHook(model, "transformer.h.*"))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)  # new: one schedule for both as well
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)  # new: one schedule for both
 
     text = torch.randint(0, 64, (8, 33))
     for step in range(1, 61):

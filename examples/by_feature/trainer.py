@@ -1,4 +1,4 @@
-"""transformers.Trainer: an optimizer, and a callback that gives the gate the mean loss per token."""
+"""transformers.Trainer: wrap the optimizer, and add a callback that gives the gate the mean loss per token."""
 
 import tempfile
 

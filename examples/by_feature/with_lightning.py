@@ -1,4 +1,4 @@
-"""Lightning with automatic optimization: a callback, and what configure_optimizers returns."""
+"""Lightning with automatic optimization: wrap the optimizer in configure_optimizers, and add a callback."""
 
 import lightning.pytorch as pl
 import torch

@@ -4,7 +4,7 @@ from .entropies import Entropies, entropies_of
 from .grams import Grams
 from .graph import nodes_behind
 from .measurement import Measurement
-from .outputs import hidden_tensor, padded, puts_sequence_first
+from .outputs import hidden_rows, puts_sequence_first
 from .representation import RepresentationHook, store_of
 from .selection import Layers, select_layers
 from .store import CaptureStore
@@ -19,10 +19,9 @@ __all__ = [
     "Measurement",
     "RepresentationHook",
     "entropies_of",
-    "hidden_tensor",
+    "hidden_rows",
     "link",
     "nodes_behind",
-    "padded",
     "puts_sequence_first",
     "select_layers",
     "store_of",

@@ -38,7 +38,7 @@ class Measurement:
 
     @property
     def measures(self) -> dict[str, Measures]:
-        """What can hide in the entropy of each layer; waits for the device."""
+        """Per layer, whether its entropy is that of fewer directions; waits for the device."""
         return {
             name: Measures(*(value / self._calls[name] for value in total[1:].tolist()))
             for name, total in self._sums.items()

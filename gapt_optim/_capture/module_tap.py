@@ -16,7 +16,7 @@ from .entropies import entropies_of
 from .grams import captured, grams_of, kernel_of
 from .graph import unspent
 from .measurement import Measurement
-from .outputs import hidden_tensor, padded, replace_tensor
+from .outputs import batch_first, checked_hidden, hidden_rows, replace_tensor
 from .store import WITHOUT_GRAD, CaptureStore
 from .tap import Tap
 from .unsaved import Unsaved
@@ -51,12 +51,9 @@ class ModuleTap(Unsaved):
     def _measure(self, measurement: Measurement, output: Any) -> None:
         """Add the entropy of ``output`` to an open measurement."""
         with torch.no_grad():
-            h = self.hidden(output)
-            mask: Tensor | None = None
-            if h.is_nested:
-                picked = self.store.masks[-1] if self.store.masks else None
-                h, mask = padded(h, 0 if picked is None else picked.shape[1])
-            h = self._batch_first(h, output)
+            picked = self.store.masks[-1] if self.store.masks else None
+            length = picked.shape[1] if picked is not None and picked.ndim == 2 else 0
+            h, mask = hidden_rows(self.name, output, self.output, self.sequence_first, length)
             given = self.mask_for(h, False)
             mask = given if mask is None else mask if given is None else mask & given
             found = entropies_of([grams_of(h, mask, measurement.config)], measurement.config, with_factors=False)
@@ -68,13 +65,13 @@ class ModuleTap(Unsaved):
         recomputing = _in_backward()
         if recomputing and self.name not in store.ran and not store.calls[self.name]:
             raise RuntimeError(f'tapped module "{self.name}" {WITHOUT_GRAD}')
-        h = self.hidden(output)
+        h = checked_hidden(self.name, output, self.output)
         if h.is_nested:
             raise TypeError(
                 f'module "{self.name}" returned a nested tensor, which has no taps in training; tap a module with '
                 "padded sequences in its output, and pass mask="
             )
-        found, h = h, self._batch_first(h, output)
+        found, h = h, batch_first(h, output, self.output, self.sequence_first)
         mask = self.mask_for(h, recomputing)
         if not h.requires_grad:  # everything below is frozen: there is an entropy, and nothing to push
             if not recomputing:
@@ -92,7 +89,6 @@ class ModuleTap(Unsaved):
             plan.passes_entropy(self.name),
             plan.activation_alignment,
             plan.config.objective.combine,
-            plan.config.objective.max_ratio,
             self.name,
         )
         if not recomputing:
@@ -102,47 +98,18 @@ class ModuleTap(Unsaved):
             calls.append(captured(h, mask, plan.entropy, gram, carrier, beside))
         return replace_tensor(output, found, tapped if h is found else tapped.transpose(0, 1), self.name)
 
-    def hidden(self, output: Any) -> Tensor:
-        """The hidden tensor in a module's output, checked."""
-        h = hidden_tensor(output) if self.output is None else self.output(output)
-        if not isinstance(h, Tensor):
-            what = "its default choice" if self.output is None else "output="
-            raise TypeError(
-                f'module "{self.name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
-                "tensor; pass output=lambda out: ... to RepresentationHook to pick the hidden tensor"
-            )
-        if type(h).__name__ == "DTensor":
-            raise TypeError(
-                f'module "{self.name}" returned a DTensor; its entropy would be that of one shard. Tap a module whose '
-                "output is a plain tensor, for example one that gathers or replicates it"
-            )
-        if not h.is_floating_point():
-            raise TypeError(
-                f'module "{self.name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
-                "module in layers, or another tensor of its output with output="
-            )
-        if h.ndim < 2:
-            raise ValueError(
-                f'module "{self.name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
-                "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
-            )
-        return h
-
-    def _batch_first(self, h: Tensor, output: Any) -> Tensor:
-        """``h`` as (batch, seq, d): a view, where the module puts the sequence first.
-
-        Only of the tensor that its ``batch_first`` is about: the last states of an LSTM have an order of their own.
-        """
-        if not (self.sequence_first and h.ndim == 3):
-            return h
-        return h.transpose(0, 1) if self.output is None or h is hidden_tensor(output) else h
-
     def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
         """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
         store = self.store
         mask = store.masks[-1] if store.masks else store.mask if recomputing else None
-        if mask is None or h.ndim != 3:
+        if mask is None or h.ndim > 3:
             return None
+        rows = h.shape[:2] if h.ndim == 3 else (1, len(h))
+        if h.ndim == 2:
+            if mask.numel() == len(h):  # tokens of all sequences in one row after another
+                mask = mask.reshape(rows)
+            elif store.pick_mask is None or (mask.ndim == 2 and len(mask) == len(h)):
+                return None  # a vector for each sequence, which has no tokens left
         if recomputing and not store.masks and store.masked_calls > 1:
             raise RuntimeError(
                 f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
@@ -150,12 +117,13 @@ class ModuleTap(Unsaved):
             )
         if recomputing:
             store.recomputed = True
-        if mask.shape != h.shape[:2]:
+        if mask.shape != rows:
             if store.pick_mask is None:
                 return None
             raise ValueError(
-                f'mask= gave shape {tuple(mask.shape)}, but the output of module "{self.name}" has (batch, seq) = '
-                f"{tuple(h.shape[:2])}; return a mask of that shape, or None"
+                f'mask= gave shape {tuple(mask.shape)}, but the output of module "{self.name}" has '
+                + (f"(batch, seq) = {tuple(rows)}" if h.ndim == 3 else f"{len(h)} rows")
+                + "; return a mask of that shape, or None"
             )
         return mask.to(device=h.device, dtype=torch.bool)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +56,58 @@ def _batch_first(module: Any) -> bool | None:
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return _batch_first(module.self_attn)
     return None
+
+
+def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
+    """The hidden tensor in the output of the module ``name``: what ``pick`` (``output=``) gives, or the usual one.
+
+    Raises:
+        TypeError: it is no tensor, a DTensor, or not of floating point.
+        ValueError: it has fewer than two dimensions.
+    """
+    h = hidden_tensor(output) if pick is None else pick(output)
+    if not isinstance(h, Tensor):
+        what = "its default choice" if pick is None else "output="
+        raise TypeError(
+            f'module "{name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
+            "tensor; pass output=lambda out: ... to pick the hidden tensor"
+        )
+    if type(h).__name__ == "DTensor":
+        raise TypeError(
+            f'module "{name}" returned a DTensor; its entropy would be that of one shard. Tap a module whose '
+            "output is a plain tensor, for example one that gathers or replicates it"
+        )
+    if not h.is_floating_point():
+        raise TypeError(
+            f'module "{name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
+            "module in layers, or another tensor of its output with output="
+        )
+    if h.ndim < 2:
+        raise ValueError(
+            f'module "{name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
+            "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
+        )
+    return h
+
+
+def batch_first(h: Tensor, output: Any, pick: Callable[[Any], Tensor] | None, sequence_first: bool) -> Tensor:
+    """``h`` as (batch, seq, d): a view, where the module puts the sequence first.
+
+    Only of the tensor that its ``batch_first`` is about: the last states of an LSTM have an order of their own.
+    """
+    if not (sequence_first and h.ndim == 3):
+        return h
+    return h.transpose(0, 1) if pick is None or h is hidden_tensor(output) else h
+
+
+def hidden_rows(
+    name: str, output: Any, pick: Callable[[Any], Tensor] | None, sequence_first: bool, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """The hidden tensor with its batch first, and for a nested one, padded to at least ``length``, the mask of it."""
+    h = checked_hidden(name, output, pick)
+    if h.is_nested:
+        return padded(h, length)
+    return batch_first(h, output, pick, sequence_first), None
 
 
 def padded(h: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -34,22 +34,23 @@ class RepresentationHook:
     ['blocks.0', 'head']
 
     Args:
-        model: any module. It is referred to weakly: the hook keeps no model alive.
+        model: any module. The hook holds only a weak reference to it.
         layers: a glob over ``model.named_modules()`` (``*`` does not cross a dot), a module, a list of
             globs, names or modules, or None for the model's longest ``nn.ModuleList`` of one class.
-        output: picks the hidden tensor out of a module's output. By default the output itself, the first item of
+        output: picks the hidden tensor from a module's output. By default the output itself, the first item of
             a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
             ``(batch, channels, *positions)``.
-        mask: picks the token mask (batch, seq), true or 1 where a token counts, out of the keywords of the
-            model's call. By default ``attention_mask`` where the call has one of that shape.
+        mask: picks the token mask (batch, seq), true or 1 where a token counts, from the arguments of the
+            model's call, given by name. By default ``attention_mask``, if the call has one of that shape. For an
+            output (batch * seq, d) it masks rows; an output with one vector per sequence has nothing to mask.
         batch_first: False where outputs of three dimensions are (seq, batch, d). By default each module's own
             ``batch_first``, where it has one, as ``nn.LSTM`` and the parts of ``nn.Transformer`` do, else True.
 
     Attributes:
-        names: of the tapped modules, in the order of ``model.named_modules()``, which is taken for that of depth.
+        names: of the tapped modules, in the order of ``model.named_modules()``, which counts as their depth.
 
     Raises:
-        TypeError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
         ValueError: nothing matches, or the automatic choice is ambiguous; the message lists candidates.
     """
 
@@ -92,7 +93,7 @@ class RepresentationHook:
         return not self._finalizer.alive
 
     def remove(self) -> None:
-        """Take the taps out of the model; nothing is captured from then on."""
+        """Remove the taps from the model; nothing is captured from then on."""
         self._finalizer()
         self._store.removed = True
         self._store.clear()
@@ -111,8 +112,8 @@ class RepresentationHook:
         optimizer. ``entropy`` defaults to the optimizer's settings, or to ``EntropyConfig()``.
 
         Raises:
-            TypeError: ``entropy`` is no EntropyConfig.
-            RuntimeError: the hook was removed, or is measuring already.
+            TypeError: ``entropy`` is not an EntropyConfig.
+            RuntimeError: the hook was removed, or is already measuring.
         """
         if self.removed:
             raise RuntimeError("this RepresentationHook was removed; make a new one to measure")

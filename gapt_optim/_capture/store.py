@@ -161,7 +161,7 @@ class CaptureStore:
             self._warned_waiting = True
             warnings.warn(
                 f"{MOST_WAITING} calls of the model in training mode with gradients on, and no optimizer.backward(); "
-                "what they captured is forgotten. Evaluate under torch.no_grad() or hook.measuring(); where one loss "
+                "what they captured is dropped. Evaluate under torch.no_grad() or hook.measuring(); where one loss "
                 "is of more calls than that, the entropy is of the last ones: call backward more often",
                 UserWarning,
                 stacklevel=4,

@@ -50,7 +50,6 @@ class Tap(torch.autograd.Function):
         compress: bool,
         alignment: bool,
         combine: str,
-        max_ratio: float,
         module: str,
     ) -> tuple[Tensor, ...]:
         ctx.kernel = Kernel(cosine, center)
@@ -59,7 +58,7 @@ class Tap(torch.autograd.Function):
         measures = measures_beside(rows)
         carrier = h.new_zeros(2, dtype=gram.dtype)
         ctx.window, ctx.compress, ctx.alignment = window, compress, alignment
-        ctx.combine, ctx.max_ratio, ctx.module = combine, max_ratio, module
+        ctx.combine, ctx.module = combine, module
         if not torch.compiler.is_compiling():  # a gradient that does not exist is no zero: see backward
             ctx.set_materialize_grads(False)
         if compress or alignment:
@@ -74,7 +73,7 @@ class Tap(torch.autograd.Function):
         ctx: Any, g: Tensor | None, factor: Tensor | None, carried: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if factor is None or carried is None:  # a backward of something else, or nothing to send
-            return (g, *[None] * 11)
+            return (g, *[None] * 10)
         h, mask = ctx.saved_tensors
         if ctx.compress and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -85,7 +84,7 @@ class Tap(torch.autograd.Function):
             )
         with torch.no_grad():
             passed, statistics = _join_gradients(ctx, h, mask, g, factor, carried)
-        return (passed if ctx.compress else g, statistics, *[None] * 10)
+        return (passed if ctx.compress else g, statistics, *[None] * 9)
 
 
 def _join_gradients(
@@ -112,9 +111,6 @@ def _join_gradients(
         statistics = torch.stack((gd, gg * with_loss, dd)) if ctx.alignment else None
     if not ctx.compress:
         return g, statistics
-    if ctx.combine == "cap":
-        shrink = _shrink_to(ctx.max_ratio, gg, dd * weight.square())
-        weight = torch.where(with_loss > 0, weight * shrink, weight)
     total = torch.addcmul(wide, d, weight)
     if ctx.combine == "project":
         total.addcmul_(wide, _opposing_part(gd * weight, gg) * -with_loss)
@@ -164,10 +160,3 @@ def link(calls: list[Grams], factors: list[Tensor], weights: Tensor, *, alone: b
 def _opposing_part(gd: Tensor, gg: Tensor) -> Tensor:
     """Coefficient of d's projection on g where the two oppose each other, otherwise 0."""
     return torch.where(gg > 0, gd / gg, 0).clamp(max=0)
-
-
-def _shrink_to(max_ratio: float, gg: Tensor, dd: Tensor) -> Tensor:
-    """Factor that brings |d| down to max_ratio * |g|; 1 where it is within it."""
-    limit = max_ratio * gg.sqrt()
-    norm = dd.sqrt()
-    return torch.where(norm > limit, limit / norm, 1)

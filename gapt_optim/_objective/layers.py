@@ -2,8 +2,8 @@
 
 Layers are numbered from the input to the output. A *schedule* gives each layer's share of the pressure
 at a step of compression; a *reduction* turns the entropies into one number. The paper's
-objective is the schedule `all` with the reduction `mean`. The reductions that judge the shape of the
-whole profile (`largest_drop`, `rises`, `bottleneck`, `valley`) take no shares, so they go with `all`.
+objective is the schedule `all` with the reduction `mean`. `largest_drop` judges the shape of the whole
+profile and takes no shares, so it goes with `all`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Schedule = Callable[[int, int, int], list[float]]
 Reduction = Callable[[Tensor, Tensor], Tensor]
@@ -125,26 +124,6 @@ def largest_drop(entropies: Tensor, shares: Tensor) -> Tensor:
     return _one_hot(entropies, (-entropies.diff()).argmax() + 1)
 
 
-def rises(entropies: Tensor, shares: Tensor) -> Tensor:
-    """What the entropy gains from layer to layer: a profile that only falls with depth costs nothing."""
-    return _sum_of_steps((entropies.diff() > 0).to(entropies.dtype))
-
-
-def bottleneck(entropies: Tensor, shares: Tensor) -> Tensor:
-    """The lowest layer and its neighbours, averaged: widens the bottleneck instead of sharpening one layer."""
-    near = ((_positions(entropies) - entropies.argmin()).abs() <= 1).to(entropies.dtype)
-    return near / near.sum()
-
-
-def valley_shape(entropies: Tensor, shares: Tensor) -> Tensor:
-    """The lowest layer plus every rise before it and every fall behind it: one valley, down and up again."""
-    lowest, step = entropies.argmin(), entropies.diff()
-    before = _positions(step) < lowest
-    rising = (before & (step > 0)).to(entropies.dtype)
-    falling = (~before & (step < 0)).to(entropies.dtype)
-    return _one_hot(entropies, lowest) + _sum_of_steps(rising - falling)
-
-
 def _one_hot(like: Tensor, index: Tensor) -> Tensor:
     return (_positions(like) == index).to(like.dtype)
 
@@ -153,17 +132,9 @@ def _positions(like: Tensor) -> Tensor:
     return torch.arange(len(like), device=like.device)
 
 
-def _sum_of_steps(steps: Tensor) -> Tensor:
-    """Coefficients of sum_i steps[i] * (s[i + 1] - s[i])."""
-    return F.pad(steps, (1, 0)) - F.pad(steps, (0, 1))
-
-
 REDUCTIONS: dict[str, Reduction] = {
     "mean": mean,
     "max": maximum,
     "min": minimum,
     "largest_drop": largest_drop,
-    "rises": rises,
-    "bottleneck": bottleneck,
-    "valley": valley_shape,
 }

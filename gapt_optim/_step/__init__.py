@@ -2,6 +2,7 @@
 
 from .hints import warn_of_another_model
 from .progress import checked_state
-from .state import StepState, notify
+from .report import notify
+from .state import StepState
 
 __all__ = ["StepState", "checked_state", "notify", "warn_of_another_model"]

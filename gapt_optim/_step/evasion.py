@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from .._plan import StepPlan
 from .record import Reading
@@ -34,6 +35,22 @@ class EvasionWatch:
         self._before: dict[str, _Level] = {}
         self._compressed = False
         self._warned = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, by layer."""
+        return {
+            "compressed": self._compressed,
+            "warned": self._warned,
+            "now": {name: level._asdict() for name, level in self._now.items()},
+            "before": {name: level._asdict() for name, level in self._before.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._compressed, self._warned = state["compressed"], state["warned"]
+        self._now, self._before = (
+            {name: _Level(**level) for name, level in state[when].items()} for when in ("now", "before")
+        )
 
     def look(self, plan: StepPlan, reading: Reading) -> None:
         """Take the numbers of one step. Those of a layer that are not all finite are passed over.
@@ -67,9 +84,9 @@ class EvasionWatch:
         self._warned = True
         warnings.warn(
             f'the entropy of layer "{name}" fell from {before.pressed:.3g} to {now.pressed:.3g}, but its centered '
-            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: this is no compression, but "
-            f'{_what_happened(before, now)}. Press EntropyConfig(kernel="cosine", center=True), which neither long '
-            "tokens nor a shared vector lowers",
+            f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: nothing was compressed; "
+            f"{_what_happened(before, now)} instead. "
+            'Use EntropyConfig(kernel="cosine", center=True), which neither long tokens nor a shared vector lowers',
             UserWarning,
             stacklevel=6,
         )

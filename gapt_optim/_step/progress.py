@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._torch import START_FRESH, STATE_KEY
+from .._version import __version__
 from ..config import GAPTConfig, GateConfig
 from ..gate import Phase, PhaseGate
 
@@ -126,8 +127,23 @@ class _SavedGate(_Saved):
     lowest_entropy: float | None
 
 
+class _SavedLevel(_Saved):
+    pressed: float
+    cosine: float
+    norm_ratio: float
+    mean_share: float
+
+
+class _SavedEvasion(_Saved):
+    compressed: bool = False
+    warned: bool = False
+    now: dict[str, _SavedLevel] = {}
+    before: dict[str, _SavedLevel] = {}
+
+
 class _SavedState(_Saved):
     gate: _SavedGate
+    evasion: _SavedEvasion = _SavedEvasion()
     steps: _Count
     compression_steps: _Count
     nonfinite_steps: _Count
@@ -155,9 +171,6 @@ REQUIRED = (
 )
 """Settings that a saved state depends on, besides the layers: its entropies and losses would be of another kind."""
 
-_BEFORE_KERNELS = {"kernel": "linear", "center": False}
-"""What entropies were where a saved configuration does not say."""
-
 
 def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tuple[dict[str, Any], str | None]:
     """A saved state, checked by type, range and meaning against the layers and settings of now.
@@ -174,14 +187,16 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
     """
     if not isinstance(saved, dict):
         raise _refusal(STATE_KEY, "must be an object", saved)
-    saved = dict(saved)
-    if isinstance(saved.get("config"), dict) and isinstance(saved["config"].get("entropy"), dict):
-        saved["config"] = saved["config"] | {"entropy": _BEFORE_KERNELS | saved["config"]["entropy"]}
     try:
         state = _SavedState.model_validate(saved, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ValueError(
+                f"state_dict: {STATE_KEY}.{path}={first['input']!r:.100} is unknown to gapt_optim {__version__}; load "
+                f"it with the version that saved it, or, {START_FRESH}"
+            ) from None
         found = "nothing" if first["type"] == "missing" else first["input"]
         raise _refusal(path, f"is refused: {first['msg']}", found, missing=first["type"] == "missing") from None
     if _bare_names(state.layers) != _bare_names(list(layers)):
@@ -211,6 +226,8 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
     notice = f"the state goes on with other settings than it was saved with: {', '.join(changed)}" if changed else None
     now = dict(zip(state.layers, layers, strict=True))
     result = state.model_dump() | {"layers": list(layers), "ran": [now[name] for name in state.ran]}
+    for when in ("now", "before"):
+        result["evasion"][when] = {now[name]: level for name, level in result["evasion"][when].items()}
     return result, notice
 
 
@@ -239,6 +256,9 @@ def _refuse_contradictions(state: _SavedState) -> None:
         raise _refusal("layers", "must name each layer once", state.layers)
     if len(set(state.ran)) != len(state.ran) or not set(state.ran) <= set(state.layers):
         raise _refusal("ran", f"must be some of the layers {state.layers}, each once", state.ran)
+    for when, levels in (("now", state.evasion.now), ("before", state.evasion.before)):
+        if not set(levels) <= set(state.layers):
+            raise _refusal(f"evasion.{when}", f"must be of some of the layers {state.layers}", list(levels))
 
 
 def flat_state(state: Mapping[str, Any]) -> dict[str, str]:
@@ -246,7 +266,8 @@ def flat_state(state: Mapping[str, Any]) -> dict[str, str]:
 
     A layer may rest on some ranks, and each rank records the held-out losses that it has.
     """
-    return {path: repr(value) for path, value in _flat(state).items() if path not in ("ran", "unjudged_validation")}
+    own = ("ran", "unjudged_validation", "evasion")
+    return {path: repr(value) for path, value in _flat(state).items() if path.split(".")[0] not in own}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

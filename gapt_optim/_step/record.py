@@ -85,49 +85,73 @@ class StepRecord:
         """
         if self.sums is None:
             return None
-        counts, names = self.counts, self.names
-        parts = [self.sums] if group is not None or self.host_sums is None else []
-        if group is not None:
-            divisors = torch.tensor(_per_column([max(count, 1) for count in counts]))
-            parts = [self.sums / divisors.to(self.sums, non_blocking=True)]
-            # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
-            has_validation = math.isfinite(validation)
-            both = [
-                *(float(count > 0) for count in counts),
-                validation if has_validation else 0.0,
-                float(has_validation),
-            ]
-            parts.append(torch.tensor(both, dtype=torch.float64).to(self.sums, non_blocking=True))
         if statistics is not None:
-            if group is not None:  # the gradient of all ranks has 1 / n of each one's own
-                statistics = statistics / dist.get_world_size(group)
-            parts.append(statistics.reshape(-1).to(self.sums.dtype))
-        device_values = HostCopy(mean_over_ranks(torch.cat(parts), group)) if parts else None
-        host_sums = self.host_sums if group is None else None
+            statistics = statistics.reshape(-1).to(self.sums.dtype)
+        names = self.names
+        if group is None:
+            arriving = self._alone(self.sums, statistics, validation)
+        else:
+            arriving = self._over_ranks(self.sums, statistics, validation, group)
+        return lambda: _as_reading(names, arriving())
 
-        def read() -> Reading:
-            values = (host_sums.read() if host_sums is not None else []) + (
-                device_values.read() if device_values is not None else []
-            )
-            divisors, held_out = [float(count) for count in counts], validation
-            size = len(_per_column(counts))
-            sums, rest = values[:size], values[size:]
-            if group is not None:
-                n = len(counts)
-                total, ranks, rest, divisors = *rest[n : n + 2], rest[n + 2 :], rest[:n]
-                held_out = total / ranks if ranks > 0 else math.nan
-            rows = [rest[i : i + PROBE_SIZE] for i in range(0, len(rest), PROBE_SIZE)]
-            loss, penalty = (value / divisors[0] for value in sums[:_SCALARS])
-            layers = {
-                name: [value / ran for value in sums[_SCALARS + i * _PER_LAYER :][:_PER_LAYER]]
-                for i, (name, ran) in enumerate(zip(names, divisors[1:], strict=True))
-                if ran > 0
-            }
-            entropies = {name: values[0] for name, values in layers.items()}
-            measures = {name: Measures(*values[1:]) for name, values in layers.items()}
-            return Reading(loss, penalty, entropies, measures, held_out, rows)
+    def _alone(self, sums: Tensor, statistics: Tensor | None, validation: float) -> Callable[[], _Arrived]:
+        """Of one process, whose sums are on their way since they were made."""
+        divisors = [float(count) for count in self.counts]
+        copied = HostCopy(sums) if self.host_sums is None else self.host_sums
+        beside = None if statistics is None else HostCopy(statistics)
+        return lambda: _Arrived(copied.read(), divisors, validation, [] if beside is None else beside.read())
 
-        return read
+    def _over_ranks(
+        self, sums: Tensor, statistics: Tensor | None, validation: float, group: dist.ProcessGroup
+    ) -> Callable[[], _Arrived]:
+        """Means over ranks, in one collective."""
+        counts, has_validation = self.counts, math.isfinite(validation)
+        own_divisors = torch.tensor(_per_column([max(count, 1) for count in counts]))
+        # A layer may rest on some ranks: the means are over those where it ran, and all ranks know which did.
+        ran = [float(count > 0) for count in counts]
+        both = [*ran, validation if has_validation else 0.0, float(has_validation)]
+        parts = [
+            sums / own_divisors.to(sums, non_blocking=True),
+            torch.tensor(both, dtype=torch.float64).to(sums, non_blocking=True),
+        ]
+        if statistics is not None:  # the gradient of all ranks has 1 / n of each one's own
+            parts.append(statistics / dist.get_world_size(group))
+        copied = HostCopy(mean_over_ranks(torch.cat(parts), group))
+
+        def arrived() -> _Arrived:
+            values = copied.read()
+            size, n = len(_per_column(counts)), len(counts)
+            rest = values[size:]
+            total, ranks = rest[n : n + 2]
+            held_out = total / ranks if ranks > 0 else math.nan
+            return _Arrived(values[:size], rest[:n], held_out, rest[n + 2 :])
+
+        return arrived
+
+
+class _Arrived(NamedTuple):
+    """A step's numbers on the host, as they were sent."""
+
+    sums: list[float]
+    divisors: list[float]
+    """Of the scalars, then of each layer; 0 where a layer did not run."""
+    validation: float
+    statistics: list[float]
+
+
+def _as_reading(names: list[str], arrived: _Arrived) -> Reading:
+    """Means by name."""
+    sums, divisors, validation, statistics = arrived
+    loss, penalty = (value / divisors[0] for value in sums[:_SCALARS])
+    layers = {
+        name: [value / ran for value in sums[_SCALARS + i * _PER_LAYER :][:_PER_LAYER]]
+        for i, (name, ran) in enumerate(zip(names, divisors[1:], strict=True))
+        if ran > 0
+    }
+    entropies = {name: values[0] for name, values in layers.items()}
+    measures = {name: Measures(*values[1:]) for name, values in layers.items()}
+    rows = [statistics[i : i + PROBE_SIZE] for i in range(0, len(statistics), PROBE_SIZE)]
+    return Reading(loss, penalty, entropies, measures, validation, rows)
 
 
 def _per_column(counts: list[int]) -> list[int]:

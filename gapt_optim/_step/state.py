@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, SupportsFloat, TypeGuard
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from .._capture import CaptureStore
 from .._objective import build_objective, counted_layers, schedule_shares
 from .._plan import StepPlan
-from ..alignment import activation_alignment
 from ..config import GAPTConfig
-from ..gate import Phase
-from ..metrics import Measures, Observer, StepMetrics
+from ..metrics import StepMetrics
 from .announce import announce_switch
 from .evasion import EvasionWatch
+from .groups import ZeroedGradients, largest_learning_rate
 from .hints import DividedLossHint, SmallShareHint, ZeroEntropyHint
 from .parameter_alignment import Compared, GradientComparison, refuse_incomparable
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
 from .record import Reading, StepRecord, mean_or_nan
+from .report import judged_layers, mean_entropy, step_metrics
 
 _SILENT_STEPS = 10
 
@@ -55,9 +55,7 @@ class StepState:
         self.progress = Progress(config.gate)
         self.record = StepRecord(store.names)
         self.metrics: StepMetrics | None = None
-        self._zeroed: dict[Tensor, tuple[Tensor, int]] | None = None
-        """By parameter, the gradients that zero_grad left since the last objective, with their versions; None where it
-        was not called."""
+        self._zeroed = ZeroedGradients()
         self._evasion = EvasionWatch()
         self._zero_entropy, self._small_share, self._divided = ZeroEntropyHint(), SmallShareHint(), DividedLossHint()
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
@@ -149,16 +147,11 @@ class StepState:
         """Gradients were zeroed: what was compared with them is gone."""
         self._comparison = None
         if self.record.sums is not None:
-            gradients = {p: p.grad for group in groups for p in group["params"] if p.grad is not None}
-            self._zeroed = {p: (gradient, gradient._version) for p, gradient in gradients.items()}
+            self._zeroed.note(groups)
 
     def forget_skipped(self, groups: list[dict[str, Any]]) -> None:
         """GradScaler does not call ``step`` on an overflow: what was recorded for it went with its gradients."""
-        zeroed, self._zeroed = self._zeroed, None
-        if zeroed is None or self.record.sums is None:
-            return
-        # Gradients that are as zero_grad left them have had no backward since.
-        if all(_is_as_noted(p.grad, zeroed.get(p)) for group in groups for p in group["params"]):
+        if self._zeroed.untouched(groups) and self.record.sums is not None:
             self.store.clear_statistics()
             self.record.clear()
             self._divided.forget()
@@ -210,34 +203,14 @@ class StepState:
     def finish(self, reading: Reading, groups: list[dict[str, Any]]) -> StepMetrics:
         """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""
         plan, progress = self.plan, self.progress
-        judged = [name for name in self.counted if name in reading.entropies] or list(reading.entropies)
-        entropy = math.fsum(reading.entropies[name] for name in judged) / len(judged)
+        judged = judged_layers(self.counted, reading)
         self._silent_steps = 0
-        reason = progress.advance(reading.loss, entropy, reading.validation, _largest_learning_rate(groups))
+        entropy = mean_entropy(judged, reading)
+        reason = progress.advance(reading.loss, entropy, reading.validation, largest_learning_rate(groups))
         compared = self._comparison.finish() if self._comparison is not None else None
         self.begin()
-        objective = reading.loss + reading.penalty
-        counts = progress.counts
-        self.metrics = StepMetrics(
-            step=counts.steps,
-            phase=plan.phase.value,
-            next_phase=progress.phase.value,
-            reason=reason,
-            loss=reading.loss,
-            entropy=entropy,
-            layer_entropy=reading.entropies,
-            measures=Measures.mean(reading.measures[name] for name in judged),
-            layer_measures=reading.measures,
-            entropy_share=reading.penalty / objective if plan.phase is Phase.COMPRESSION and objective else None,
-            alignment=activation_alignment(plan.layers, reading.statistics, self.counted)
-            if reading.statistics
-            else None,
-            parameter_alignment=compared() if compared is not None else None,
-            validation_loss=None if math.isnan(reading.validation) else reading.validation,
-            switches=progress.gate.switches,
-            compression_steps=counts.compression_steps,
-            nonfinite_steps=counts.nonfinite_steps,
-        )
+        alignment = compared() if compared is not None else None
+        self.metrics = step_metrics(plan, reading, judged, self.counted, progress, reason, alignment)
         if self.announce:
             announce_switch(plan, self.metrics)
         # Last, so that a warning that is made an error leaves a step that is complete.
@@ -282,6 +255,7 @@ class StepState:
         """Plain values."""
         return {
             **self.progress.state_dict(),
+            "evasion": self._evasion.state_dict(),
             "layers": list(self.store.names),
             "ran": sorted(self.store.ran),
             "config": self.config.model_dump(),
@@ -289,39 +263,10 @@ class StepState:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a checked state, or start fresh."""
-        self.progress = Progress(self.config.gate)
+        self.progress, self._evasion = Progress(self.config.gate), EvasionWatch()
         if state is not None:
             self.progress.load_state_dict(state)
+            self._evasion.load_state_dict(state["evasion"])
         self.store.ran = set() if state is None else set(state["ran"])
         self._ranks_compared = False
         self.discard()
-
-
-def _largest_learning_rate(groups: list[dict[str, Any]]) -> float | None:
-    """None where no group has one that is known here: a tensor on a device would have to be waited for."""
-    rates = [group.get("lr") for group in groups]
-    known = [float(lr) for lr in rates if isinstance(lr, int | float) or (_is_number(lr) and lr.device.type == "cpu")]
-    return max((lr for lr in known if math.isfinite(lr)), default=None)
-
-
-def _is_as_noted(gradient: Tensor | None, noted: tuple[Tensor, int] | None) -> bool:
-    """There is no gradient, or the one that was noted, and nothing has been added to it."""
-    return gradient is None or (noted is not None and noted[0] is gradient and noted[1] == gradient._version)
-
-
-def _is_number(value: Any) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.numel() == 1
-
-
-def notify(observers: list[Observer], metrics: StepMetrics) -> None:
-    """Call each observer; one that raises is dropped with a warning."""
-    for observer in list(observers):
-        try:
-            observer(metrics)
-        except Exception as error:  # a full disk must not end a training run
-            observers.remove(observer)
-            warnings.warn(
-                f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped",
-                UserWarning,
-                stacklevel=4,
-            )

@@ -13,7 +13,7 @@ from .common import Replacement, unwrapped
 
 
 class GAPTCallback(Callback):
-    """Joins the :class:`GAPTOptimizer` that ``configure_optimizers`` returns to Lightning's training.
+    """Connects the :class:`GAPTOptimizer` that ``configure_optimizers`` returns to Lightning's training.
 
     >>> import torch
     >>> from gapt_optim import RepresentationHook
@@ -42,7 +42,7 @@ class GAPTCallback(Callback):
         metric: name under which the module logs its held-out loss.
 
     Raises:
-        TypeError, ValueError: at the beginning of training, where the module does not go with the optimizer; the
+        TypeError, ValueError: at the beginning of training, if the module does not fit the optimizer; the
             message says what to do instead.
     """
 

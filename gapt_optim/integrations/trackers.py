@@ -20,9 +20,9 @@ class _Tracker:
     """What all have in common: which numbers, and when.
 
     Args:
-        layers: also what is per layer.
+        layers: also log the values of each layer.
         every: steps between two logs. A switch of phase and a held-out loss are always logged.
-        prefix: what the names begin with.
+        prefix: of the names.
     """
 
     def __init__(self, layers: bool, every: int, prefix: str) -> None:
@@ -45,7 +45,7 @@ class _Tracker:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End what this observer began."""
+        """Close what this observer opened."""
 
     def __enter__(self) -> Any:
         return self
@@ -62,9 +62,9 @@ class TensorBoard(_Tracker):
 
     Args:
         folder: where the event file is written.
-        layers: also what is per layer.
+        layers: also log the values of each layer.
         every: steps between two logs; a switch of phase and a held-out loss are always logged.
-        prefix: what the names begin with.
+        prefix: of the names.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -93,21 +93,21 @@ class TensorBoard(_Tracker):
 class WandB(_Tracker):
     """Logs to Weights & Biases, or to Trackio, which has the same interface.
 
-    With Weights & Biases the numbers have ``gapt/step`` as their own x-axis, so they go with logs of yours in the same
-    run; a switch has its reason in ``gapt/switch_reason``. With Trackio a switch is an alert of level "info", which its
-    charts mark.
+    In Weights & Biases the numbers have ``gapt/step`` as their x-axis, so they fit beside your own logs in the same
+    run; ``gapt/switch_reason`` has the reason of each switch. In Trackio a switch is an alert of level "info", which
+    its charts mark.
 
     >>> board = WandB(project="gapt")  # begins a run                                  # doctest: +SKIP
     >>> board = WandB(run)  # joins one of yours                                      # doctest: +SKIP
     >>> board = WandB(module=trackio, project="gapt")  # Trackio, kept on this machine  # doctest: +SKIP
 
     Args:
-        run: a run that was begun already. It is left open by :meth:`close`.
+        run: an existing run. :meth:`close` leaves it open.
         module: ``wandb`` (the default) or ``trackio``.
-        layers: also what is per layer.
+        layers: also log the values of each layer.
         every: steps between two logs; a switch of phase and a held-out loss are always logged.
-        prefix: what the names begin with.
-        init: for ``module.init`` where no run is given, such as ``project``, ``name`` and ``config``.
+        prefix: of the names.
+        init: passed to ``module.init`` if no run is given, such as ``project``, ``name`` and ``config``.
 
     Raises:
         ImportError: wandb is not installed.
@@ -163,19 +163,19 @@ class WandB(_Tracker):
 class MLflow(_Tracker):
     """Logs to an MLflow run; the tag ``gapt.switches`` lists the switches with their reasons.
 
-    What is per layer is under ``gapt/layers/``, such as ``gapt/layers/entropy/h.0``.
+    Values of each layer are under ``gapt/layers/``, such as ``gapt/layers/entropy/h.0``.
 
     >>> board = MLflow(experiment="gapt")  # begins a run; MLflow() joins the active one  # doctest: +SKIP
 
     Args:
-        run_id: a run that was begun already; by default the active one, where nothing else is given. It is left open by
-            :meth:`close`.
-        experiment: name of the experiment of a new run, which is made where there is none; by default "Default".
+        run_id: an existing run; by default the active one, if no other argument is given. :meth:`close` leaves it
+            open.
+        experiment: name of the experiment of a new run, created if it is missing; by default "Default".
         name: of a new run.
         tracking_uri: where to log; by default what MLflow is set to.
-        layers: also what is per layer.
+        layers: also log the values of each layer.
         every: steps between two logs; a switch of phase and a held-out loss are always logged.
-        prefix: what the names begin with.
+        prefix: of the names.
 
     Raises:
         ImportError: mlflow is not installed.

@@ -14,7 +14,7 @@ from .common import Replacement, unwrapped
 
 
 class GAPTCallback(TrainerCallback):
-    """Joins a :class:`GAPTOptimizer` to a ``transformers.Trainer`` or a subclass of it.
+    """Connects a :class:`GAPTOptimizer` to a ``transformers.Trainer`` or a subclass of it.
 
     >>> import torch
     >>> from gapt_optim import RepresentationHook
@@ -46,8 +46,8 @@ class GAPTCallback(TrainerCallback):
         metric: name of the held-out loss in the Trainer's evaluation metrics.
 
     Raises:
-        TypeError, ValueError, RuntimeError: at the beginning of training, where the Trainer's settings do not go
-            with the optimizer; the message says what to do instead.
+        TypeError, ValueError, RuntimeError: at the beginning of training, if the Trainer's settings do not fit the
+            optimizer; the message says what to do instead.
     """
 
     def __init__(self, trainer: Trainer, *, layers: bool = True, metric: str = "eval_loss") -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .errors import CommandError
+    from .errors import CommandError, flag_error
     from .run_folder import RunFolder, RunFolderError
     from .scripts import (
         StoppedError,
@@ -30,6 +30,7 @@ _HOMES = {
     "RunFolderError": "run_folder",
     "StoppedError": "scripts",
     "config_of": "scripts",
+    "flag_error": "errors",
     "on_first_rank": "scripts",
     "open_run": "scripts",
     "pick_device": "scripts",
@@ -45,6 +46,7 @@ __all__ = [
     "RunFolderError",
     "StoppedError",
     "config_of",
+    "flag_error",
     "on_first_rank",
     "open_run",
     "pick_device",

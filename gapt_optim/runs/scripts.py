@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from ..config import GAPTConfig, GateConfig
-from .errors import CommandError
+from .errors import CommandError, flag_error
 from .run_folder import SETTINGS, RunFolder
 
 T = TypeVar("T")
@@ -55,9 +55,7 @@ def read_flags(kind: type[T], argv: Sequence[str], default: T | None = None, pre
     except SystemExit as end:
         if not end.code:
             raise
-        line = " ".join(re.sub(r"[\u2500-\u257f|]|\+?-{3,}\+?", " ", said.getvalue()).split())
-        line = re.split(r" Got errors| Argument helptext| For further| For full", line)[0]
-        line = re.sub(r"^[A-Z][a-z]+ (?:error|choice|arguments|options) (?=\w)", "", line)
+        line = flag_error(said.getvalue())
         named = functools.partial(_named, prefix)
         line = re.sub(r"^Error parsing ([\w.-]+): \d+ validation errors? for \w+ ([\w.]*) ", named, line)
         line = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", found \1", line)
@@ -117,8 +115,8 @@ def open_run(
 def config_of(method: str, gapt: GAPTConfig) -> GAPTConfig:
     """The configuration of one of the methods that are compared, so that one loop trains them all.
 
-    ``plain`` is a gate that never opens, so training with the bare optimizer, bit for bit; ``penalty`` is one that
-    never closes, a constant weight on the entropy; ``published`` is the rule of arXiv 2505.08727; ``gapt`` is ``gapt``.
+    ``plain`` freezes the gate in memorization, which is the bare optimizer bit for bit; ``penalty`` freezes it in
+    compression, a constant entropy penalty; ``published`` uses the rule of arXiv 2505.08727; ``gapt`` is as given.
 
     Example:
         >>> config_of("plain", GAPTConfig()).gate.frozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._capture import Layers, hidden_tensor, padded, puts_sequence_first, select_layers
+from .._capture import Layers, hidden_rows, puts_sequence_first, select_layers
 from ..entropy import Kernel, KernelMatrix, entropy_of_gram, windows_last
 
 __all__ = [
@@ -10,8 +10,7 @@ __all__ = [
     "KernelMatrix",
     "Layers",
     "entropy_of_gram",
-    "hidden_tensor",
-    "padded",
+    "hidden_rows",
     "puts_sequence_first",
     "select_layers",
     "windows_last",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..runs import CommandError
+from ..runs import CommandError, flag_error
 
 if TYPE_CHECKING:
     from .history import RunHistory
@@ -178,13 +177,7 @@ def _read_flags(name: str, argv: list[str]) -> tuple[Any, int]:
     except SystemExit as end:
         if not end.code:
             return None, 0
-    text = re.sub("[\u2500-\u257f]|-{3,}", " ", said.getvalue())  # a frame, in ASCII where the terminal has no more
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    message = re.split(r" (?:Argument helptext|For full|For more|Similar|Arguments? similar)", " ".join(lines))[0]
-    message = re.sub(
-        r"^(Parsing error|Required options|Missing required \w+|Unrecognized \w+|Error)\s*:?\s*", "", message
-    )
-    return None, _failed(f"{message} (gapt-optim {name} --help)")
+    return None, _failed(f"{flag_error(said.getvalue())} (gapt-optim {name} --help)")
 
 
 def _failed(error: object) -> int:
@@ -248,7 +241,7 @@ def _compare(flags: CompareCommand) -> int:
         profiles[name if name not in profiles else f"{name} (2)"] = one
     (first, before), (second, after) = profiles.items()
     try:
-        print_table(f"from {first} to {second}", *comparison_table(before, after))
+        print_table(f"{second}, and its change from {first}", *comparison_table(before, after))
     except ValueError as error:
         raise CommandError(error) from error
     _write_profiles(profiles, flags.out, f"From {first} to {second}")
@@ -335,7 +328,7 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[RunHistory]]:
     Raises:
         CommandError: a folder is not there or holds no run.
     """
-    from .history import read_run
+    from .history import methods_of, read_run, read_settings
 
     found: dict[str, list[RunHistory]] = {}
     for spec in specs:
@@ -346,13 +339,17 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[RunHistory]]:
         folders = {name if named else folder.resolve().name: folder}
         if not (folder / "metrics.jsonl").exists():
             inside = {child.name: child for child in sorted(folder.iterdir()) if (child / "metrics.jsonl").is_file()}
+            order = methods_of(read_settings(folder))
+            inside = {method: inside[method] for method in order if method in inside} | inside
             if not inside:
                 raise CommandError(f"the folder {str(folder)!r} has no metrics.jsonl: no run wrote there")
             folders = {f"{name}/{child}" if named else child: path for child, path in inside.items()}
         for run, path in folders.items():
             try:
                 found.setdefault(run, []).append(read_run(path))
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                raise CommandError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+            except ValueError as error:
                 raise CommandError(error) from error
     return found
 

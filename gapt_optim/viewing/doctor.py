@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..config import GAPTConfig
-from .findings import CONSTANT_PENALTY, FINDINGS, NO_STEPS, NOTHING_FOUND, PLAIN_RUN, Diagnosis
+from ..config import GAPTConfig, GateConfig
+from .findings import (
+    CONSTANT_PENALTY,
+    FINDINGS,
+    NO_STEPS,
+    NOT_ALL_SEEN,
+    NOTHING_FOUND,
+    PLAIN_RUN,
+    SETTINGS_UNKNOWN,
+    Diagnosis,
+)
 from .history import Record, RunHistory, compression_spans, switches_of, values_of
 
 Points = list[tuple[float, float]]
@@ -38,7 +48,29 @@ def verdict(run: RunHistory, found: Sequence[Diagnosis]) -> str:
     case = _Case(run)
     if not case.spans and case.setting("gate", "frozen"):
         return PLAIN_RUN
-    return CONSTANT_PENALTY if case.spans and case.setting("gate", "frozen") else NOTHING_FOUND
+    if case.setting("gate", "frozen"):
+        return CONSTANT_PENALTY
+    keys = {"loss": "loss", "entropy": "entropy", "measures.centered_cosine_entropy": "measures"}
+    missing = [name for key, name in keys.items() if not values_of(run.steps, key)]
+    return NOT_ALL_SEEN.format(missing=" and no ".join(missing)) if missing else NOTHING_FOUND
+
+
+# What the methods of a comparison are, besides the one whose gate its settings hold.
+_GATES = {
+    "plain": GateConfig(frozen=True),
+    "penalty": GateConfig(frozen=True, initial_phase="compression"),
+    "published": GateConfig.published(),
+}
+
+
+class _Evasion(NamedTuple):
+    fell: float
+    """Share by which the pressed entropy fell."""
+    kept: float
+    """Share by which the centred cosine entropy fell, at least 0."""
+    before: float
+    after: float
+    """What may hide in the entropy, before compression and after."""
 
 
 class _Case:
@@ -53,11 +85,13 @@ class _Case:
 
     def setting(self, section: str, name: str) -> Any:
         """A setting of the run; the library's default where the run does not say."""
-        if (section, name) == ("gate", "frozen") and self.run.settings.get("method") in ("plain", "penalty"):
-            return True  # what a comparison calls a gate that never leaves its first phase
         table = find_section(self.run.settings, section)
-        value = table.get(name)
-        return self.defaults[section][name] if value is None else value
+        if section == "gate" and self.run.settings.get("method") in _GATES:
+            table = _GATES[self.run.settings["method"]].model_dump()  # its own, not that of the method beside it
+        value, default = table.get(name), self.defaults[section][name]
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            return value if isinstance(value, type(default)) else default
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else default
 
     def gate(self) -> list[Diagnosis]:
         if self.setting("gate", "frozen"):
@@ -120,11 +154,11 @@ class _Case:
         if head is None or last is None:
             return []
         improvement = 100 * self.setting("gate", "min_improvement")
-        return [
-            _diagnosis(
-                "never_compressed", steps=self.n, first=head, last=last, patience=patience, improvement=improvement
-            )
-        ]
+        found = _diagnosis(
+            "never_compressed", steps=self.n, first=head, last=last, patience=patience, improvement=improvement
+        )
+        known = find_section(self.run.settings, "gate") or self.run.settings.get("method") in _GATES
+        return [found if known else replace(found, what=f"{found.what} {SETTINGS_UNKNOWN}")]
 
     def _overfits(self) -> Diagnosis | None:
         held_out = values_of(self.run.validations, "loss")
@@ -179,30 +213,26 @@ class _Case:
         return [diagnosis for diagnosis in found if diagnosis is not None]
 
     def _by_norms(self) -> Diagnosis | None:
-        linear, cosine, ratio = (
-            self._change(f"measures.{name}") for name in ("linear_entropy", "centered_cosine_entropy", "norm_ratio")
-        )
-        if linear is None or cosine is None or ratio is None or not linear[0] or not cosine[0]:
+        found = self._evasion("measures.linear_entropy", "measures.norm_ratio")
+        if found is None or found.after < 1.5 * found.before:
             return None
-        fell, kept = 1 - linear[1] / linear[0], 1 - cosine[1] / cosine[0]
-        if fell < 0.2 or kept > 0.3 * fell or ratio[1] < 1.5 * ratio[0]:
-            return None
-        return _diagnosis(
-            "norms_alone", linear=fell, cosine=max(kept, 0.0), ratio_before=ratio[0], ratio_after=ratio[1]
-        )
+        ratios = {"ratio_before": found.before, "ratio_after": found.after}
+        return _diagnosis("norms_alone", linear=found.fell, cosine=found.kept, **ratios)
 
     def _by_mean(self) -> Diagnosis | None:
-        pressed, cosine, share = (
-            self._change(name) for name in ("entropy", "measures.centered_cosine_entropy", "measures.mean_share")
-        )
-        if pressed is None or cosine is None or share is None or not pressed[0] or not cosine[0]:
+        found = self._evasion("entropy", "measures.mean_share")
+        if found is None or found.after < found.before + 0.2:
             return None
-        fell, kept = 1 - pressed[1] / pressed[0], 1 - cosine[1] / cosine[0]
-        if fell < 0.2 or kept > 0.3 * fell or share[1] < share[0] + 0.2:
+        shares = {"share_before": found.before, "share_after": found.after}
+        return _diagnosis("common_vector", pressed=found.fell, cosine=found.kept, **shares)
+
+    def _evasion(self, pressed: str, hides: str) -> _Evasion | None:
+        """An entropy that fell while the centred cosine entropy did not, and what may hide in it; None otherwise."""
+        entropy, cosine, hidden = (self._change(key) for key in (pressed, "measures.centered_cosine_entropy", hides))
+        if entropy is None or cosine is None or hidden is None or not entropy[0] or not cosine[0]:
             return None
-        return _diagnosis(
-            "common_vector", pressed=fell, cosine=max(kept, 0.0), share_before=share[0], share_after=share[1]
-        )
+        fell, kept = 1 - entropy[1] / entropy[0], 1 - cosine[1] / cosine[0]
+        return None if fell < 0.2 or kept > 0.3 * fell else _Evasion(fell, max(kept, 0.0), *hidden)
 
     def numbers(self) -> list[Diagnosis]:
         counts = [count for _, count in values_of(self.steps, "nonfinite_steps")]

@@ -70,9 +70,8 @@ _ALL = [
     Finding(
         "too_short",
         "The run ended before the gate could act",
-        "The run has {updates} gate updates so far. The gate waits for {patience} updates without improvement "
-        "before it "
-        "starts compression.",
+        "Steps so far: {updates}. The gate waits for {patience} updates without improvement "
+        "before it starts compression.",
         "With this patience, compression cannot start in a run this short.",
         "Train longer, or lower gate.patience_memorization.",
         ("gate.patience_memorization",),
@@ -133,16 +132,16 @@ _ALL = [
         "{spikes} of {exits} compression phases ended because the loss rose by {tolerance:.3g} % or more. Their "
         "median length was {length:g} steps.",
         "The entropy pushes harder than the task allows.",
-        "Lower objective.weight, for example to a third. objective.combine = cap bounds the push relative to the loss "
-        "gradient. If the rises are only noise, raise gate.spike_tolerance or gate.smoothing.",
-        ("objective.weight", "objective.combine", "gate.spike_tolerance", "gate.smoothing"),
+        "Lower objective.weight, for example to a third. If the rises are only noise, raise gate.spike_tolerance or "
+        "gate.smoothing.",
+        ("objective.weight", "gate.spike_tolerance", "gate.smoothing"),
         {"spikes": 9, "exits": 10, "tolerance": 20.0, "length": 7},
     ),
     Finding(
         "short_phases",
         "Compression phases last only a few steps",
-        "The median length of {phases} compression phases was {length:g} steps, and all of them are {share:.1%} of the "
-        "run.",
+        "Counted in steps, the median length of {phases} compression phases was {length:g}. Together they are "
+        "{share:.1%} of the run.",
         "Judging single minibatches, the gate takes their noise for a rise or a standstill.",
         "Set gate.rule to smoothed, raise gate.smoothing, or raise gate.patience_compression.",
         ("gate.rule", "gate.smoothing", "gate.patience_compression"),
@@ -177,8 +176,8 @@ _ALL = [
         "In compression the entropy was {share:.0%} of the objective, and the loss rose from {before:.3g} to "
         "{after:.3g}.",
         "Most of the gradient then serves the entropy.",
-        "Lower objective.weight, or set objective.combine to cap with an objective.max_ratio below 1.",
-        ("objective.weight", "objective.combine", "objective.max_ratio"),
+        "Lower objective.weight, for example to a third.",
+        ("objective.weight",),
         {"share": 0.61, "before": 2.1, "after": 3.4},
     ),
     Finding(
@@ -232,6 +231,13 @@ _ALL = [
 FINDINGS: dict[str, Finding] = {finding.key: finding for finding in _ALL}
 
 NOTHING_FOUND = "Nothing stands out: the gate switched as it should, and the entropies agree on what compression did."
+NOT_ALL_SEEN = (
+    "Nothing stands out in what is there, but the records hold no {missing}, so not everything could be judged."
+)
 NO_STEPS = "The run has no steps yet, so there is nothing to judge."
 PLAIN_RUN = "The gate is frozen in memorization, so this is plain training: there is no compression to judge."
+SETTINGS_UNKNOWN = (
+    "The run does not say how its gate was set, so the defaults are assumed. If it was frozen, this is plain training, "
+    "and nothing is wrong."
+)
 CONSTANT_PENALTY = "The gate is frozen in compression: a constant entropy penalty, without phases to judge."

@@ -79,9 +79,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunHistory:
     settings = _read_table(folder / "settings.json", notes)
     if not settings:
         # A method of a comparison, whose settings lie beside the methods' folders.
-        shared = _read_table(folder.resolve().parent / "settings.json", [])
-        methods = shared.get("methods")
-        if isinstance(methods, list) and folder.resolve().name in methods:
+        shared = read_settings(folder.resolve().parent)
+        if folder.resolve().name in methods_of(shared):
             settings = {**shared, "method": folder.resolve().name}
     marker = _read_table(folder / "run.json", notes)
     version = marker.get("version")
@@ -105,17 +104,17 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
     records: dict[int, Record] = {}
     lines = broken = repeated = odd = 0
     every, ended = _thinning(path), True
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             lines += bool(line.strip())
             ended = line.endswith("\n")
             try:
-                record = json.loads(line)
-                step = int(record["step"])
-            except (ValueError, KeyError, TypeError, OverflowError):
+                record, dropped = read_record(line)
+            except ValueError:
                 broken += bool(line.strip())
                 continue
-            odd += _clean(record)
+            step = record["step"]
+            odd += dropped
             if every > 1 and step % every:
                 _without_layers(record)
             repeated += step in records
@@ -127,7 +126,8 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
     cut = not ended and broken > 0
     notes = []
     if not records:
-        notes.append(f"{name} is empty: no step was written yet")
+        what = "step" if name == "metrics.jsonl" else "validation"
+        notes.append(f"{name} is empty: no {what} was written yet")
     if cut:
         notes.append(f"{name}: the last line is cut off and left out; the run is still writing, or was ended")
     if broken > cut:
@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
     if repeated:
         notes.append(f"{name}: {_count(repeated, 'step')} {_are(repeated)} there twice; the later one counts")
     if odd:
-        notes.append(f"{name}: {_count(odd, 'value')} of an unexpected kind {_are(odd)} left out")
+        notes.append(f"{name}: {_count(odd, 'value')} {_are(odd)} left out: not finite, or of an unexpected kind")
     if every > 1:
         notes.append(f"{name} is large: what is shown per layer is of every {every}th step")
     ordered = [records[step] for step in sorted(records)]
@@ -155,17 +155,53 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
     return ordered, notes
 
 
+def read_record(line: str | bytes) -> tuple[Record, int]:
+    """The record of one line, with what is of another kind than ours left out, and how many values that were.
+
+    Raises:
+        ValueError: it is no JSON object with a ``step``.
+    """
+    try:
+        record = json.loads(line)
+        record["step"] = int(record["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise ValueError("expected a JSON object with a step") from None
+    return record, _clean(record)
+
+
 def _read_table(path: Path, notes: list[str]) -> Record:
     if not path.exists():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
+        table = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except (ValueError, RecursionError, OSError):
         table = None
-    if not isinstance(table, dict):
+    if not isinstance(table, dict) or _is_deep(table):
         notes.append(f"{path.name} could not be read")
         return {}
     return table
+
+
+def _is_deep(table: Record) -> bool:
+    """Tables within tables beyond what any settings have."""
+    level: list[Any] = [table]
+    for _ in range(50):
+        level = [v for t in level for v in (t.values() if isinstance(t, dict) else t) if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def read_settings(folder: Path) -> Record:
+    """A folder's ``settings.json``; empty where there is none, or it cannot be read."""
+    return _read_table(folder / "settings.json", [])
+
+
+def methods_of(settings: Record) -> list[str]:
+    """The methods that a comparison runs, in its order, from its settings; empty where they name none."""
+    tables = (settings, settings.get("config"))
+    found = next((table["methods"] for table in tables if isinstance(table, dict) and "methods" in table), [])
+    return [method for method in found if isinstance(method, str)] if isinstance(found, list) else []
 
 
 def _thinning(path: Path) -> int:

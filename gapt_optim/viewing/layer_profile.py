@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ._core import Layers, hidden_tensor, padded, puts_sequence_first, select_layers
+from ._core import Layers, hidden_rows, puts_sequence_first, select_layers
 from .layer_statistics import LayerSums, What
 
 DEFAULT_WINDOWS: tuple[int | None, ...] = (8, None)
@@ -182,7 +182,7 @@ class Profile:
                 version=str(values["version"]),
                 **plain,
             )
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(
                 f"{path} holds no profile; make one with gapt-optim profile MODEL --data DATA --out NAME.json"
             ) from None
@@ -208,8 +208,8 @@ def profile(
 ) -> Profile:
     """Profile the layers of ``model`` in one pass over ``batches``, without training.
 
-    It takes 1.15 to 1.3 times as long as the forward passes alone, up to 1.35 where a pass ends before RankMe has its
-    rows (GPT-2 of width 256 and 768 on a CPU). Memory does not grow with the data: per layer a few numbers and, for
+    At the defaults it takes about 1.1 times as long as the forward passes alone, and 1.2 times while RankMe takes rows
+    (6 layers of width 512 on a CPU; docs/cost.md). Memory does not grow with the data: per layer a few numbers and, for
     RankMe, one (d, d) float64 matrix (two where rows are tokens). The model runs in evaluation mode without gradients
     and is left in the mode it had.
 
@@ -282,6 +282,8 @@ def profile(
             module.training = mode
     if count == 0:
         raise ValueError("batches is empty; pass at least one batch (an iterator that was used up gives none)")
+    if not any(int(sums.rows) for sums in collector.sums.values()):
+        raise ValueError("no row of any layer counts: all are masked or not finite, or the batches are empty")
     seconds = time.perf_counter() - started
     profiles = tuple(_result(name, sums) for name, sums in collector.sums.items())
     first = next(iter(collector.sums.values()))
@@ -317,11 +319,19 @@ class _Collector:
         self.calls = dict.fromkeys(names, 0)
         self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}  # of the views of an item
         self.latest: dict[str, Tensor] = {}
+        self.kinds: dict[str, tuple[int, int]] = {}  # dimensions and features of the outputs
 
     def tap(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.calls[name] += 1
             h, mask = self._hidden(name, output)
+            kind = (h.ndim, h.shape[1] if h.ndim > 3 else h.shape[-1])
+            if self.kinds.setdefault(name, kind) != kind:
+                (dims, features), (before, width) = kind, self.kinds[name]
+                raise ValueError(
+                    f'layer "{name}" gives {dims} dimensions and {features} features, but {before} and {width} before; '
+                    "leave it out of layers"
+                )
             embedding = self.sums[name].add(h, mask)
             if self.sums[name].lidar is not None:
                 self.latest[name] = embedding
@@ -329,27 +339,14 @@ class _Collector:
         return hook
 
     def _hidden(self, name: str, output: Any) -> tuple[Tensor, Tensor | None]:
-        h = hidden_tensor(output) if self.output is None else self.output(output)
-        if not isinstance(h, Tensor) or not h.is_floating_point():
-            what = str(h.dtype) if isinstance(h, Tensor) else type(h).__name__
-            raise TypeError(
-                f'layer "{name}" gives {what}, not a floating-point tensor; pass output=lambda out: ... to pick the '
-                "hidden tensor, or choose other layers"
-            )
-        if h.ndim < 2:
-            raise ValueError(
-                f'layer "{name}" gives a tensor of shape {tuple(h.shape)}; expected (batch, d), (batch, seq, d) or '
-                "(batch, channels, *positions)"
-            )
+        length = 0 if self.mask is None else self.mask.shape[1]
+        h, inside = hidden_rows(name, output, self.output, name in self.sequence_first, length)
         mask = self.mask
-        if name in self.sequence_first and h.ndim == 3 and (self.output is None or h is hidden_tensor(output)):
-            h = h.transpose(0, 1)
-        if h.is_nested:
-            h, inside = padded(h, 0 if mask is None else mask.shape[1])
-            mask = inside if mask is None else mask.to(inside) & inside
         if mask is not None and (h.ndim != 3 or mask.shape != h.shape[:2]):
             mask = None
-        return h, None if mask is None else mask.to(device=h.device, dtype=torch.bool)
+        if mask is not None:
+            mask = mask.to(device=h.device, dtype=torch.bool)
+        return h, inside if mask is None else mask if inside is None else mask & inside
 
     def end_of_call(self) -> None:
         silent = [name for name, calls in self.calls.items() if calls == 0]

@@ -16,6 +16,7 @@ from torch import nn
 from ..runs import CommandError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken")
 
 
 def load_python(spec: str, what: str) -> Any:
@@ -101,6 +102,13 @@ def load_batches(
         raise CommandError(
             "a text needs the tokenizer of a transformers folder; give the batches of a model of your own as "
             "--data package.module:name"
+        )
+    folder = Path(model_spec)
+    # Without them transformers makes an empty tokenizer, to which all text is nothing or unknown.
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise CommandError(
+            f"the folder {model_spec!r} has no tokenizer (tokenizer.json or the like), which a text needs; write it "
+            "with tokenizer.save_pretrained(folder), or give batches of tokens as --data package.module:name"
         )
     from transformers import AutoTokenizer
 

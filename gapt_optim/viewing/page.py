@@ -7,6 +7,7 @@ it), a ``view`` (a select beside the chart chooses it), the ``phases`` of a run 
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import html
 import json
@@ -164,7 +165,7 @@ def render(page: Page) -> str:
         controls=_controls(page, charts),
         body="".join(parts),
         version=escaped(__version__),
-        plotly=_packed(_plotly()),
+        plotly=_plotly(),
         charts=_packed(json.dumps(charts, allow_nan=False, separators=(",", ":"))),
     )
 
@@ -223,13 +224,14 @@ def _packed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode("utf-8"), 9, mtime=0)).decode("ascii")
 
 
+@functools.cache
 def _plotly() -> str:
+    """The drawing code, packed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ImportError('pages are drawn with plotly: pip install "gapt_optim[viewing]"') from error
-    code: str = get_plotlyjs()
-    return code
+    return _packed(get_plotlyjs())
 
 
 def _resource(name: str) -> str:

@@ -106,7 +106,9 @@ def _readings(windows: Sequence[int | None]) -> list[_Reading]:
     """Title, unit, note and reader (of a layer, with the first token or without) of each chart beside the entropies."""
     long = "A few long tokens lower the linear entropy by themselves."
     common = "One vector that all tokens share lowers what is not centred."
-    curved = "Mean angle between successive token differences. A random walk has 90; less is straighter."
+    curved = (
+        "Mean angle between successive steps from token to token. Independent tokens have 120, a random walk has 90."
+    )
     readings: list[_Reading] = []
     for window in windows:
         where = window_name(window)
@@ -198,8 +200,11 @@ def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathL
             axes.set_xlabel("layer")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
+            low, high = axes.get_ylim()
+            room = 0.06 * (max(high, 0) - min(low, 0))
+            axes.set_ylim(min(low, 0) - room * (low < 0), max(high, 0) + room)  # small differences look small
             if sum(not line.dashed and line.view == view for line in panel.lines) > 1:
-                axes.legend(fontsize=7, frameon=False, loc="best")
+                axes.legend(fontsize=7, loc="best", framealpha=0.8, edgecolor="none")
         for axes in grid.ravel()[len(shown) :]:
             axes.set_visible(False)
         note = "dashed: without the first token" if any(line.dashed for panel in shown for line in panel.lines) else ""
@@ -241,7 +246,8 @@ def write_profile(
         for other in rest:
             changes = difference_panels(named[first], named[other])
             heading = f"From {first} to {other}"
-            content = table(*comparison_table(named[first], named[other]), f"Change of each layer, {heading.lower()}")
+            said = f"Values of {other}, and their change from {first}."
+            content = table(*comparison_table(named[first], named[other]), said)
             page.add(f"change{len(page.sections)}", heading, content, [_chart(panel) for panel in changes])
     entropies = [panel for panel in panels(named) if panel.title.startswith("Entropy")]
     others = [panel for panel in panels(named) if not panel.title.startswith("Entropy")]
@@ -285,7 +291,7 @@ def profile_table(one: Profile) -> tuple[list[str], list[list[object]]]:
 
 
 def comparison_table(first: Profile, second: Profile) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows: first, second and their difference, by layer.
+    """Columns and rows: the second's values by layer, and their difference from the first's.
 
     Raises:
         ValueError: the numbers of layers differ, or no window and order is in both.
@@ -384,7 +390,8 @@ def _chart(panel: Panel) -> Chart:
             "tickvals": ticks[::every],
             "ticktext": [label(_tail(name)) for name in panel.layers][::every],
         },
-        yaxis={"title": {"text": label(panel.unit), "standoff": 4}},
+        # From 0, so that small differences look small.
+        yaxis={"title": {"text": label(panel.unit), "standoff": 4}, "rangemode": "tozero"},
     )
     known = [line for line in panel.lines if any(value is not None for value in line.values)]
     said = "; ".join(f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in known)

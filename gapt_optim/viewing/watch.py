@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs import CommandError
-from .history import Record, switches_of, values_of
+from .history import Record, read_record, switches_of, values_of
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -52,9 +51,8 @@ class Follower:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                record["step"] = int(record["step"])
-            except (ValueError, KeyError, TypeError, OverflowError):
+                record, _ = read_record(line)
+            except ValueError:
                 self.unreadable += 1
                 continue
             # Only what is drawn: a run's layers need not fit into memory.
@@ -68,7 +66,6 @@ class Follower:
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """The course of some values in so many characters, from the lowest to the highest."""
-    values = [value for value in values if isinstance(value, int | float)]
     if not values or width < 1:
         return ""
     count = min(width, len(values))
@@ -114,7 +111,7 @@ def screen(name: str, records: Sequence[Record], width: int, unreadable: int = 0
     shown.add_row("phase", Text.assemble((phase, style), "  ", (phase_line(records, room), "blue")))
     for key, title in (("loss", "loss"), ("entropy", "entropy"), ("measures.centered_cosine_entropy", "centred cosine"),
                        ("measures.norm_ratio", "norm ratio"), ("validation_loss", "held-out loss")):  # fmt: skip
-        points = [value for _, value in values_of(records, key) if isinstance(value, int | float)]
+        points = [value for _, value in values_of(records, key)]
         if points:
             shown.add_row(title, Text(f"{points[-1]:9.4g}  {sparkline(points, room)}"))
     switches = switches_of(records)

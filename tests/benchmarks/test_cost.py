@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import gpu, scaling, table
+from benchmarks.cost import gpu, page, profiling, scaling, table
 from benchmarks.cost.workloads import (
     BARE,
     STEPS,
@@ -118,6 +118,28 @@ def test_the_script_for_gpus_runs_on_a_cpu(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_profile_beside_its_forward_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "profile.json"
+    flags = ["--tokens", "4096", "--layers", "1", "--width", "128", "--no-memory", "--json", str(path)]
+    assert profiling.main(flags) == 0
+    assert "| profile of a Llama, 1 layers of width 128 |" in capsys.readouterr().out
+    figures = json.loads(path.read_text())
+    assert len(figures) == 3
+    assert all(figure["cpu"] >= 1 for figure in figures.values())
+
+
+def test_the_parts_of_a_profile_add_up() -> None:
+    ratio, low, high = profiling.ratio_of_sums([1.0, 1.2, 1.1], [1.0, 1.0, 1.0], 0.3)
+    assert ratio == pytest.approx(1.2)
+    assert low <= ratio <= high
+
+
+def test_the_page_of_a_long_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "page.json"
+    assert page.main(["--steps", "2000", "--layers", "3", "--times", "0", "--json", str(path)]) == 0
+    assert 1 < json.loads(path.read_text())["megabytes"] < 10
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.startswith("error: --device cuda")

@@ -116,7 +116,7 @@ def test_one_collective_per_step(
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("combine", ["sum", "cap"])
+@pytest.mark.parametrize("combine", ["sum", "project"])
 def test_collectives_of_a_measured_step(ranks: Ranks, combine: str, micro_batches: int) -> None:
     """Per micro-batch, one for which parameters there are and one for each parameter's entropy gradient.
 

@@ -196,11 +196,11 @@ def test_validation_losses_are_averaged(ranks: Ranks, parallel: str) -> None:
     "parts",
     [
         {},
-        {"objective": ObjectiveConfig(combine="cap", max_ratio=0.1)},
+        {"objective": ObjectiveConfig(combine="project", weight=20.0)},
         {"layers": LayerConfig(reduce="max")},
         {"alignment": {"project_parameters": True}, "objective": ObjectiveConfig(weight=20.0)},
     ],
-    ids=["sum", "cap", "max", "project_parameters"],
+    ids=["sum", "project", "max", "project_parameters"],
 )
 def test_parameter_alignment_is_that_of_the_mean_gradients(
     ranks: Ranks, options: dict[str, Any], parts: dict[str, Any]
@@ -208,7 +208,7 @@ def test_parameter_alignment_is_that_of_the_mean_gradients(
     alignment = AlignmentConfig(parameter_every=1, **parts.get("alignment", {}))
     run = Run("ddp", options, GAPTConfig(gate=RESTLESS, **{**parts, "alignment": alignment}), steps=5)
     expected = train(replace(run, parallel="none"))
-    if "cap" not in str(parts):  # the norm that caps is each rank's own
+    if "combine='project'" not in str(parts):  # what is projected on is each rank's own gradient
         assert_equal_runs(ranks(train, run), expected)
         return
     for of_rank in ranks(train, replace(run, lr=0.0)):

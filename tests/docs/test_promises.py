@@ -11,7 +11,7 @@ import pytest
 from .pages import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
-from promises import Promise, collected, count, outcomes, promises, table
+from promises import Promise, collected, count, outcomes, promises, table, written
 
 
 @pytest.mark.parametrize("promise", promises(), ids=lambda promise: promise.text[:40])
@@ -25,7 +25,7 @@ def test_tests_of_the_promise_exist(promise: Promise) -> None:
 
 
 def test_page_holds_the_promises() -> None:
-    page = (ROOT / "docs" / "generated" / "promises.md").read_text(encoding="utf-8")
+    page = written()
     shown = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines()[2:] if "**" not in line]
     assert shown == [promise.text for promise in promises()], "run python docs/promises.py"
     assert "| 0 |" not in page

@@ -9,8 +9,8 @@ import pytest
 
 from .pages import ROOT
 
-sys.path.insert(0, str(ROOT / "docs" / "_extensions"))
-from messages import messages
+sys.path.insert(0, str(ROOT / "docs"))
+from blocks.messages import messages
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 TITLES = re.findall(r"^### `(.*)`$", PAGE, re.MULTILINE)

@@ -150,7 +150,7 @@ FLAGS = [
     "--gapt.entropy.alpha inf --gapt.entropy.window None",
     "--gapt.entropy.kernel linear --gapt.layers.schedule rotate --gapt.layers.reduce max",
     "--gapt.objective.combine project --gapt.layers.skip-first 1 --layers transformer.h.*.mlp",
-    "--gapt.objective.combine cap --gapt.objective.max-ratio 0.5",
+    "--gapt.objective.floor 1.0",
     "--gapt.alignment.parameter-every 4 --dropout 0.1",
     "--dtype bfloat16 --seed 3 --gapt.objective.weight 0.1 --optimizer muon --train-tokens 100",
 ]

@@ -36,7 +36,7 @@ from gapt_optim import (
 )
 from gapt_optim.integrations.transformers import GAPTCallback
 from tests.loops import COMPRESSING, RESTLESS, assert_same, weights
-from tests.models import VOCABULARY
+from tests.models import VOCABULARY, recompute_activations
 from tests.models import gpt2 as any_gpt2
 from tests.reference import reference_objective
 from tests.training import recorded
@@ -444,7 +444,7 @@ def test_measuring_between_forward_and_backward_leaves_the_mask_alone() -> None:
     def gradients(measure: bool) -> dict[str, Tensor | None]:
         torch.manual_seed(3)
         model = gpt2()
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
         hook = RepresentationHook(model, "transformer.h.*.mlp")
         optimizer = GAPTOptimizer(still(model), hook, COMPRESSING)
         batch = default_data_collator(texts(2))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gapt_optim.viewing import Profile, read_metrics
 from gapt_optim.viewing.command import main
@@ -79,7 +79,7 @@ def test_profile_of_a_folder_and_a_text(there: Path, model_folder: Path, capsys:
 
     assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "200", "--out", "b.json"]) == 0
     assert main(["compare", "a.json", "b.json", "--out", "c.html", "c.json"]) == 0
-    assert "from a to b" in capsys.readouterr().out
+    assert "b, and its change from a" in capsys.readouterr().out
     assert set(json.loads((there / "c.json").read_text())) == {"a", "b"}
 
 
@@ -97,6 +97,18 @@ def test_texts_of_other_kinds(there: Path, model_folder: Path, suffix: str) -> N
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     expected = sum(len(tokenizer(text)["input_ids"]) for text in texts)
     assert expected - 1 <= Profile.load("p.json").rows <= expected
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_folder_without_a_tokenizer(there: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers makes an empty tokenizer for a GPT-2, and one that knows no word for a BERT."""
+    small = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = GPT2LMHeadModel(GPT2Config(**small)) if kind == "gpt2" else BertModel(BertConfig(**small))
+    model.save_pretrained("bare")
+    assert main(["profile", "./bare", "--data", "text.txt"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the folder './bare' has no tokenizer (tokenizer.json or the like)")
+    assert said.count("\n") == 1
 
 
 def test_batches_hold_the_whole_text_once(there: Path, model_folder: Path) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import nn, randn
 
 from gapt_optim.viewing import RunHistory, profile, write_profile, write_report
+from gapt_optim.viewing.downsampling import band, extremes, heat_map, thinned
 from gapt_optim.viewing.page import label, render
-from gapt_optim.viewing.report import band, extremes, heat_map, report_page, thinned
+from gapt_optim.viewing.report import report_page
 
 from .browser import opened
 from .runs import HOSTILE, history, records

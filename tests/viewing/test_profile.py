@@ -20,6 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gapt_optim import EntropyConfig, RepresentationHook
 from gapt_optim.viewing import Profile, profile
 from gapt_optim.viewing.layer_profile import LayerProfile
+from gapt_optim.viewing.layer_statistics import What, values_of_gram, values_of_order_2
+from gapt_optim.viewing.profile_view import panels, profile_table
 
 from . import reference
 
@@ -361,6 +363,38 @@ def test_rows_that_are_not_finite_are_left_out_and_said() -> None:
     assert math.isfinite(result.layers[0].entropy().nats)  # type: ignore[arg-type]
 
 
+def test_outputs_of_every_size_are_taken(tmp_path: Path) -> None:
+    """One token, one row, one feature, zeros, halves, images of a pixel, batches of several lengths or of nothing."""
+    z = torch.randn(2, 12, 6)
+    shapes = [(3, 1, 6), (3, 2, 6), (1, 6), (2, 12, 1), (2, 6, 1, 1), (2, 6, 2, 2, 2)]
+    cases = [[torch.randn(shape)] for shape in shapes]
+    cases += [[torch.zeros(2, 12, 6)], [torch.ones(2, 12, 6)], [1e-30 * z], [z.half()], [z.double()]]
+    cases += [[z, torch.randn(3, 7, 6)], [torch.randn(0, 12, 6), z], [z, torch.randn(2, 0, 6)]]
+    for batches in cases:
+        found = profile(nn.Sequential(nn.Identity()), batches, "0", name="<b>", data="a")
+        assert Profile.load(found.save(tmp_path / "p.json")) == found
+        assert profile_table(found)[1]
+        assert panels({"a": found})
+        assert all(value.nats is None or value.nats >= 0 for value in found.layers[0].entropies)
+
+
+def test_large_windows_in_few_passes_equal_the_general_way() -> None:
+    """With zero rows, masks, long first tokens, a window without one, and a large common vector."""
+    kinds = What().kinds
+    for length, common in ((1, 0), (300, 0), (1, 10)):
+        z = torch.randn(3, 40, 48) + common
+        z[:, 0] *= length
+        live = torch.rand(3, 40) > 0.2
+        first = live & (live.cumsum(1) == 1)
+        first[2] = False
+        z[1, 5] = 0
+        gram = (z * live.unsqueeze(-1)) @ (z * live.unsqueeze(-1)).mT
+        for found, rows in zip(values_of_order_2(gram, live, first, kinds, 48), (live, live & ~first), strict=True):
+            expected = values_of_gram(gram.clone(), rows, 48, kinds, torch.float32)
+            for name, values in found._asdict().items():
+                torch.testing.assert_close(values, getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     result = profile(gpt2(), tokens(True), orders=(2.0, math.inf), name="a", data="b")
     loaded = Profile.load(result.save(tmp_path / "sub" / "p.json"))
@@ -375,6 +409,9 @@ def test_half_precision_runs(tmp_path: Path) -> None:
         assert b.entropy().nats == pytest.approx(a.entropy().nats, rel=0.02)
 
 
+SAME = {"model": nn.Sequential(nn.Identity()), "layers": "0"}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -386,9 +423,18 @@ def test_half_precision_runs(tmp_path: Path) -> None:
         ({"windows": (8, 8)}, ValueError, "must not name a value twice"),
         ({"views": 0}, ValueError, "views must be at least 1"),
         ({"views": 2}, ValueError, "must be a sequence of 2 batches"),
+        ({**SAME, "batches": [torch.zeros(0, 5)]}, ValueError, "no row of any layer counts"),
+        ({"mask": lambda batch: torch.zeros(3, 21)}, ValueError, "no row of any layer counts"),
+        ({"output": lambda out: torch.full((2, 3, 4), math.nan)}, ValueError, "no row of any layer counts"),
+        (
+            {**SAME, "batches": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)]},
+            ValueError,
+            "3 dimensions and 5 features, but",
+        ),
         ({"rankme_rows": -1}, ValueError, "rankme_rows must be at least 0"),
         ({"mask": lambda batch: torch.ones(3)}, ValueError, r"mask= must give a tensor \(batch, seq\)"),
-        ({"output": lambda out: "text"}, TypeError, "not a floating-point tensor"),
+        ({"output": lambda out: "text"}, TypeError, "gave str, not a tensor"),
+        ({"output": lambda out: torch.ones(2, 3, 4).long()}, TypeError, "entropy needs floating point"),
         ({"output": lambda out: torch.randn(3)}, ValueError, r"shape \(3,\)"),
         ({"layers": "lm_head", "call": lambda model, batch: model.transformer(**batch)}, ValueError, "did not run"),
     ],

@@ -10,7 +10,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-NAMES = ("kernels", "gate", "curves", "text", "multiplication", "conflict", "cycle", "use")
+NAMES = (
+    "kernels",
+    "gate",
+    "curves",
+    "text",
+    "multiplication",
+    "conflict",
+    "cycle",
+    "use",
+    "pressing",
+    "barrier",
+    "loops",
+)
 
 
 def load(name: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..harness import Record, Run
 from ..markdown import change_cell, group, kernel_name, mean_cell, p_cell, seeds_line, table, versus
+from ..stats import Interval
 from ..tasks import conflict
 from ..tasks.settings import method_settings
 
@@ -69,9 +70,9 @@ def tables(records: list[Record]) -> dict[str, str]:
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
     """What separation costs."""
-    from ..pictures import curves_of_methods, spread
+    from ..pictures import curves_of_methods, percent
 
-    points: dict[str, list[tuple[float, float, float, float]]] = {}
+    points: dict[str, list[tuple[Interval, Interval]]] = {}
     plain = [r for r in records if r.settings["method"] == "plain"]
     gated = [r for r in records if r.settings["method"] in ("gapt", "penalty")]
     for (method, kernel, center, _), found in group(gated, "method", "kernel", "center", "weight").items():
@@ -79,7 +80,7 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
         if x is None or y is None or len(found) < len(plain):
             continue
         name = f"{method}, {kernel_name({'kernel': kernel, 'center': center})}"
-        points.setdefault(name, []).append((100 * x.change.mean, 100 * y.change.mean, spread([0]), spread([0])))
+        points.setdefault(name, []).append((percent(x.change), percent(y.change)))
     return [
         curves_of_methods(
             points,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..harness import Record, Run
 from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table, values, versus
-from ..stats import at_equal, compare
+from ..stats import Interval, at_equal, compare
 from ..tasks import text
 
-WEIGHTS = {"penalty": (0.005, 0.01, 0.02, 0.05, 0.1), "gapt": (0.01, 0.02, 0.05, 0.1, 0.2)}
+WEIGHTS = {"penalty": (0.005, 0.01, 0.02, 0.05, 0.1), "gapt": (0.01, 0.02, 0.035, 0.05, 0.1, 0.2)}
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
@@ -92,23 +92,16 @@ def at_equal_entropy(gate: list[Record], penalty: list[Record]) -> tuple[list[fl
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
     """Both curves."""
-    from ..pictures import curves_of_methods, spread
+    from ..pictures import curves_of_methods, percent
 
-    points: dict[str, list[tuple[float, float, float, float]]] = {}
+    points: dict[str, list[tuple[Interval, Interval]]] = {}
     plain = [r for r in records if r.settings["method"] == "plain"]
     for (method, _), found in group(
         [r for r in records if r.settings["method"] != "plain"], "method", "weight"
     ).items():
         x, y = versus(found, plain, "centred_cosine"), versus(found, plain, "loss")
-        if x is None or y is None:
-            continue
-        entropies = [
-            a / b for a, b in zip(values(found, "centred_cosine"), values(plain, "centred_cosine"), strict=False)
-        ]
-        losses = [a - b for a, b in zip(values(found, "loss"), values(plain, "loss"), strict=False)]
-        points.setdefault(method, []).append(
-            (100 * (1 + x.change.mean), 100 * y.change.mean, 100 * spread(entropies), 100 * spread(losses))
-        )
+        if x is not None and y is not None:
+            points.setdefault(method, []).append((percent(x.change, of_whole=True), percent(y.change)))
     return [
         curves_of_methods(
             points,

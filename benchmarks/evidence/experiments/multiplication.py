@@ -95,22 +95,22 @@ def equal_loss_cell(records: list[Record], plain: list[Record]) -> str:
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
     """Loss on longer factors over the loss in distribution, along training."""
-    from ..pictures import COLORS, NAMES, figure, save
+    from ..pictures import COLORS, NAMES, figure, path_of_training, save
 
     forms = group(records, "form")
-    made, axes = figure(len(forms))
+    made, axes = figure(len(forms), width=5.2)
     for axis, ((form,), of_form) in zip(axes, forms.items(), strict=True):
         batch = sorted(r.settings["batch"] for r in of_form)[len(of_form) // 2]
-        drawn = set()
-        for record in of_form:
-            method = record.settings["method"]
-            if record.settings["batch"] != batch:
-                continue
-            curve = record.result["curve"]
-            label = None if method in drawn else NAMES[method]
-            drawn.add(method)
-            axis.plot(curve["in_loss"], curve["ood_loss"], color=COLORS[method], alpha=0.7, lw=1.2, label=label)
+        for (method, weight, size), found in group(of_form, "method", "weight", "batch").items():
+            name = f"{NAMES[method]}, {weight:g}" if method == "gapt" else NAMES[method]
+            note = "" if size == batch else f", {'half' if size < batch else 'twice'} the batch"
+            dashes = (
+                ":" if size < batch else "--" if size > batch else "-." if method == "gapt" and weight > 0.1 else "-"
+            )
+            curves = [record.result["curve"] for record in found]
+            x, y = ([c[which] for c in curves] for which in ("in_loss", "ood_loss"))
+            path_of_training(axis, x, y, name + note, color=COLORS[method], ls=dashes)
         axis.invert_xaxis()
         axis.set(title=form, xlabel="loss on 1-3 digits; training goes right", ylabel="loss on 4-6 digits")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=7)
     return [save(made, folder / "multiplication.png")]

@@ -99,7 +99,7 @@ def at_equal_loss(found: list[Record], plain: dict[int, Record], operation: str)
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
     """Loss after each operation over the loss before it, along training."""
-    from ..pictures import figure, save
+    from ..pictures import figure, path_of_training, save
 
     shown = ("round_4_tensor", "project_4", "rank_16")
     made, axes = figure(len(shown))
@@ -107,13 +107,11 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     palette = ("#6b6b6b", "#3b6fc4", "#d1741f", "#b5483a", "#2f9e77")
     for axis, operation in zip(axes, shown, strict=True):
         for i, (key, found) in enumerate(groups.items()):
-            for j, record in enumerate(found):
-                curve = record.result["curve"]
-                cost = [a - b for a, b in zip(curve[operation], curve["loss"], strict=True)]
-                color, label = palette[i % len(palette)], _title(key) if j == 0 else None
-                axis.plot(curve["loss"], cost, color=color, alpha=0.6, lw=1.2, label=label)
+            curves = [record.result["curve"] for record in found]
+            costs = [[a - b for a, b in zip(c[operation], c["loss"], strict=True)] for c in curves]
+            path_of_training(axis, [c["loss"] for c in curves], costs, _title(key), color=palette[i % len(palette)])
         axis.invert_xaxis()
         axis.set(title=OPERATIONS[operation], xlabel="held-out loss; training goes right", ylabel="nats added")
-        axis.set_yscale("symlog", linthresh=1e-3)
+        axis.set_yscale("symlog", linthresh=1e-2)
     axes[0].legend(frameon=False, fontsize=7)
     return [save(made, folder / "use.png")]

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,20 @@ def schedule(s: Settings, step: int) -> float:
     return s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def train(s: Settings, probe: Callable[[nn.Module, Tensor], dict[str, Any]] | None = None) -> dict[str, Any]:
+Backward = Callable[[nn.Module, list[nn.Module], Tensor], tuple[float, float]]
+"""Differentiates a batch of a model with these blocks; returns its loss, and how much of it was in compression."""
+
+
+def train(
+    s: Settings,
+    probe: Callable[[nn.Module, Tensor], dict[str, Any]] | None = None,
+    backward_with: Callable[[torch.optim.Optimizer], Backward] | None = None,
+) -> dict[str, Any]:
     """One run. The seed alone decides weights and batches, so methods share them.
 
     Args:
         probe: measures more at each evaluation, from the model and the held-out rows.
+        backward_with: makes the backward of a method that the wrapper does not have, from the bare optimizer.
     """
     data, held_out = corpus(s.corpus, s.train_bytes, s.evaluate_sequences * (s.context + 1))
     held_out_rows = held_out.view(s.evaluate_sequences, s.context + 1)
@@ -156,9 +165,11 @@ def train(s: Settings, probe: Callable[[nn.Module, Tensor], dict[str, Any]] | No
     blocks = list(model.get_submodule("transformer.h").children())
     base = adamw(model, s)
     hook = RepresentationHook(model, "transformer.h.*")
-    # The author's gate is called per micro-batch, which the wrapper does not do: that run is written out below.
-    optimizer = None if s.method == "published often" else GAPTOptimizer(base, hook, s.config())
     gate = PhaseGate(s.config().gate)
+    own: Backward | None = None if backward_with is None else backward_with(base)
+    if s.method == "published often":  # the author's gate is called per micro-batch, which the wrapper does not do
+        own = partial(often, gate=gate, s=s)
+    optimizer = GAPTOptimizer(base, hook, s.config()) if own is None else None
     stepper: torch.optim.Optimizer = base if optimizer is None else optimizer
     scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: schedule(s, step))
     batches = torch.Generator().manual_seed(s.seed + 1_000_003)
@@ -170,10 +181,12 @@ def train(s: Settings, probe: Callable[[nn.Module, Tensor], dict[str, Any]] | No
     for step in range(s.steps):
         starts = torch.randint(len(data) - s.context - 1, (s.batch, 1), generator=batches)
         rows = data[starts + offsets]
-        if optimizer is None:
-            loss, share = often(model, blocks, rows, gate, s)
+        if own is not None:
+            loss, share = own(model, blocks, rows)
             compressed += share
-        else:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            base.step()
+        elif optimizer is not None:
             if s.cooldown and step >= (1 - s.cooldown) * s.steps:
                 loss_tensor = plain_loss(hook, model, rows)
                 loss_tensor.backward()  # type: ignore[no-untyped-call]
@@ -186,9 +199,6 @@ def train(s: Settings, probe: Callable[[nn.Module, Tensor], dict[str, Any]] | No
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             loss = loss_tensor.item()
-        if optimizer is None:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            base.step()
         if averaged is not None:
             average(averaged, model, min(s.ema, (step + 1) / (step + 10)))
         scheduler.step()
@@ -231,10 +241,7 @@ def often(model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGa
     total, compressed = 0.0, 0
     parts = rows.chunk(min(MICRO_BATCHES, len(rows)))
     for part in parts:
-        with watching(blocks, graph=True) as hidden:
-            loss = loss_of(model, part)
-        windows = [in_windows(h, s.window) for h in hidden]
-        entropy = torch.stack([matrix_entropy(w, **s.kernel_settings()).mean() for w in windows]).mean()
+        loss, entropy = loss_and_entropy(model, blocks, part, s)
         compressing = gate.phase is Phase.COMPRESSION
         compressed += compressing
         objective = loss + s.weight * entropy if compressing else loss
@@ -242,6 +249,14 @@ def often(model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGa
         gate.update(loss.item(), entropy.item())
         total += loss.item()
     return total / len(parts), compressed / len(parts)
+
+
+def loss_and_entropy(model: nn.Module, blocks: list[nn.Module], rows: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """Both with their graphs, without the wrapper; the entropy is the mean of the blocks."""
+    with watching(blocks, graph=True) as hidden:
+        loss = loss_of(model, rows)
+    windows = [in_windows(h, s.window) for h in hidden]
+    return loss, torch.stack([matrix_entropy(w, **s.kernel_settings()).mean() for w in windows]).mean()
 
 
 def in_windows(h: Tensor, window: int) -> Tensor:

@@ -1,8 +1,5 @@
 """Every error and warning that the library can raise, read from its source.
 
-    ```{messages} gapt_optim
-    ```
-
 A placeholder in a message is shown as …
 """
 
@@ -14,11 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from docutils import nodes
-from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,18 +96,10 @@ def _says_something(texts: list[str]) -> bool:
     return any(len(text.split()) > 2 or text.isdigit() for text in texts)
 
 
-class Messages(SphinxDirective):
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        items = nodes.definition_list()
-        for message in messages(ROOT / self.arguments[0]):
-            term = nodes.term("", "", nodes.literal("", message.text))
-            kind = nodes.paragraph("", "", nodes.literal("", message.kind), nodes.Text(f" in {message.path}"))
-            items += nodes.definition_list_item("", term, nodes.definition("", kind))
-        return [items]
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_directive("messages", Messages)
-    return {"parallel_read_safe": True}
+def messages_by_module() -> str:
+    """A section per module, a list item per message."""
+    lines: list[str] = []
+    for path, found in itertools.groupby(messages(ROOT / "gapt_optim"), key=lambda message: message.path):
+        lines += ["", f"## `{path}`", ""]
+        lines += [f"- `{message.text.replace('`', chr(39))}` ({message.kind})" for message in found]
+    return "\n".join(lines).strip()

@@ -1,0 +1,89 @@
+"""How long a program waits for us before its first line: the import, and `--help` of each command and example.
+
+    python -m benchmarks.cost.start
+
+CPU time of processes of one thread, so that what else the machine does counts little. All are started in turn; the
+first round fills the file cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCH, OURS = "import torch", "import torch; from gapt_optim import GAPTOptimizer, RepresentationHook"
+COMMANDS = ("profile", "compare", "report", "watch", "doctor")
+EXAMPLES = ("gpt2_fineweb", "arithmetic", "forgetting")
+
+
+@dataclass
+class Options:
+    """CPU seconds of an import of gapt_optim and of each `--help`."""
+
+    rounds: int = 5
+    """Processes of each."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
+def programs() -> dict[str, list[str]]:
+    """Arguments of Python, by what they show."""
+    found = {TORCH: ["-c", TORCH], OURS: ["-c", OURS], "gapt-optim --help": _command("--help")}
+    found |= {f"gapt-optim {name} --help": _command(name, "--help") for name in COMMANDS}
+    return found | {f"examples/{name}.py --help": [f"examples/{name}.py", "--help"] for name in EXAMPLES}
+
+
+def _command(*words: str) -> list[str]:
+    return ["-c", "import sys; from gapt_optim.viewing.command import main; sys.exit(main())", *words]
+
+
+def cpu_seconds(arguments: list[str]) -> float:
+    """Of one process, to its end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert child.stderr is not None
+    said = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    child.stderr.close()
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed: {said.decode().strip()}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def main(options: Options) -> None:
+    """Start each in turn, and print medians."""
+    todo = programs()
+    seconds: dict[str, list[float]] = {name: [] for name in todo}
+    for i in range(options.rounds + 1):
+        for name, arguments in todo.items():
+            taken = cpu_seconds(arguments)
+            if i:
+                seconds[name].append(taken)
+    medians = {name: round(statistics.median(of), 3) for name, of in seconds.items()}
+    adds = statistics.median(ours - torch for ours, torch in zip(seconds[OURS], seconds[TORCH], strict=True))
+    print(f"import gapt_optim adds {adds:.3f} s to import torch, {medians[TORCH]:.2f} s")
+    for name, median in medians.items():
+        if name.endswith("--help"):
+            print(f"{median:6.2f} s  {name}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"import adds": round(adds, 3), **medians}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
