@@ -95,6 +95,7 @@ def test_every_scheduler_is_in_the_table() -> None:
     assert {name.split()[0] for name in SCHEDULERS} == offered - {"LRScheduler", "_LRScheduler"}
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # by torch 2.6 itself
 @pytest.mark.parametrize("base", [adamw, sgd])
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_scheduler_moves_the_same_as_on_the_bare_optimizer(make: Any, base: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,6 +21,7 @@ _IGNORED = (  # what torch itself says of its own ways
     (".*should not be instantiated", DeprecationWarning),
     ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
     ("`torch.distributed.reduce_op` is deprecated", FutureWarning),
+    ("DTensor random operators may not have complete support", UserWarning),  # by torch 2.6, on CPUs
 )
 
 
@@ -55,6 +57,10 @@ class Ranks:
                     failures.append(f"rank {rank}:\n{result}")
         if failures or len(results) < self.world:
             self.close()
+            if torch.__version__.startswith("2.6.") and "'Stream' object has no attribute 'record_event'" in str(
+                failures
+            ):
+                pytest.skip("fully_shard of torch 2.6 does not run on a CPU")
             waiting = [rank for rank in range(self.world) if rank not in results]
             raise RuntimeError("\n".join(failures) or f"ranks {waiting} did not finish within {timeout} s")
         return [results[rank] for rank in range(self.world)]

@@ -12,6 +12,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,26 @@ def still(model: nn.Module) -> Optimizer:
 
 
 def lora() -> nn.Module:
-    model = get_peft_model(
-        gpt2(), LoraConfig(target_modules=["c_attn"], r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
-    )
+    adapters = LoraConfig(target_modules=["c_attn"], r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
+    try:
+        model = get_peft_model(gpt2(), adapters)
+    except ImportError as error:
+        if "incompatible version of torchao" in str(error):  # the newest for an older torch
+            pytest.skip(str(error))
+        raise
     # The last layer of every adapter starts at zero, where most of the model would not move yet.
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     return model
+
+
+# As this version of transformers calls it.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {f.name for f in fields(TrainingArguments)}
+)
 
 
 def make(
@@ -239,9 +252,9 @@ def plain_run(layers: str) -> list[StepMetrics]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "evaluation": {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
     "checkpointing and evaluation": {
-        "activation_checkpointing": True,
+        CHECKPOINTING: True,
         "eval_strategy": "steps",
         "eval_steps": 3,
         "per_device_eval_batch_size": 2,
@@ -296,7 +309,7 @@ def test_resumes_bit_equal(tmp_path: Path, build: Callable[[], nn.Module], stop:
 def test_lora_trains_its_adapters_only(tmp_path: Path) -> None:
     model, seen = lora(), Seen()
     before = weights(model)
-    make(tmp_path, model, seen=seen, activation_checkpointing=True).train()
+    make(tmp_path, model, seen=seen, **{CHECKPOINTING: True}).train()
     changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     assert {metrics.phase for metrics in seen.metrics} == {"memorization", "compression"}
@@ -463,7 +476,7 @@ def test_reentrant_checkpointing_is_refused_inside_a_checkpointed_block(
     tmp_path: Path, layers: str, refused: bool
 ) -> None:
     """The Trainer's models checkpoint the inside of a block, so its output is tapped as without."""
-    kwargs = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    kwargs = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
     seen = Seen()
     trainer = make(tmp_path, layers=layers, seen=seen, max_grad_norm=0.2, **kwargs)
     if refused:
