@@ -83,8 +83,8 @@ def scatter_by_kernel(records: Iterable[Record], path: Path) -> Path:
                 label="plain" if plain else f"{'gate' if method == 'gapt' else 'penalty'} on {name}",
             )
         axis.set(title=task, xlabel="centred cosine entropy (nats)", ylabel="held-out loss (nats)")
-    axes[0].set_ylabel("held-out loss (nats)")
-    axes[-1].legend(fontsize=7, frameon=False)
+    entries = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    made.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8, frameon=False)
     return save(made, path)
 
 
