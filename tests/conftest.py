@@ -18,7 +18,7 @@ if not hasattr(torch.optim, "Muon"):  # before torch 2.9
     class Muon(torch.optim.SGD):
         """Stands in for it where a test needs an optimizer for matrices beside another one."""
 
-        def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
+        def __init__(self, params: Any, lr: float = 1e-3, adjust_lr_fn: str | None = None, **options: Any) -> None:
             super().__init__(params, lr=lr, momentum=0.95, **options)
 
     torch.optim.Muon = Muon  # type: ignore[misc]
@@ -28,6 +28,19 @@ settings.register_profile("explore", deadline=None, max_examples=2000, database=
 settings.load_profile("same")
 
 torch.set_num_threads(1)
+
+
+_OF_TORCH_2_6 = (  # what it says of its own ways
+    "ignore:torch.distributed is unavailable or uninitialized:UserWarning",
+    "ignore:TypedStorage is deprecated:UserWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.__version__.startswith("2.6."):
+        for item in items:
+            for ignored in _OF_TORCH_2_6:
+                item.add_marker(pytest.mark.filterwarnings(ignored))
 
 
 def pytest_collection_finish() -> None:

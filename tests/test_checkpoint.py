@@ -485,7 +485,6 @@ def test_distributed_state_dict_keeps_the_gate(base: Any, options: StateDictOpti
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # by torch 2.6 itself
 @pytest.mark.parametrize("base", [adamw, matrices_and_rest])
 def test_distributed_checkpoint_on_disk_keeps_the_gate(base: Any, tmp_path: Path) -> None:
     model, optimizer = started(base)
