@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.examples.conftest import ROOT
+from tests.examples.conftest import ROOT, shards_on_a_cpu
 
 FOLDER = ROOT / "examples" / "by_feature"
 SCRIPTS = {
@@ -46,6 +46,7 @@ def test_script_shows_its_feature(name: str, capsys: pytest.CaptureFixture[str])
     assert re.search(SCRIPTS[name], capsys.readouterr().out)
 
 
+@shards_on_a_cpu
 def test_fsdp2_under_torchrun(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "fsdp2.py")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -14,7 +14,7 @@ import pytest
 
 from gapt_optim.viewing import read_metrics
 from tests.examples import quick
-from tests.examples.conftest import ROOT
+from tests.examples.conftest import ROOT, shards_on_a_cpu
 from tests.examples.test_gpt2_fineweb import _no_pictures, results, run  # noqa: F401
 
 SCRIPT = str(ROOT / "examples" / "gpt2_fineweb.py")
@@ -80,6 +80,7 @@ def assert_same_results(ranks: Path, one: Path) -> None:
     assert_alike(ranks / "gapt", one / "gapt")
 
 
+@shards_on_a_cpu
 def test_two_ranks_equal_one_process(tiny: list[str], tmp_path: Path) -> None:
     """DDP and FSDP2, one after the other in the same two processes, as starting these is what takes the time."""
     one, kinds = tmp_path / "one", ("ddp", "fsdp")
