@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gapt_optim.viewing import profile
 
-from .table import markdown, peak_bytes
+from .table import peak_bytes, show
 
 BATCH, LENGTH = 8, 512
 FORWARD = "forward passes alone"
@@ -168,9 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks.cost.profiling")
     torch.set_num_threads(1)
     figures = measure(options)
-    print(markdown(figures))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    show(figures, options.json)
     return 0
 
 

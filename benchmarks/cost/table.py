@@ -172,6 +172,13 @@ def markdown(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def show(figures: dict[str, Any], path: Path | None) -> None:
+    """Print the table, and write the figures where a file is named."""
+    print(markdown(figures))
+    if path:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks.cost.table")
@@ -182,9 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         figures = measure(WINDOWS, WIDE, options)
     else:
         figures = measure(STEPS, SMALL, options)
-    print(markdown(figures))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    show(figures, options.json)
     return 0
 
 

@@ -68,6 +68,18 @@ def change_cell(comparison: Comparison | None, digits: int = 1) -> str:
     return text + (f" [{100 * c.low:+.{digits}f}, {100 * c.high:+.{digits}f}]" if comparison.seeds > 2 else "")
 
 
+def compression_cell(records: Sequence[Record]) -> str:
+    """Mean share of the steps in compression."""
+    shares = values(records, "compression")
+    return f"{100 * sum(shares) / len(shares):.0f} %"
+
+
+def difference_cell(comparison: Comparison) -> str:
+    """Mean difference with its interval, in nats."""
+    d = comparison.difference
+    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+
+
 def p_cell(p: float) -> str:
     """A p-value."""
     return "" if math.isnan(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}")

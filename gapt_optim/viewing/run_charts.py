@@ -177,20 +177,7 @@ class RunCharts:
             spans = compression_spans(histories[0].steps)
             if not spans:
                 continue
-            x, y = _boxes(spans)
-            meta = {"run": i, "phases": i, "role": "shade"}
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "none",
-                    "x": x,
-                    "y": y,
-                    "yaxis": "y2",
-                    "fill": "toself",
-                    "hoverinfo": "skip",
-                    "meta": meta,
-                }
-            )
+            traces.append(_shade(spans, {"run": i, "phases": i, "role": "shade"}))
             switches = switches_of(histories[0].steps)
             if not markers or not switches:
                 continue
@@ -318,19 +305,7 @@ class RunCharts:
         strip: list[Trace] = []
         for role, boxes in (("ground", [(1, end)]), ("strip", spans)):
             if boxes:
-                x, y = _boxes(boxes)
-                strip.append(
-                    {
-                        "type": "scatter",
-                        "mode": "none",
-                        "x": x,
-                        "y": y,
-                        "yaxis": "y2",
-                        "fill": "toself",
-                        "hoverinfo": "skip",
-                        "meta": {"run": i, "role": role},
-                    }
-                )
+                strip.append(_shade(boxes, {"run": i, "role": role}))
         layout = base_layout(
             hovermode="closest",
             xaxis={"range": [0, self.end]},
@@ -436,14 +411,23 @@ def _heat(
     }
 
 
-def _boxes(spans: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
-    """The outline of one box per span, from the step before its first to its last."""
+def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any]) -> Trace:
+    """A filled box per span, from the step before its first to its last."""
     x: list[float | None] = []
     y: list[float | None] = []
     for first, last in spans:
         x += [first - 1, first - 1, last, last, first - 1, None]
         y += [0, 1, 1, 0, 0, None]
-    return x[:-1], y[:-1]
+    return {
+        "type": "scatter",
+        "mode": "none",
+        "x": x[:-1],
+        "y": y[:-1],
+        "yaxis": "y2",
+        "fill": "toself",
+        "hoverinfo": "skip",
+        "meta": meta,
+    }
 
 
 def _clear(color: str, opacity: float) -> str:

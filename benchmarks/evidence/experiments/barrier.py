@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import change_cell, difference_cell, group, mean_cell, p_cell, seeds_line, table, values, versus
 from ..stats import compare
 from ..tasks import barrier, text
 from . import curves
@@ -53,10 +54,8 @@ def tables(records: list[Record]) -> dict[str, str]:
                 change_cell(versus(found, plain, "centred_cosine"), digits=0),
                 mean_cell(found, "norm_ratio", digits=1),
                 mean_cell(found, "mean_share", digits=2),
-                f"{LARGEST * sum(r.result['final']['compression'] for r in found) / len(found):.3f}",
-                ""
-                if c is None
-                else f"{c.difference.mean:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}] ({len(ours)})",
+                f"{LARGEST * statistics.fmean(values(found, 'compression')):.3f}",
+                "" if c is None else f"{difference_cell(c)} ({len(ours)})",
                 "" if c is None else p_cell(c.p_t),
             ]
         )

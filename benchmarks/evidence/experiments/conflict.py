@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, kernel_name, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, group, kernel_name, mean_cell, p_cell, seeds_line, table, versus
 from ..stats import Interval
 from ..tasks import conflict
 from ..tasks.settings import method_settings
@@ -60,7 +60,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 *(change_cell(versus(found, plain, c), digits=0) for c in columns),
                 mean_cell(found, "norm_ratio", digits=1),
                 mean_cell(found, "mean_share", digits=2),
-                f"{100 * sum(r.result['final']['compression'] for r in found) / len(found):.0f} %",
+                compression_cell(found),
                 mean_cell(found, "switches", digits=0),
             ]
         )

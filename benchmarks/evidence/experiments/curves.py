@@ -7,7 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table, values, versus
+from ..markdown import (
+    change_cell,
+    compression_cell,
+    difference_cell,
+    group,
+    mean_cell,
+    p_cell,
+    seeds_line,
+    table,
+    values,
+    versus,
+)
 from ..stats import Interval, at_equal, compare
 from ..tasks import text
 
@@ -48,7 +59,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                     mean_cell(found, "linear"),
                     mean_cell(found, "norm_ratio", digits=1),
                     mean_cell(found, "mean_share", digits=2),
-                    f"{100 * sum(r.result['final']['compression'] for r in found) / len(found):.0f} %",
+                    compression_cell(found),
                     mean_cell(found, "switches", digits=0),
                 ]
             )
@@ -62,7 +73,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 [
                     f"{weight:g}",
                     f"{len(ours)}",
-                    f"{c.difference.mean:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}]",
+                    difference_cell(c),
                     p_cell(c.p_t),
                 ]
             )

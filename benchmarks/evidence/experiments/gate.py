@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, mean_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, group, mean_cell, seeds_line, table, versus
 from ..tasks import conflict, multiplication, text
 from .kernels import _by_task
 
@@ -68,7 +68,7 @@ def _table(task: str, records: list[Record]) -> str:
                 mean_cell(found, "norm_ratio", digits=1),
                 mean_cell(found, "mean_share", digits=2),
                 *(change_cell(versus(found, plain, e), digits=0) for e in extra),
-                f"{100 * sum(r.result['final']['compression'] for r in found) / len(found):.0f} %",
+                compression_cell(found),
                 mean_cell(found, "switches", digits=0),
                 verdict(found, plain),
             ]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, kernel_name, mean_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, group, kernel_name, mean_cell, seeds_line, table, versus
 from ..tasks import conflict, multiplication, text
 from ..tasks.settings import TaskSettings
 
@@ -96,7 +96,7 @@ def _table(task: str, records: list[Record]) -> str:
                 mean_cell(found, "window_norm_ratio", digits=1),
                 mean_cell(found, "mean_share", digits=2),
                 *(change_cell(versus(found, plain, e), digits=0) for e in extra),
-                f"{100 * sum(r.result['final']['compression'] for r in found) / len(found):.0f} %",
+                compression_cell(found),
                 mean_cell(found, "switches", digits=0) if gated else "",
             ]
         )

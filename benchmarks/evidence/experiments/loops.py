@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..harness import Record, Run
-from ..markdown import change_cell, mean_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, mean_cell, seeds_line, table, versus
 from ..tasks import loops
 
 NAMES = {
@@ -51,7 +51,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 change_cell(versus(gapt, plain, "centred_cosine"), digits=0),
                 mean_cell(plain, "norm_ratio", digits=1),
                 mean_cell(gapt, "norm_ratio", digits=1),
-                f"{100 * sum(r.result['final']['compression'] for r in gapt) / len(gapt):.0f} %",
+                compression_cell(gapt),
                 mean_cell(gapt, "switches", digits=0),
             ]
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, group, mean_cell, p_cell, seeds_line, table, versus
 from ..stats import at_equal, mean_interval
 from ..tasks import multiplication
 from ..tasks.settings import method_settings
@@ -63,7 +63,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                     mean_cell(rows_of, "long_loss", "best"),
                     mean_cell(rows_of, "centred_cosine"),
                     mean_cell(rows_of, "norm_ratio", digits=1),
-                    f"{100 * sum(r.result['final']['compression'] for r in rows_of) / len(rows_of):.0f} %",
+                    compression_cell(rows_of),
                     mean_cell(rows_of, "switches", digits=0),
                 ]
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import Record, Run
-from ..markdown import change_cell, group, mean_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, difference_cell, group, mean_cell, seeds_line, table, versus
 from ..stats import compare
 from ..tasks import text
 from . import curves
@@ -62,7 +62,7 @@ def tables(records: list[Record]) -> dict[str, str]:
             if not found:
                 continue
             ours, theirs = curves.at_equal_entropy(found, penalties)
-            lead = compare(ours, theirs).difference if len(ours) > 1 else None
+            lead = compare(ours, theirs) if len(ours) > 1 else None
             rows.append(
                 [
                     name,
@@ -72,9 +72,9 @@ def tables(records: list[Record]) -> dict[str, str]:
                     change_cell(versus(found, plain, "centred_cosine"), digits=0),
                     mean_cell(found, "norm_ratio", digits=1),
                     mean_cell(found, "mean_share", digits=2),
-                    f"{100 * sum(r.result['final']['compression'] for r in found) / len(found):.0f} %",
+                    compression_cell(found),
                     mean_cell(found, "switches", digits=0),
-                    "" if lead is None else f"{lead.mean:+.4f} [{lead.low:+.4f}, {lead.high:+.4f}]",
+                    "" if lead is None else difference_cell(lead),
                 ]
             )
     first = f"Bytes of text, {seeds_line(records)}, {records[0].settings['steps']} steps.\n\n"

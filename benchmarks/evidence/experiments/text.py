@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import harness
 from ..harness import Record, Run
-from ..markdown import change_cell, group, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import change_cell, compression_cell, group, mean_cell, p_cell, seeds_line, table, versus
 from ..tasks import text
 from ..tasks.settings import method_settings
 from ..tasks.text import Settings
@@ -136,7 +136,7 @@ def _table(records: list[Record]) -> str:
                 mean_cell(found, "linear"),
                 mean_cell(found, "norm_ratio", digits=1),
                 mean_cell(found, "mean_share", digits=2),
-                f"{100 * statistics.fmean(r.result['final']['compression'] for r in found):.0f} %",
+                compression_cell(found),
             ]
         )
     s = records[0].settings
