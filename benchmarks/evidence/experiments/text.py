@@ -60,8 +60,8 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
                     own = best.get(TUNED_AS.get(method, method), {})
                     found.append(Run("text", replace(s, **method_settings(method, weight), **own)))
                 found.append(Run("text", replace(s, **method_settings("gapt", METHODS["gapt"]), **plain)))
-                found += [Run("text", replace(s, **plain, ema=decay)) for decay in AVERAGES]
                 if regime == "overfits":
+                    found += [Run("text", replace(s, **plain, ema=decay)) for decay in AVERAGES]
                     found.append(Run("text", s))  # plain as it is before tuning
     return found
 
