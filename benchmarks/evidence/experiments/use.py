@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..harness import Record, Run
-from ..markdown import group, kernel_name, mean_cell, p_cell, seeds_line, table
+from ..markdown import change_cell, group, kernel_name, mean_cell, p_cell, seeds_line, table, versus
 from ..stats import at_equal, compare
 from ..tasks import text, use
 from ..tasks.settings import method_settings
@@ -28,7 +29,8 @@ OPERATIONS = {
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Plain; gate and penalty on the default kernel; gate and published gate on the linear one."""
+    """Plain, also with more weight decay; gate and penalty on the default kernel, gate and published gate on the linear
+    one; and order 1/2 over whole sequences, beside what changes only the order and only the window."""
     base = text.SMALL if first_look else text.PAPER
     shared = {f.name: getattr(base, f.name) for f in fields(base) if f.name != "evaluate_every"}
     found = []
@@ -40,6 +42,12 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
             method_settings("penalty", 0.02),
             method_settings("gapt", 0.1, kernel="linear", center=False),
             method_settings("published", 1.0),
+            method_settings("gapt", 0.1, alpha=0.5, window=base.context),
+            method_settings("penalty", 0.02, alpha=0.5, window=base.context),
+            method_settings("gapt", 0.05, alpha=0.5, window=base.context),
+            method_settings("gapt", 0.2, window=base.context),
+            method_settings("gapt", 0.1, alpha=0.5),
+            {"weight_decay": 1.0},
         ):
             found.append(Run("use", replace(s, **changes)))
     return found
@@ -47,22 +55,23 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
 
 def tables(records: list[Record]) -> dict[str, str]:
     """Nats that each operation costs, less what it costs plain training at the loss that the run has."""
-    plain = {r.settings["seed"]: r for r in records if r.settings["method"] == "plain"}
-    groups = group(records, "method", "kernel", "center", "weight")
+    groups = group(records, *COMPARED)
+    reference = next(iter(groups.values()))
+    plain = {r.settings["seed"]: r for r in reference}
     header = ["after", *(_title(key) for key in groups)]
     rows = [["nothing", *(mean_cell(found, "loss") for found in groups.values())]]
     for operation, title in OPERATIONS.items():
         row = [title]
-        for (method, *_), found in groups.items():
+        for found in groups.values():
             costs = [r.result["final"][operation] - r.result["final"]["loss"] for r in found]
-            cell = f"+{sum(costs) / len(costs):.3f}"
-            if method != "plain":
+            cell = _signed(sum(costs) / len(costs))
+            if found is not reference:
                 ours, theirs = at_equal_loss(found, plain, operation)
                 if len(ours) > 1:
                     c = compare(ours, theirs)
-                    cell += f" ({c.difference.mean:+.3f}, p {p_cell(c.p_t)})"
+                    cell += f" ({_signed(c.difference.mean)}, p {p_cell(c.p_t)})"
                 elif ours:
-                    cell += f" ({ours[0] - theirs[0]:+.3f})"
+                    cell += f" ({_signed(ours[0] - theirs[0])})"
             row.append(cell)
         rows.append(row)
     text_ = (
@@ -70,14 +79,38 @@ def tables(records: list[Record]) -> dict[str, str]:
         "outputs of all blocks, or on their weights, adds to the held-out loss. In brackets: less what it adds to "
         "plain training at the point of its run where that has the same loss; negative is better than plain.\n\n"
     )
-    return {"use": text_ + table(header, rows)}
+    after = "Held-out loss after each operation, and its change against plain after the same one.\n\n"
+    losses = [
+        [
+            title,
+            *(
+                mean_cell(found, name)
+                + ("" if found is reference else f" ({change_cell(versus(found, reference, name))})")
+                for found in groups.values()
+            ),
+        ]
+        for name, title in {"loss": "nothing", **OPERATIONS}.items()
+    ]
+    return {"use": text_ + table(header, rows), "use-after": after + table(header, losses)}
 
 
-def _title(key: tuple[object, ...]) -> str:
-    method, kernel, center, weight = key
+COMPARED = ("method", "kernel", "center", "weight", "alpha", "window", "weight_decay")
+
+
+def _signed(value: float) -> str:
+    """To three digits; what rounds to zero has no sign."""
+    text_ = f"{value:+.3f}"
+    return "0.000" if text_ in ("+0.000", "-0.000") else text_
+
+
+def _title(key: tuple[Any, ...]) -> str:
+    method, kernel, center, weight, alpha, window, decay = key
     if method == "plain":
-        return "plain"
-    return f"{method}, {kernel_name({'kernel': kernel, 'center': center})}, {weight:g}"
+        return "plain" if decay < 1 else f"plain, weight decay {decay:g}"
+    parts = [method, kernel_name({"kernel": kernel, "center": center})]
+    parts += [f"order {alpha:g}"] if alpha != 2 else []
+    parts += ["whole sequences"] if window > 8 else []
+    return ", ".join([*parts, f"{weight:g}"])
 
 
 def at_equal_loss(found: list[Record], plain: dict[int, Record], operation: str) -> tuple[list[float], list[float]]:
@@ -101,10 +134,11 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     """Loss after each operation over the loss before it, along training."""
     from ..pictures import figure, path_of_training, save
 
-    shown = ("round_4_tensor", "project_4", "rank_16")
+    shown = ("project_8", "project_4", "round_4_tensor")
     made, axes = figure(len(shown))
-    groups = group(records, "method", "kernel", "center", "weight")
-    palette = ("#6b6b6b", "#3b6fc4", "#d1741f", "#b5483a", "#2f9e77")
+    groups = group(records, *COMPARED)
+    palette = ("#6b6b6b", "#3b6fc4", "#d1741f", "#b5483a", "#2f9e77", "#6a51a3", "#dca03c", "#a68cd0", "#1b6b50",
+               "#8fb3e0", "#a0a0a0")  # fmt: skip
     for axis, operation in zip(axes, shown, strict=True):
         for i, (key, found) in enumerate(groups.items()):
             curves = [record.result["curve"] for record in found]
