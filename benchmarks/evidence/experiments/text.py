@@ -2,7 +2,7 @@
 
 The plan has three stages, each due when the one before it is on record. `tuning` runs every method over weight decay x
 dropout on seeds 0 and 1, then half and twice the learning rate at each method's best point. The comparison then takes
-each method's best setting, the gate on top of plain's best, and plain with averaged weights, on seeds from 300 on and on
+each method's best setting, the gate on top of plain's best, and plain with averaged weights, on seeds from 300 on and
 another piece of the held-out text. What is best is read from `results/text-tuning.json`, so the choice is on record.
 """
 

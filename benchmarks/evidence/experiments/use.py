@@ -28,6 +28,19 @@ OPERATIONS = {
 }
 
 
+SHOWN = (
+    "round_8_tensor",
+    "round_4_token",
+    "round_4_tensor",
+    "project_16",
+    "project_8",
+    "project_4",
+    "rank_16",
+    "rank_8",
+)
+"""In the tables; the others change next to nothing for any model."""
+
+
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     """Plain, also with more weight decay; gate and penalty on the default kernel, gate and published gate on the linear
     one; and order 1/2 over whole sequences, beside what changes only the order and only the window."""
@@ -58,40 +71,42 @@ def tables(records: list[Record]) -> dict[str, str]:
     groups = group(records, *COMPARED)
     reference = next(iter(groups.values()))
     plain = {r.settings["seed"]: r for r in reference}
-    header = ["after", *(_title(key) for key in groups)]
-    rows = [["nothing", *(mean_cell(found, "loss") for found in groups.values())]]
-    for operation, title in OPERATIONS.items():
-        row = [title]
-        for found in groups.values():
-            costs = [r.result["final"][operation] - r.result["final"]["loss"] for r in found]
-            cell = _signed(sum(costs) / len(costs))
-            if found is not reference:
-                ours, theirs = at_equal_loss(found, plain, operation)
-                if len(ours) > 1:
-                    c = compare(ours, theirs)
-                    cell += f" ({_signed(c.difference.mean)}, p {p_cell(c.p_t)})"
-                elif ours:
-                    cell += f" ({_signed(ours[0] - theirs[0])})"
-            row.append(cell)
-        rows.append(row)
-    text_ = (
-        f"Bytes of text, {seeds_line(records)}, {records[0].settings['steps']} steps. Nats that an operation on the "
-        "outputs of all blocks, or on their weights, adds to the held-out loss. In brackets: less what it adds to "
-        "plain training at the point of its run where that has the same loss; negative is better than plain.\n\n"
-    )
-    after = "Held-out loss after each operation, and its change against plain after the same one.\n\n"
-    losses = [
-        [
-            title,
-            *(
-                mean_cell(found, name)
-                + ("" if found is reference else f" ({change_cell(versus(found, reference, name))})")
-                for found in groups.values()
-            ),
-        ]
-        for name, title in {"loss": "nothing", **OPERATIONS}.items()
-    ]
-    return {"use": text_ + table(header, rows), "use-after": after + table(header, losses)}
+    header = ["model", "loss", *(OPERATIONS[name] for name in SHOWN)]
+    added = [
+        [_title(key), mean_cell(found, "loss"), *(_added(found, None if found is reference else plain, name)
+                                                  for name in SHOWN)]
+        for key, found in groups.items()
+    ]  # fmt: skip
+    after = [
+        [_title(key), *(_after(found, reference, name) for name in ("loss", *SHOWN))]
+        for key, found in groups.items()
+    ]  # fmt: skip
+    where = f"Bytes of text, {seeds_line(records)}, {records[0].settings['steps']} steps. "
+    return {
+        "use": where + "Nats that an operation on the outputs of all blocks, or on their weights, adds to the held-out "
+        "loss. In brackets: less what it adds to plain training at the point of its run where that has the same loss; "
+        "negative is better than plain.\n\n" + table(header, added),
+        "use-after": where + "Held-out loss after each operation, and its change against plain after the same one."
+        "\n\n" + table(header, after),
+    }
+
+
+def _added(found: list[Record], plain: dict[int, Record] | None, operation: str) -> str:
+    costs = [r.result["final"][operation] - r.result["final"]["loss"] for r in found]
+    cell = _signed(sum(costs) / len(costs))
+    if plain is None:
+        return cell
+    ours, theirs = at_equal_loss(found, plain, operation)
+    if len(ours) > 1:
+        c = compare(ours, theirs)
+        p = p_cell(c.p_t)
+        return cell + f" ({_signed(c.difference.mean)}, p {p})"
+    return cell + (f" ({_signed(ours[0] - theirs[0])})" if ours else "")
+
+
+def _after(found: list[Record], plain: list[Record], name: str) -> str:
+    change = "" if found is plain else f" ({change_cell(versus(found, plain, name))})"
+    return mean_cell(found, name) + change
 
 
 COMPARED = ("method", "kernel", "center", "weight", "alpha", "window", "weight_decay")
@@ -107,10 +122,14 @@ def _title(key: tuple[Any, ...]) -> str:
     method, kernel, center, weight, alpha, window, decay = key
     if method == "plain":
         return "plain" if decay < 1 else f"plain, weight decay {decay:g}"
-    parts = [method, kernel_name({"kernel": kernel, "center": center})]
+    parts = (
+        [method]
+        if (kernel, center) == ("cosine", True)
+        else [method, kernel_name({"kernel": kernel, "center": center})]
+    )
     parts += [f"order {alpha:g}"] if alpha != 2 else []
     parts += ["whole sequences"] if window > 8 else []
-    return ", ".join([*parts, f"{weight:g}"])
+    return ", ".join([*parts, f"weight {weight:g}"])
 
 
 def at_equal_loss(found: list[Record], plain: dict[int, Record], operation: str) -> tuple[list[float], list[float]]:
@@ -130,22 +149,34 @@ def at_equal_loss(found: list[Record], plain: dict[int, Record], operation: str)
     return ours, theirs
 
 
-def pictures(records: list[Record], folder: Path) -> list[Path]:
-    """Loss after each operation over the loss before it, along training."""
-    from ..pictures import figure, path_of_training, save
+PANELS = {
+    "directions kept between blocks": ("project", (32, 16, 8, 4)),
+    "rank of the weights": ("rank", (32, 16, 8)),
+    "bits between blocks, one scale": ("round", (8, 4)),
+}
 
-    shown = ("project_8", "project_4", "round_4_tensor")
-    made, axes = figure(len(shown))
+
+def pictures(records: list[Record], folder: Path) -> list[Path]:
+    """Held-out loss over what is kept of the model."""
+    from ..pictures import band, figure, save
+
     groups = group(records, *COMPARED)
-    palette = ("#6b6b6b", "#3b6fc4", "#d1741f", "#b5483a", "#2f9e77", "#6a51a3", "#dca03c", "#a68cd0", "#1b6b50",
-               "#8fb3e0", "#a0a0a0")  # fmt: skip
-    for axis, operation in zip(axes, shown, strict=True):
-        for i, (key, found) in enumerate(groups.items()):
-            curves = [record.result["curve"] for record in found]
-            costs = [[a - b for a, b in zip(c[operation], c["loss"], strict=True)] for c in curves]
-            path_of_training(axis, [c["loss"] for c in curves], costs, _title(key), color=palette[i % len(palette)])
-        axis.invert_xaxis()
-        axis.set(title=OPERATIONS[operation], xlabel="held-out loss; training goes right", ylabel="nats added")
-        axis.set_yscale("symlog", linthresh=1e-2)
-    axes[0].legend(frameon=False, fontsize=7)
+    drawn = {
+        "plain": ("plain", "#6b6b6b"),
+        "plain, weight decay 1": ("plain, weight decay 1", "#b0b0b0"),
+        "gapt, linear, weight 0.1": ("gate, author's kernel", "#b5483a"),
+        "gapt, weight 0.05": ("gate, defaults (order 2, windows of 8)", "#8fb3e0"),
+        "gapt, order 0.5, whole sequences, weight 0.05": ("gate, order 1/2, whole sequences", "#3b6fc4"),
+    }
+    made, axes = figure(len(PANELS))
+    for axis, (label, (operation, sizes)) in zip(axes, PANELS.items(), strict=True):
+        names = ["loss", *(f"{operation}_{n}" + ("_tensor" if operation == "round" else "") for n in sizes)]
+        for key, found in groups.items():
+            if _title(key) in drawn:
+                name, color = drawn[_title(key)]
+                losses = [[record.result["final"][n] for n in names] for record in found]
+                band(axis, range(len(names)), losses, color, name)
+        axis.set_xticks(range(len(names)), ["all", *map(str, sizes)])
+        axis.set(xlabel=label, ylabel="held-out loss (nats)")
+    axes[0].legend(frameon=False, fontsize=8)
     return [save(made, folder / "use.png")]
