@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import resource
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,22 @@ def prepared(error: Exception | None) -> tuple[Any, list[int]]:
 )
 def test_the_first_rank_prepares_for_all(ranks: Ranks, error: Exception | None, answer: str) -> None:
     assert ranks(prepared, error) == [(answer, [0]), (answer, [])]
+
+
+def joined(port: int) -> list[Any]:
+    """A rank as torchrun starts it, in no group yet."""
+    dist.destroy_process_group()
+    os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    answer = on_first_rank(lambda: f"from {dist.get_rank()}")
+    return [answer, dist.get_rank(), dist.get_world_size(), dist.get_backend()]
+
+
+def test_ranks_join_as_the_first_one_prepares(leaving: Ranks) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    assert leaving(joined, port) == [["from 0", rank, 2, backend] for rank in (0, 1)]
 
 
 def steps_until_stop(signalled: int) -> int:
