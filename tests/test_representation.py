@@ -113,6 +113,8 @@ class Two(nn.Module):
         (Nest(), "*", None, ""),
         (Nest(), [], ValueError, "layers is empty"),
         (Nest(), [3], TypeError, "found int"),
+        (Nest(), 3, TypeError, "layers must be a glob, a name, a module, a list of these or None, found int"),
+        (nn.Linear(2, 2), None, ValueError, r"it is a single module; .*pass it: RepresentationHook\(model, model\)"),
         (Nest(), nn.Tanh(), ValueError, "Tanh that is no module of the model"),
         (nn.DataParallel(Nest()), "encoder.*", ValueError, r'is wrapped, use "module\.encoder\.\*"'),
         (torch.compile(Nest(), backend="eager"), "encoder.*", ValueError, r'is wrapped, use "_orig_mod\.encoder\.\*"'),
@@ -803,6 +805,16 @@ def test_model_and_optimizer_copied_together_stay_together(copying: Callable[[An
     assert entropies(other_optimizer) == entropies(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert not any(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
+def test_a_hook_whose_model_is_gone_is_not_copied(copying: Callable[[Any], Any]) -> None:
+    model = MLP()
+    hook = RepresentationHook(model, "blocks.*")
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="cannot copy a RepresentationHook whose model no longer exists"):
+        copying(hook)
 
 
 # Measuring

@@ -35,6 +35,7 @@ def build(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
 def batches(): return [torch.randn(16, 4) for _ in range(3)]
 def broken(): raise RuntimeError("out of luck\\nsecond line")
 def wrong(): return [torch.randn(16, 5)]
+def broken_off(): return [torch.randn(16, 4), torch.full((8, 4), float("nan"))]
 number = 3
 """
 
@@ -99,6 +100,17 @@ def test_texts_of_other_kinds(there: Path, model_folder: Path, suffix: str) -> N
     assert expected - 1 <= Profile.load("p.json").rows <= expected
 
 
+def test_a_table_without_texts_names_its_columns(
+    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"words": ["a"], "n": [1]}), there / "words.parquet")
+    assert main(["profile", str(model_folder), "--data", "words.parquet"]) == 2
+    assert capsys.readouterr().err == "error: words.parquet has no column \"text\"; it has ['words', 'n']\n"
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_a_folder_without_a_tokenizer(there: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers makes an empty tokenizer for a GPT-2, and one that knows no word for a BERT."""
@@ -125,6 +137,13 @@ def test_model_and_batches_of_the_users_own(there: Path, capsys: pytest.CaptureF
     flags = ["--data", "users_module:batches", "--layers", "0", "2", "--windows", "4", "all", "--orders", "1", "inf"]
     assert main(["profile", "users_module:build", *flags]) == 0
     assert "users_module:build on users_module:batches: 2 layers, 48 rows" in capsys.readouterr().out
+
+
+def test_what_a_profile_leaves_out_is_said(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "users_module:build", "--data", "users_module:broken_off", "--layers", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "note: " in shown
+    assert "finite" in shown
 
 
 RUN_ERRORS = [
@@ -160,6 +179,7 @@ PROFILE_ERRORS = [
     (["profile", "MODEL", "--data", "users_module.py"], "is no .txt, .jsonl, .parquet file"),
     (["profile", "MODEL", "--data", "short.txt"], "short.txt is too short"),
     (["profile", "MODEL", "--data", "bad.jsonl"], "bad.jsonl, line 1, is no JSON object"),
+    (["profile", "MODEL", "--data", "text.txt", "--length", "1"], "--length must be at least 2 tokens"),
     (["profile", "MODEL", "--data", "text.txt", "--length", "99"], "longer than the model takes, 32 tokens"),
     (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
     (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
@@ -255,6 +275,20 @@ def test_watch_shows_phase_switches_and_lines(there: Path, capsys: pytest.Captur
     assert "compressed: memorization" in shown
     assert "plateau: compression" in shown
     assert "█" in shown
+
+
+def test_in_a_terminal_the_screen_is_drawn_in_place(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal to rich
+    monkeypatch.setenv("TERM", "xterm")
+    write_run(there / "run")
+    (there / "run" / "results.json").touch()
+    assert main(["watch", "run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b[?25l" in shown  # the cursor is hidden,
+    assert "\x1b[?25h" in shown  # and comes back
+    assert "compressed: memorization" in shown
 
 
 def test_watch_of_what_is_no_metrics(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
