@@ -429,11 +429,16 @@ def test_a_state_dict_is_a_mapping(found: Any) -> None:
 class FailsHalfway(torch.optim.SGD):
     """Loads in place, and breaks where its state says so."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun = set[int]()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state_dict = copy.deepcopy(state_dict)
         for i, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             self.state[parameter]["momentum_buffer"].copy_(state_dict["state"][i]["momentum_buffer"])
             self.param_groups[0]["lr"] = 77.0
+            self.begun.add(i)
             if i == 1:
                 raise OverflowError("halfway")
 
@@ -455,9 +460,11 @@ def test_a_base_that_fails_to_load_is_put_back(several: bool) -> None:
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
     assert all(optimizer.state[p] is state for p, state in moments.items())
+    failing = optimizer.base[1] if several else optimizer.base
+    assert failing.begun == set()
 
 
-@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing", "json", "type"])
+@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing", "json", "type", "kind"])
 def test_damaged_state_changes_nothing(damage: str) -> None:
     model = make_net()
     optimizer = wrap(model, config=CONFIGS["smoothed"])
@@ -474,8 +481,10 @@ def test_damaged_state_changes_nothing(damage: str) -> None:
         own["gate"]["novelty"] = 1
     elif damage == "missing":
         del own["steps"]
-    saved["param_groups"][0]["gapt"] = {"json": json.dumps(own)[:-1], "type": own}.get(damage, json.dumps(own))
-    with pytest.raises(ValueError, match=r"group|novelty|steps|start the gate fresh"):
+    saved["param_groups"][0]["gapt"] = {"json": json.dumps(own)[:-1], "type": own, "kind": "3"}.get(
+        damage, json.dumps(own)
+    )
+    with pytest.raises(ValueError, match=r"group|novelty|steps|must be an object|start the gate fresh"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
 

@@ -863,6 +863,14 @@ def test_measuring_averages_over_calls_and_takes_its_own_settings() -> None:
     assert measured.entropies["blocks.0"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_measuring_windows_that_fit_the_sequence() -> None:
+    model = MLP(depth=1)
+    hook = RepresentationHook(model, "blocks.*")
+    with hook.measuring(EntropyConfig(window=4)) as measured:
+        h = model.blocks[0](torch.randn(3, 12, 6))
+    assert measured.entropies["blocks.0"] == pytest.approx(float(reference_layer_entropy(h.detach(), 2.0, 4)), rel=1e-5)
+
+
 def test_measuring_takes_the_settings_and_masks_of_training() -> None:
     case = CASES["gpt2 masked"]
     model, inputs = case.model(), case.inputs()

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from gapt_optim.runs import CommandError
 from gapt_optim.viewing import Profile, read_metrics
 from gapt_optim.viewing.command import main
 from gapt_optim.viewing.model_loading import TextBatches
@@ -88,7 +89,8 @@ def test_profile_of_a_folder_and_a_text(there: Path, model_folder: Path, capsys:
 def test_texts_of_other_kinds(there: Path, model_folder: Path, suffix: str) -> None:
     texts = [TEXT[:300], "", TEXT[:90]]
     if suffix == "jsonl":
-        write_lines(there / "data.jsonl", [{"text": text} for text in texts])
+        path = write_lines(there / "data.jsonl", [{"text": text} for text in texts])
+        path.write_text(path.read_text().replace("\n", "\n\n"))  # a line between two documents is none
     else:
         parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
@@ -121,6 +123,18 @@ def test_a_folder_without_a_tokenizer(there: Path, kind: str, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert said.startswith("error: the folder './bare' has no tokenizer (tokenizer.json or the like)")
     assert said.count("\n") == 1
+
+
+def test_a_sequence_has_room_beside_its_special_tokens(there: Path, model_folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    around = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.eos_token = "<s>"
+    batches = TextBatches(Path("text.txt"), tokenizer, 5, 4, 100)
+    rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    assert all(len(row) == 5 and row[0] == 0 for row in rows)
+    with pytest.raises(CommandError, match="--length 1 has no room beside the tokenizer's special tokens"):
+        list(TextBatches(Path("text.txt"), tokenizer, 1, 4, 100))
 
 
 def test_batches_hold_the_whole_text_once(there: Path, model_folder: Path) -> None:

@@ -294,6 +294,11 @@ def test_lidar_equals_the_definition() -> None:
         assert layer.lidar == pytest.approx(reference.lidar([first, second]), rel=1e-4)
 
 
+def test_lidar_needs_two_samples() -> None:
+    result = profile(MLP(), [[torch.randn(1, 6), torch.randn(1, 6)]], views=2)
+    assert [layer.lidar for layer in result.layers] == [None] * len(result.layers)
+
+
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(9, 20))
 def test_how_sequences_are_batched_does_not_matter(sizes: list[int], length: int) -> None:
     torch.manual_seed(0)
