@@ -6,10 +6,9 @@ a run. Every class is frozen, so a configuration can be shared.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Section(BaseModel):
@@ -41,13 +40,6 @@ class EntropyConfig(_Section):
     normalize: bool = False
     """Divide by the logarithm of the largest rank, so that entropies lie in [0, 1] instead of nats. That rank is
     min(live rows, features), with `center` min(live rows - 1, features)."""
-
-    @field_validator("alpha")
-    @classmethod
-    def _alpha_is_a_number(cls, alpha: float) -> float:
-        if math.isnan(alpha):
-            raise ValueError("alpha must be a number in (0, inf], found nan")
-        return alpha
 
     @model_validator(mode="after")
     def _centering_leaves_an_entropy(self) -> EntropyConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, RepresentationHook
@@ -76,6 +77,7 @@ CASES: dict[str, tuple[Callable[[bool], nn.Module], str]] = {
     "encoder": (lambda first: named(encoder(first), "encoder"), "encoder"),
     "layers of an encoder": (lambda first: named(encoder(first), "encoder"), "encoder.layers.*"),
     "parts of a layer": (lambda first: named(encoder(first), "encoder"), "encoder.layers.*.linear2"),
+    "checkpointed layer": (lambda first: named(checkpoint_wrapper(encoder_layer(first)), "layer"), "layer"),
     "decoder": (Decoder, "decoder"),
     "layers of a decoder": (Decoder, "decoder.layers.*"),
 }

@@ -252,8 +252,6 @@ def _refuse_contradictions(state: _SavedState) -> None:
         for path, total in (("unjudged_loss", state.unjudged_loss), ("unjudged_entropy", state.unjudged_entropy)):
             if total != 0:
                 raise _refusal(path, "must be 0 where unjudged_steps is 0", total)
-    if len(set(state.layers)) != len(state.layers):
-        raise _refusal("layers", "must name each layer once", state.layers)
     if len(set(state.ran)) != len(state.ran) or not set(state.ran) <= set(state.layers):
         raise _refusal("ran", f"must be some of the layers {state.layers}, each once", state.ran)
     for when, levels in (("now", state.evasion.now), ("before", state.evasion.before)):
