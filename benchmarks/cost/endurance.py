@@ -156,16 +156,18 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def tenths(figures: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Medians over the second and over the last tenth of the run. The first warms up."""
-    rows, size = figures["rows"], len(figures["rows"]) // 10
-    found = {
-        name: tuple(statistics.median(row[name] for row in part) for part in (rows[size : 2 * size], rows[-size:]))
+    """Medians over the second and over the last tenth of the run. The first warms up.
+
+    ``ratio`` is the time of a step over that of a bare one.
+    """
+    rows = [row | {"ratio": row["ms"] / row["bare_ms"]} for row in figures["rows"]]
+    size = len(rows) // 10
+    early, late = rows[size : 2 * size], rows[-size:]
+    return {
+        name: (statistics.median(row[name] for row in early), statistics.median(row[name] for row in late))
         for name in rows[0]
         if name != "step"
     }
-    ratios = [row["ms"] / row["bare_ms"] for row in rows]
-    found["ratio"] = (statistics.median(ratios[size : 2 * size]), statistics.median(ratios[-size:]))
-    return found  # type: ignore[return-value]
 
 
 def draw_picture(figures: dict[str, Any], path: Path) -> None:

@@ -96,6 +96,8 @@ def _problem(kind: type[Optimizer], live: dict[str, Any], settings: dict[str, An
                 raise OverflowError(f"{key} is not a finite number in the parameters' type")
             if live[key] is None and not isinstance(value, bool | int | float | str | None):
                 raise TypeError(f"{key} is a {type(value).__name__}")
+            if value is None and not isinstance(live[key], bool | str | None):
+                raise TypeError(f"{key} is None")
         _tried(kind, live["params"][0], settings)
     except Exception as problem:
         return problem

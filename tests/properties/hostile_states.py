@@ -239,11 +239,14 @@ class Walk:
             self.optimizer.load_state_dict(copy.deepcopy(case.state_dict))
         bases = self.optimizer.base if isinstance(self.optimizer.base, tuple) else (self.optimizer.base,)
         self.optimizer.hook.remove()
-        for i in range(self.steps):
-            loss_of(self.model, i).backward()
-            for base in bases:
-                base.step()
-                base.zero_grad()
+        try:
+            for i in range(self.steps):
+                loss_of(self.model, i).backward()
+                for base in bases:
+                    base.step()
+                    base.zero_grad()
+        except Exception:
+            return False
         return not math.isfinite(loss_of(self.model, 0).item())
 
     def _fault(self, kind: str, case: Case, error: BaseException) -> None:
