@@ -8,7 +8,6 @@ first round fills the file cache.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from .figures import write_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH, OURS = "import torch", "import torch; from gapt_optim import GAPTOptimizer, RepresentationHook"
@@ -81,8 +82,7 @@ def main(options: Options) -> None:
     for name, median in medians.items():
         if name.endswith("--help"):
             print(f"{median:6.2f} s  {name}")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"import adds": round(adds, 3), **medians}, indent=1) + "\n")
+    write_figures({"import adds": round(adds, 3), **medians}, options.json)
 
 
 if __name__ == "__main__":
