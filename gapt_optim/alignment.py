@@ -73,7 +73,8 @@ def activation_alignment(
 ) -> Alignment | None:
     """Alignment from each layer's <g,d>, ‖g‖² and ‖d‖², for the mean entropy over the layers that count.
 
-    The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all.
+    The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all,
+    or none that is a number.
     """
     if not any(gg > 0 for _, gg, _ in statistics):
         return None

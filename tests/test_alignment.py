@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gapt_optim import Alignment, Angle, gradient_alignment, gradient_cosines, matrix_entropy
-from gapt_optim.alignment import dot, stacked
+from gapt_optim.alignment import activation_alignment, dot, stacked
 from tests.angles import activation_sums, assert_activation_alignment, assert_angle, sums_of
 from tests.models import CASES, COMPILED, MLP, Case
 from tests.training import wrapped
@@ -55,6 +55,26 @@ def test_a_norm_that_is_no_number() -> None:
     angle = Angle.of(math.nan, math.nan, 1.0)
     assert (angle.cosine, angle.projection) == (None, None)
     assert math.isnan(angle.loss_norm)
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan])
+def test_no_gradient_is_no_alignment(nothing: float) -> None:
+    rows = [[nothing, nothing, 1.0], [nothing, nothing, 4.0]]
+    assert activation_alignment(["a", "b"], rows, ["a", "b"]) is None
+    found = activation_alignment(["a", "b"], [*rows[:1], [2.0, 1.0, 4.0]], ["b"])
+    assert found is not None
+    assert (found.cosine, found.loss_norm, found.entropy_norm) == (1.0, 1.0, 2.0)
+    assert found.layers["a"].cosine is None
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+def test_gradients_of_a_flattened_parameter_are_refused(mark: str) -> None:
+    """FullyShardedDataParallel marks them so."""
+    whole, flat = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    setattr(flat, mark, True)
+    loss = (whole * flat).sum()
+    with pytest.raises(RuntimeError, match=r'parameter "1" is sharded \(Parameter\)'):
+        gradient_alignment(loss, loss, [whole, flat])
 
 
 def test_dot_products_of_many_numbers() -> None:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
+from gapt_optim._capture.tap import WITH_LOSS, Tap
+from tests.loops import assert_same
 from tests.memory import Live
 from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations
 from tests.reference import (
@@ -212,6 +214,17 @@ def test_frozen_lower_layers_are_read_and_the_rest_is_pressed() -> None:
 
     frozen = Case(lambda: freeze(case.build()), case.layers, case.batch, case.classes)
     assert distance(tapped_gradients(frozen, torch.float64), reference_gradients(frozen, torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf, math.nan])
+def test_an_entropy_gradient_that_is_not_finite_is_left_out(infinity: float) -> None:
+    h = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    options = (None, 2.0, False, False, None, True, True, "sum", "layer")
+    tapped, gram, carrier = Tap.apply(h, torch.zeros(3, requires_grad=True), *options)
+    given = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+    factor, carried = torch.tensor([[[infinity, 0.0], [0.0, 1.0]]]), torch.tensor([1.0, WITH_LOSS])
+    (found,) = torch.autograd.grad((tapped, gram, carrier), h, (given, factor, carried))
+    assert found.tolist() == [[5.0, 6.0], [10.0, 12.0]]
 
 
 @pytest.mark.parametrize("combine", ["sum", "project"])
@@ -526,6 +539,21 @@ def test_reentrant_checkpointing_turned_on_later_is_refused_too() -> None:
     model.checkpointing["use_reentrant"] = True
     with pytest.raises(RuntimeError, match=r'"blocks.0".*use_reentrant=False'):
         optimizer.backward(model(x).square().mean())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@PHASES
+def test_a_backward_past_the_wrapper_is_left_alone(phase: str, use_reentrant: bool) -> None:
+    """Of who calls loss.backward(): a recomputed block passes on what it gets, whether its call is known or not."""
+    model, x = MLP(use_reentrant=use_reentrant), torch.randn(4, 6, requires_grad=True)
+    model(x).square().mean().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    optimizer = wrapped(model, "blocks.*", phase=phase)
+    loss = model(x).square().mean()
+    optimizer.discard_step()
+    loss.backward()
+    assert_same(gradients(model), expected)
 
 
 # Alignment statistics

@@ -90,8 +90,9 @@ def _propose(model: nn.Module) -> str:
 
     def rank(glob: str) -> tuple[bool, int]:
         modules = [named[name] for name in alike[glob]]
-        blocks = len({type(module) for module in modules}) == 1 and any(True for _ in modules[0].children())
-        return not blocks or isinstance(modules[0], nn.Sequential), glob.count(".")
+        kind, *others = {type(module) for module in modules}
+        blocks = not others and any(True for module in modules for _ in module.children())
+        return not blocks or issubclass(kind, nn.Sequential), glob.count(".")
 
     def fits(glob: str) -> bool:
         found = [name for name, _ in model.named_modules() if _matches(name, glob)]

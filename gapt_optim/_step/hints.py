@@ -16,7 +16,7 @@ from .record import Reading
 
 _SHARE_STEPS = 20
 _LEAST_SHARE = 1e-3
-_WANTED_SHARE = 0.01
+_PERCENT = 1 / 99  # of the loss is a percent of the objective
 _DIVIDED_STEPS = 3
 
 
@@ -88,19 +88,18 @@ class SmallShareHint:
         Warns:
             UserWarning: once, with the share and the weight that would make it a percent.
         """
-        weight = plan.config.objective.weight
         finite = math.isfinite(reading.loss) and math.isfinite(reading.penalty)
-        if not plan.compressing or not finite or weight == 0 or self._steps == _SHARE_STEPS:
+        if not plan.compressing or not finite or self._steps == _SHARE_STEPS:
             return
         self._steps += 1
         self._loss += abs(reading.loss)
         self._penalty += abs(reading.penalty)
-        # Nothing at all is a floor that is reached, or an entropy of 0, which no weight changes.
+        # Nothing at all is meant so, a floor that is reached, or an entropy of 0, which no weight changes.
         if self._steps < _SHARE_STEPS or self._penalty == 0:
             return
         share = self._penalty / (self._loss + self._penalty)
         if share < _LEAST_SHARE:
-            wanted = weight * (self._loss / self._penalty) * _WANTED_SHARE / (1 - _WANTED_SHARE)
+            wanted = plan.config.objective.weight * _PERCENT * self._loss / self._penalty
             warnings.warn(
                 f"in the first {_SHARE_STEPS} steps of compression the entropy was {share:.1e} of the objective (loss "
                 f"{self._loss / _SHARE_STEPS:.4g}, weight * entropy {self._penalty / _SHARE_STEPS:.2g}), too little to "
@@ -163,7 +162,7 @@ def _divisor(loss: Tensor) -> float | None:
     if name not in ("DivBackward0", "MulBackward0") or not isinstance(other, Tensor):
         return None
     behind = node.next_functions[0][0]
-    if other.numel() != 1 or other.device.type != "cpu" or behind is None or behind.name() == "AddBackward0":
+    if other.device.type != "cpu" or behind is None or behind.name() == "AddBackward0":
         return None  # a number on a device would have to be waited for
     value = float(other)
     if name == "MulBackward0":
