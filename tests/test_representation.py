@@ -7,9 +7,11 @@ import gc
 import io
 import math
 import pickle
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from gapt_optim import EntropyConfig, GAPTOptimizer, RepresentationHook
+from gapt_optim import EntropyConfig, GAPTOptimizer, Measures, RepresentationHook
 from tests.models import CASES, CNN, MLP, WRAPS, Block, TiedLM, Wrapping, gpt2, masked_tokens, tokens
 from tests.reference import KERNELS, reference_layer_entropy
 from tests.training import distance, gradients, recorded, wrapped
@@ -530,6 +532,13 @@ def test_the_hook_is_a_context_manager_and_removing_twice_is_fine() -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize(("count", "shown"), [(12, '"11"'), (13, '"11", ...')])
+def test_twelve_modules_are_shown(count: int, shown: str) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+    with pytest.raises(ValueError, match=re.escape(f'"10", {shown}') + "$"):
+        RepresentationHook(model, "nothing")
+
+
 def test_nothing_is_captured_without_an_optimizer() -> None:
     model = MLP()
     hook = RepresentationHook(model, "blocks.*")
@@ -849,6 +858,13 @@ def test_measuring_averages_over_calls_and_takes_its_own_settings() -> None:
         outputs = [model.blocks[0](first), model.blocks[0](second)]
     expected = sum(float(reference_layer_entropy(h.detach(), 1.0, None, normalize=True)) for h in outputs) / 2
     assert measured.entropies["blocks.0"] == pytest.approx(expected, rel=1e-5)
+    alone = []
+    for h in (first, second):
+        with hook.measuring(settings) as once:
+            model.blocks[0](h)
+        alone.append(once.measures["blocks.0"])
+    for name, value in asdict(Measures.mean(alone)).items():
+        assert getattr(measured.measures["blocks.0"], name) == pytest.approx(value, rel=1e-6)
 
 
 def test_measuring_takes_the_settings_and_masks_of_training() -> None:

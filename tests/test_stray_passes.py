@@ -45,14 +45,22 @@ def test_a_pass_whose_loss_is_thrown_away_does_not_reach_the_step(factor: float)
 
 def test_passes_without_a_loss_are_not_kept_forever() -> None:
     model, optimizer = build()
-    for _ in range(MOST_WAITING):
+
+    def kept_after(passes: int) -> set[int]:
+        for _ in range(passes):
+            loss_of(model)
+        return {len(calls) for calls in optimizer.hook._store.calls.values()}
+
+    for _ in range(2):
+        assert kept_after(MOST_WAITING) == {MOST_WAITING}
+        optimizer.discard_step()
+    assert kept_after(MOST_WAITING) == {MOST_WAITING}
+    with pytest.warns(UserWarning, match=r"no optimizer\.backward") as told:
         loss_of(model)
-    with pytest.warns(UserWarning, match=r"no optimizer\.backward"):
-        loss_of(model)
-    for _ in range(MOST_WAITING):
-        loss_of(model)
-    kept = optimizer.hook._store.calls.values()
-    assert max(map(len, kept)) <= MOST_WAITING
+    assert told[0].filename == __file__
+    assert kept_after(0) == {1}
+    assert kept_after(MOST_WAITING - 1) == {MOST_WAITING}
+    assert kept_after(1) == {1}  # of which nothing is said again
 
 
 def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, RepresentationHook
+from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, RepresentationHook, StepMetrics
 from gapt_optim._step.evasion import EvasionWatch
 from gapt_optim._step.evasion import _Level as Level
 from gapt_optim._step.evasion import _what_happened as what_happened
@@ -77,7 +77,7 @@ def said(act: Callable[[], Any]) -> list[str]:
         act()
     for warning in caught:
         assert warning.filename == __file__
-        assert re.search(r"\b(backward|optimizer\.step)\(", linecache.getline(__file__, warning.lineno))
+        assert re.search(r"\b(backward|optimizer\.step|scaler\.step)\(", linecache.getline(__file__, warning.lineno))
     return [str(warning.message) for warning in caught]
 
 
@@ -579,6 +579,32 @@ def test_two_forward_passes_then_two_backward_calls(phase: str) -> None:
     for each in (x, y):
         optimizer.backward(model(each).square().mean())
     optimizer.step()
+
+
+# Where a warning points
+
+
+@pytest.mark.parametrize("between", ["nothing", "scheduler", "scaler"])
+def test_a_warning_points_at_the_line_that_called_us(between: str) -> None:
+    """Past the frames that torch puts between."""
+
+    def full(metrics: StepMetrics) -> None:
+        raise OSError("disk full")
+
+    model = make_net()
+    optimizer = wrap(model, observers=[full])
+    scaler = torch.amp.GradScaler("cpu", enabled=between == "scaler")
+    if between == "scheduler":
+        LambdaLR(optimizer, lambda step: 1.0)
+
+    def act() -> None:
+        scaler.scale(optimizer.objective(loss_of(model, 0))).backward()
+        if between == "scaler":
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+
+    assert said(act) == ["observer function raised OSError: disk full; it is dropped"]
 
 
 # Entropies that fall without any compression

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from .._capture import Grams
 from .._plan import StepPlan
+from .._tell import tell
 from .record import Reading
 
 _SHARE_STEPS = 20
@@ -46,11 +46,7 @@ class ZeroEntropyHint:
         if zero:
             self._warned = True
             more = f" (and of {len(zero) - 1} more)" if len(zero) > 1 else ""
-            warnings.warn(
-                f'the entropy of layer "{zero[0]}"{more} is 0 whatever happens: {reasons[zero[0]]}',
-                UserWarning,
-                stacklevel=5,
-            )
+            tell(f'the entropy of layer "{zero[0]}"{more} is 0 whatever happens: {reasons[zero[0]]}')
 
 
 def _why_zero(calls: list[Grams], *, center: bool) -> str | None:
@@ -100,13 +96,11 @@ class SmallShareHint:
         share = self._penalty / (self._loss + self._penalty)
         if share < _LEAST_SHARE:
             wanted = plan.config.objective.weight * _PERCENT * self._loss / self._penalty
-            warnings.warn(
+            tell(
                 f"in the first {_SHARE_STEPS} steps of compression the entropy was {share:.1e} of the objective (loss "
                 f"{self._loss / _SHARE_STEPS:.4g}, weight * entropy {self._penalty / _SHARE_STEPS:.2g}), too little to "
                 'change anything. Where the loss is a sum over the batch (reduction="sum"), take its mean; otherwise '
-                f"ObjectiveConfig(weight={wanted:.2g}) makes it one percent",
-                UserWarning,
-                stacklevel=5,
+                f"ObjectiveConfig(weight={wanted:.2g}) makes it one percent"
             )
 
 
@@ -143,13 +137,11 @@ class DividedLossHint:
             return
         self._run = self._run + 1 if count > 1 and divisors == {float(count)} else 0
         if self._run == _DIVIDED_STEPS:
-            warnings.warn(
+            tell(
                 f"each step has {count} losses, each divided by {count} before optimizer.backward(loss): the gate "
                 f"takes 1 / {count} of the loss for the loss, and the entropy gets {count} times its weight. Say so: "
                 f"optimizer.backward(loss / {count}, scaled_by=1 / {count}), or give the whole loss: "
-                f"optimizer.backward(loss, scale=1 / {count}); the same arguments go to optimizer.objective",
-                UserWarning,
-                stacklevel=5,
+                f"optimizer.backward(loss, scale=1 / {count}); the same arguments go to optimizer.objective"
             )
 
 
@@ -176,11 +168,9 @@ def warn_of_another_model(model: nn.Module | None, groups: list[dict[str, Any]],
     watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
     # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
     if watched and not any(p in watched for group in groups for p in group["params"]):
-        warnings.warn(
+        tell(
             f"optimizer ({', '.join(type(base).__name__ for base in bases)}) has none of the {len(watched)} trainable "
             f"parameters of the hook's model ({type(model).__name__}): the entropy's gradients may go nowhere. Make "
             "the hook on the model whose parameters the optimizer has; where that model is frozen on purpose, say so "
-            "with model.requires_grad_(False)",
-            UserWarning,
-            stacklevel=3,
+            "with model.requires_grad_(False)"
         )
