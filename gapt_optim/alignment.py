@@ -105,7 +105,7 @@ def parameter_alignment(
         (a and (not b or gg != 0), b and (not a or dd != 0))
         for (a, b), (_, gg, dd) in zip(reached, statistics, strict=True)
     ]
-    shared = {name: row for name, both, row in zip(names, by, statistics, strict=True) if both == (True, True)}
+    shared = {name: row for name, both, row in zip(names, by, statistics, strict=True) if all(both)}
     prefixes = {layer: layer + "." if layer else "" for layer in layers}
     in_layer = {layer: [row for name, row in shared.items() if name.startswith(p)] for layer, p in prefixes.items()}
     return _alignment(

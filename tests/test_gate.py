@@ -320,6 +320,14 @@ def test_saved_gate_goes_on_as_if_never_stopped(config: GateConfig, stop: int) -
     assert second.state_dict() == whole.state_dict()
 
 
+def test_level_of_a_saved_gate_stays_under_less_smoothing() -> None:
+    first, second = (PhaseGate(GateConfig(initial_phase="compression", smoothing=s)) for s in (0.9, 0.5))
+    feed(first, [2.0] * 15, [1.0] * 15)
+    second.load_state_dict(first.state_dict())
+    second.update(2.05, 1.0)
+    assert second.state_dict()["entry_loss"] == pytest.approx(2.0)
+
+
 def test_state_of_another_version_is_refused_and_changes_nothing() -> None:
     gate = in_compression(GateConfig())
     before = gate.state_dict()

@@ -576,7 +576,8 @@ def test_project_parameters_leaves_memorization_alone() -> None:
 def test_streaming_refuses_a_parameter_that_is_changed_in_the_backward() -> None:
     case = CASES["mlp"]
     model = case.model()
-    model.head.weight.register_post_accumulate_grad_hook(lambda p: None)
+    for parameter in (model.head.weight, model.head.bias):
+        parameter.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(RuntimeError, match=r'"head.weight" has a post-accumulate hook; use parameter_streaming=False'):
         measuring(model, case, alignment={"parameter_streaming": True})
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, Measures, RepresentationHook
+from gapt_optim._capture.masks import masked_modules
 from tests.models import CASES, CNN, MLP, WRAPS, Block, TiedLM, Wrapping, gpt2, masked_tokens, tokens
 from tests.reference import KERNELS, reference_layer_entropy
 from tests.training import distance, gradients, recorded, wrapped
@@ -201,11 +202,13 @@ def test_shapes(shape: tuple[int, ...], window: int | None) -> None:
     assert entropies(optimizer)["0"] == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["linear", "cosine"])
 @pytest.mark.parametrize("shape", [(0, 6), (0, 5, 6), (3, 0, 6), (0, 6, 2, 2)])
 @PHASES
-def test_an_empty_batch_has_no_entropy(shape: tuple[int, ...], phase: str) -> None:
+def test_an_empty_batch_has_no_entropy(shape: tuple[int, ...], phase: str, kernel: str) -> None:
     model = nn.Sequential(nn.Conv2d(6, 6, 1) if len(shape) == 4 else nn.Linear(6, 6))
-    optimizer = wrapped(model, "0", phase=phase)
+    entropy = {"kernel": kernel, "center": kernel == "cosine"}
+    optimizer = wrapped(model, "0", phase=phase, entropy=entropy)
     optimizer.backward(model(torch.randn(shape)).sum())
     optimizer.step()
     assert entropies(optimizer) == {"0": 0.0}
@@ -239,6 +242,26 @@ class Task(nn.Module):
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         return CASES["gpt2 masked"].loss(self.model, batch)
+
+
+class TakingMask(nn.Module):
+    """Takes an attention_mask, and so does the module in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
+def test_masks_are_looked_for_around_the_taps() -> None:
+    outer = TakingMask(TakingMask(nn.Linear(4, 4)))
+    model = nn.ModuleDict({"outer": outer, "beside": TakingMask(nn.Linear(4, 4)), "plain": nn.Linear(4, 4)})
+    assert masked_modules(model, ["outer.inner.inner", "plain"]) == [model, outer, outer.inner]
+    assert masked_modules(model, ["outer"]) == [model, outer]
+    assert masked_modules(model, [""]) == masked_modules(model, ["plain"]) == [model]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -167,6 +167,9 @@ def test_objective_has_the_value_of_the_sum(kernel: str, center: bool) -> None:
         loss = case.loss(model, inputs)
     expected = reference_objective(loss, [h for (h,) in calls], WEIGHT, mask=inputs["attention_mask"], **entropy)
     torch.testing.assert_close(optimizer.objective(loss), expected, rtol=1e-12, atol=0)
+    optimizer.discard_step()
+    found = optimizer.objective(case.loss(model, inputs) / 4, scaled_by=1 / 4)
+    torch.testing.assert_close(found, expected / 4, rtol=1e-12, atol=0)
 
 
 @kernels
@@ -179,6 +182,9 @@ def test_scale_and_accumulation_reach_the_entropy(kernel: str, center: bool) -> 
         optimizer.backward(case.loss(model, inputs), scale=1024 / 3)
     expected = reference_gradients(case, torch.float64, **entropy)
     assert distance(gradients(model), {name: gradient * 1024 for name, gradient in expected.items()}) < 1e-10
+    optimizer.zero_grad()
+    optimizer.backward(case.loss(model, inputs) / 4, scaled_by=1 / 4)
+    assert distance(gradients(model), {name: gradient / 4 for name, gradient in expected.items()}) < 1e-10
 
 
 @kernels

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from gapt_optim._step.evasion import EvasionWatch
 from gapt_optim._step.evasion import _Level as Level
 from gapt_optim._step.evasion import _what_happened as what_happened
 from gapt_optim._step.groups import ZeroedGradients, largest_learning_rate
-from gapt_optim._step.hints import SmallShareHint
+from gapt_optim._step.hints import SmallShareHint, ZeroEntropyHint
 from gapt_optim._step.record import Reading
 
 from .distributed.threads import on_threads
@@ -112,6 +113,21 @@ def test_windows_without_an_entropy_are_told_once(
     assert re.match(rf'the entropy of layer "blocks\.0" \(and of 2 more\) is 0.*{reason}', messages[0])
     assert optimizer.metrics is not None
     assert optimizer.metrics.entropy == pytest.approx(0, abs=1e-5)
+
+
+def test_layers_that_come_later_are_looked_at_until_one_is_told_of() -> None:
+    plan, hint = wrapped(MLP(), "blocks.*")._state.plan, ZeroEntropyHint()
+    some, none = ([SimpleNamespace(shape=shape)] for shape in ((8, 6), (1, 6)))
+
+    def look(**calls: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hint.look(plan, calls)
+        return [str(warning.message) for warning in caught]
+
+    assert look(a=some) == look(a=none) == []  # a last batch that is short
+    assert ['layer "b" is 0' in message for message in look(a=some, b=none)] == [True]
+    assert look(a=some, b=none) == look(c=none) == []
 
 
 @pytest.mark.parametrize("kernel", ["linear", "cosine"])
@@ -838,6 +854,7 @@ def test_what_is_proposed_matches(model: nn.Module, first: str, names: list[str]
     with pytest.raises(ValueError, match="layers=None") as caught:
         RepresentationHook(model)
     proposed = re.findall('"([^"]+)"', str(caught.value))
+    assert ("; pass one of " in str(caught.value)) == (first != "encoder" and len(proposed) > 1)
     assert proposed[0] == first
     assert RepresentationHook(model, first).names == names
     for glob in proposed:

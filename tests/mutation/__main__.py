@@ -78,15 +78,15 @@ class Baseline:
         self.path.write_text(json.dumps({"seconds": self.seconds, "sources": sources, "lines": self.lines}))
 
     def of(self, mutant: Mutant, there: Iterable[str], budget: float) -> list[str]:
-        """Tests of the changed statement: one of each function first, cheapest first, for ``budget`` seconds."""
+        """Tests of the changed statement for ``budget`` seconds, each test function getting as much of it as others."""
         lines = self.lines.get(mutant.path, {})
         tests = {test for line in range(mutant.line, mutant.last_line + 1) for test in lines.get(line, [])}
-        seen: Counter[str] = Counter()
+        of_function: Counter[str] = Counter()  # seconds of its tests so far
         order, spent, ranked = [], 0.0, []
         for seconds, test in sorted((self.seconds[test] or 0.0, test) for test in tests.intersection(there)):
             function = test.split("[")[0]
-            ranked.append((seen[function], seconds, test))
-            seen[function] += 1
+            of_function[function] += seconds  # type: ignore[assignment]
+            ranked.append((of_function[function], seconds, test))
         for _, seconds, test in sorted(ranked):
             order.append(test)
             spent += seconds
