@@ -523,7 +523,7 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("weight", [0.1, 10.0])
+@pytest.mark.parametrize("weight", [0.1, 1.0, 10.0])
 def test_project_parameters(weight: float, micro_batches: int) -> None:
     """Each micro-batch adds its entropy gradient, and what then points against the loss gradient is removed."""
     conflicts = 0
@@ -557,6 +557,13 @@ def test_project_parameters_measures_before_it_projects() -> None:
         optimizer, expected = measured(case, torch.float64, phase, alignment={"project_parameters": True})
         assert sums_of(*expected.values())[0] < 0
         assert_measured(optimizer, expected, torch.float64, 1e-11)
+
+
+@pytest.mark.parametrize(("phase", "weight"), [("memorization", 1.0), ("compression", 0.0)])
+def test_where_the_entropy_has_no_weight_nothing_is_projected(phase: str, weight: float) -> None:
+    parts = {"objective": {"weight": weight}, "alignment": {"project_parameters": True}}
+    optimizer, expected = measured(CASES["mlp"], torch.float64, phase, micro_batches=2, **parts)
+    assert_measured(optimizer, expected, torch.float64, 1e-11)
 
 
 def test_project_parameters_leaves_memorization_alone() -> None:

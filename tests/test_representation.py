@@ -483,6 +483,19 @@ def test_a_token_mask_is_not_one_of_channels() -> None:
     assert masked.entropies == plain.entropies
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (1, 2)])
+def test_a_mask_that_is_picked_is_not_one_of_images(shape: tuple[int, int]) -> None:
+    """Beside tokens, a model may have images, whose positions it is not about."""
+    model, x, found = CNN(), torch.randn(2, 3, 7, 7), []
+    for mask in (None, lambda _: torch.zeros(shape)):
+        optimizer = wrapped(model, "convolutions.*", mask=mask)
+        optimizer.backward(model(x).square().mean())
+        optimizer.step()
+        found.append(entropies(optimizer))
+        optimizer.hook.remove()
+    assert found[0] == found[1]
+
+
 def test_a_mask_serves_its_own_call_only() -> None:
     """Not a part of the model that is called by itself afterwards, not even where the model's call had failed."""
     model, batch, h = TiedLM(), masked_tokens(), torch.randn(4, 13, 6)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, RepresentationHook
@@ -229,6 +230,13 @@ def test_the_transformer_that_is_nearest_is_asked(outer: bool) -> None:
     assert puts_sequence_first(model, "0.encoder") == outer  # which its first layer tells
     assert puts_sequence_first(model, "0") == (not outer)
     assert not puts_sequence_first(model, "")
+
+
+def test_a_transformer_inside_a_wrapper_is_asked() -> None:
+    for first in (False, True):
+        model = nn.Sequential(checkpoint_wrapper(encoder(first)), nn.Sequential(encoder(first)))
+        assert puts_sequence_first(model, "0") == (not first)
+        assert not puts_sequence_first(model, "1")  # which may do anything with what it gets
 
 
 def test_without_a_batch() -> None:

@@ -29,12 +29,13 @@ _BITS = {"BitOr", "BitAnd", "BitXor"}
 _ORDER = {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"}
 _IDENTITY = {"Is", "IsNot"}
 _NEEDS_ARGUMENTS = {"VariableReplacer", "VariableInserter"}
+_OF_IMPORTS = {"RemoveDecorator"}  # what a decorator does is done before the tests
 
 
 def _operators() -> Iterator[tuple[str, Any]]:
     provider = OperatorProvider()
     for name in provider:
-        if name in _NEEDS_ARGUMENTS:
+        if name in _NEEDS_ARGUMENTS | _OF_IMPORTS:
             continue
         if name.startswith(("ReplaceBinaryOperator_", "ReplaceComparisonOperator_")):
             _, before, after = name.split("_")
