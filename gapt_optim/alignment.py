@@ -40,8 +40,8 @@ class Angle:
         return cls(
             cosine=max(-1.0, min(1.0, gd / math.sqrt(gg) / math.sqrt(dd))) if defined else None,
             projection=gd / gg if defined else None,
-            loss_norm=math.sqrt(gg) if gg >= 0 else math.nan,
-            entropy_norm=math.sqrt(dd) if dd >= 0 else math.nan,
+            loss_norm=math.sqrt(gg),
+            entropy_norm=math.sqrt(dd),
         )
 
 

@@ -97,6 +97,7 @@ def test_modules_and_mixed_lists() -> None:
 
 def test_automatic_choice_of_a_transformer() -> None:
     assert RepresentationHook(gpt2(n_layer=3)).names == [f"transformer.h.{i}" for i in range(3)]
+    assert RepresentationHook(MLP(depth=1)).names == ["blocks.0"]
 
 
 class Two(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -254,6 +255,8 @@ def test_an_overflowing_layer_leaves_the_gradient_of_the_loss(combine: str) -> N
     assert optimizer.metrics is not None
     assert not math.isfinite(optimizer.metrics.layer_entropy["blocks.1"])
     assert optimizer.metrics.nonfinite_steps == 1
+    loss = model(x).square().mean()
+    assert optimizer.objective(loss) == loss
 
 
 # Memory
@@ -514,6 +517,18 @@ def test_recomputing_the_whole_model_keeps_its_mask() -> None:
     total = [optimizer.objective(case.loss(recomputed, inputs)) for _ in range(2)]
     (sum(total) / 2).backward()
     assert distance(gradients(model), expected) < 1e-10
+
+
+def test_a_pass_without_gradients_leaves_the_mask_of_the_one_before() -> None:
+    """Of which a backward is still to come, and recomputes what the mask is of."""
+    case = CASES["gpt2 masked"]
+    model, inputs = replace(case, build=checkpointed_gpt2).model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    loss = case.loss(model, inputs)
+    with torch.no_grad():
+        model(**(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}))
+    optimizer.backward(loss)
+    assert distance(gradients(model), reference_gradients(case, torch.float64)) < 1e-10
 
 
 def test_recomputing_two_masked_batches_at_once_is_refused() -> None:

@@ -144,6 +144,7 @@ class Mutating:
                 self.results.append(
                     {
                         "group": group,
+                        "seed": self.arguments.seed,
                         "file": mutant.path,
                         "line": mutant.place[0],
                         "operator": mutant.operator,
