@@ -475,7 +475,7 @@ def _from_eigenvalues(
         tolerance: what that is, relative to the largest eigenvalue.
         noise: (...,) the same in absolute terms, where a matrix is the difference of larger ones.
     """
-    if rho.shape[-1] == 0:
+    if not rho.numel():
         return rho.new_zeros(rho.shape[:-2]), rho if with_gradient else None
     finite = rho.isfinite().all(-1).all(-1)
     # eigh raises on non-finite input, which would end a training run; such matrices come back as nan instead.
@@ -496,7 +496,7 @@ def _from_eigenvalues(
         # Where the largest eigenvalue is shared, the mean over its eigenvectors is a subgradient.
         top = support & (p >= largest * (1 - 1e-12))
         value = -log_p[..., -1]
-        slope = 2 - 2 * top / (top.sum(-1, keepdim=True).clamp(min=1) * p)
+        slope = 2 - 2 * top / (top.sum(-1, keepdim=True) * p)
     else:
         excess = (alpha - 1) * log_p
         if abs(alpha - 1) < 0.5:  # log(sum p^alpha), exact to the last digits as alpha nears 1

@@ -17,7 +17,7 @@ from .grams import captured, grams_of, kernel_of
 from .graph import unspent
 from .measurement import Measurement
 from .outputs import batch_first, checked_hidden, hidden_rows, replace_tensor
-from .store import WITHOUT_GRAD, CaptureStore
+from .store import CaptureStore
 from .tap import Tap
 from .unsaved import Unsaved
 
@@ -63,8 +63,6 @@ class ModuleTap(Unsaved):
         """Leave the Gram matrices of ``output`` for the optimizer; returns the output with the tap in its graph."""
         store = self.store
         recomputing = _in_backward()
-        if recomputing and self.name not in store.ran and not store.calls[self.name]:
-            raise RuntimeError(f'tapped module "{self.name}" {WITHOUT_GRAD}')
         h = checked_hidden(self.name, output, self.output)
         if h.is_nested:
             raise TypeError(

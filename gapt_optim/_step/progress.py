@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .._tell import tell
 from .._torch import START_FRESH, STATE_KEY
 from .._version import __version__
 from ..config import GAPTConfig, GateConfig
@@ -72,11 +72,9 @@ class Progress:
         counts.unjudged_entropy += entropy
         counts.unjudged_steps += 1
         if counts.unjudged_steps == _UNJUDGED_STEPS == counts.steps - counts.nonfinite_steps:  # none since the start
-            warnings.warn(
+            tell(
                 f'{_UNJUDGED_STEPS} steps with signal="validation" and no finite validation loss: the gate stays. '
-                "Call optimizer.record_validation(loss)",
-                UserWarning,
-                stacklevel=6,
+                "Call optimizer.record_validation(loss)"
             )
         if math.isfinite(validation):
             mean_loss, mean_entropy = (
