@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import EntropyConfig
 from ..entropy import entropy_of_gram, kernel_matrix, measures_of_gram, windows_first, windows_last
 from .grams import Grams, kernel_of
+
+if TYPE_CHECKING:
+    from ..config import EntropyConfig
 
 NUMBERS = 5
 """Of a call: its entropy, then the four measures of what can hide in it (:func:`gapt_optim.entropy.measures_of_gram`).

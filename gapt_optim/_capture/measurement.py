@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..config import EntropyConfig
 from ..metrics import Measures
+
+if TYPE_CHECKING:
+    from ..config import EntropyConfig
 
 
 class Measurement:
