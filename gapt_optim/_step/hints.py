@@ -90,12 +90,10 @@ class FrozenHint:
             self.told = True
             first, *rest = plan.shares
             more = f" (and of {len(rest)} more)" if rest else ""
-            warnings.warn(
+            tell(
                 f'the entropy of layer "{first}"{more} has no gradient, as everything below is frozen: compression '
                 "changes nothing and parameter alignment is not measured. Tap layers above trainable parameters, or "
-                "set requires_grad_() on some below",
-                UserWarning,
-                stacklevel=5,
+                "set requires_grad_() on some below"
             )
 
 

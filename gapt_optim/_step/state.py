@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from .._capture import CaptureStore
 from .._objective import build_objective, counted_layers, schedule_shares
 from .._plan import StepPlan
 from .._tell import tell
-from ..config import GAPTConfig
 from ..metrics import StepMetrics
 from .announce import announce_switch
 from .evasion import EvasionWatch
@@ -25,6 +24,9 @@ from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
 from .record import Reading, StepRecord, mean_or_nan
 from .report import judged_layers, mean_entropy, step_metrics
+
+if TYPE_CHECKING:
+    from ..config import GAPTConfig
 
 _SILENT_STEPS = 10
 
