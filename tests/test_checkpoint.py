@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gapt_optim import (
     AlignmentConfig,
@@ -35,6 +36,7 @@ from gapt_optim import (
     ObjectiveConfig,
     RepresentationHook,
 )
+from gapt_optim._torch import Bases
 
 from .loops import RESTLESS, Net, adamw, assert_same, loss_of, make_net, matrices_and_rest, run, sgd, weights, wrap
 
@@ -418,6 +420,128 @@ def test_what_is_damaged_in_the_part_of_the_base_is_named(what: str) -> None:
     with pytest.raises(ValueError, match=named):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
+
+
+def at_the_end_of_a_schedule(optimizer: Optimizer) -> None:
+    """LinearLR ends a rounding below 0 here."""
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, 4)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] < 0
+
+
+def untouched(optimizer: Optimizer) -> None:
+    pass
+
+
+VALID: dict[str, tuple[Any, Any, torch.dtype, float, Callable[[Optimizer], None]]] = {
+    "a parameter that is a number": (torch.optim.AdamW, torch.optim.AdamW, torch.float32, -1.0, untouched),
+    "its momentum": (
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        torch.float32,
+        1.0,
+        untouched,
+    ),
+    "an infinite second moment": (
+        functools.partial(torch.optim.Adam, eps=1e-4),
+        functools.partial(torch.optim.Adam, eps=1e-4),
+        torch.float16,
+        3e4,
+        untouched,
+    ),
+    "a learning rate that has reached 0": (
+        functools.partial(torch.optim.AdamW, lr=3e-4),
+        functools.partial(torch.optim.AdamW, lr=3e-4),
+        torch.float32,
+        1.0,
+        at_the_end_of_a_schedule,
+    ),
+    "a setting that is None by default": (
+        torch.optim.Adafactor,
+        functools.partial(torch.optim.Adafactor, eps=(1e-8, 1e-3)),
+        torch.float32,
+        1.0,
+        untouched,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", VALID)
+@pytest.mark.parametrize("rolled_back", [False, True], ids=["fresh", "back"])
+def test_what_torch_has_saved_is_loaded(what: str, rolled_back: bool) -> None:
+    """States that look odd, and with which the wrapped optimizer goes on."""
+    saving, loading, dtype, gradient, then = VALID[what]
+
+    def trained(kind: Any, steps: int) -> Optimizer:
+        parameters = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((), (4, 6), (6,))]
+        optimizer = kind(parameters)
+        for _ in range(steps):
+            for p in parameters:
+                p.grad = torch.full_like(p, gradient)
+            optimizer.step()
+        return optimizer
+
+    optimizer = trained(saving, 3)
+    then(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    bases = Bases(trained(loading, 5 if rolled_back else 0))
+    bases.load_state_dict(copy.deepcopy(saved))
+    assert_same(bases.state_dict(), saved)
+
+
+def test_a_solver_goes_back_to_where_its_history_was_short() -> None:
+    parameter = nn.Parameter(torch.tensor([3.0, -2.0, 5.0, 0.5]))
+    optimizer = torch.optim.LBFGS([parameter], max_iter=2, history_size=10)
+    scale = torch.tensor([1.0, 10.0, 100.0, 3.0])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (scale * (parameter - 1) ** 4).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert None in saved["state"][0]["al"]
+    for _ in range(6):
+        optimizer.step(closure)
+    assert optimizer.state_dict()["state"][0]["al"][4] is not None
+    bases = Bases(optimizer)
+    bases.load_state_dict(copy.deepcopy(saved))
+    assert_same(bases.state_dict(), saved)
+
+
+def test_a_state_of_another_form_is_left_to_its_optimizer() -> None:
+    class Counting(torch.optim.SGD):
+        """Keeps a number for each parameter, and no mapping."""
+
+        def count(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                self.state[p] = self.state[p] + 1 if p in self.state else 1
+
+    optimizer = Counting([nn.Parameter(torch.ones(3))])
+    optimizer.count()
+    saved = optimizer.state_dict()
+    optimizer.count()
+    Bases(optimizer).load_state_dict(saved)
+    assert optimizer.state_dict()["state"] == {0: 1}
+
+
+def test_loading_is_no_step_that_hooks_see() -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    run(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    seen: list[Optimizer] = []
+    handle = register_optimizer_step_pre_hook(lambda each, args, kwargs: seen.append(each))
+    try:
+        optimizer.load_state_dict(saved)
+    finally:
+        handle.remove()
+    assert seen == []
 
 
 @pytest.mark.parametrize("found", [None, [1], "gapt"])
