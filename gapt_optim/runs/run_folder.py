@@ -14,7 +14,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -413,7 +413,8 @@ class RunFolder:
             (self.path / path).unlink(missing_ok=True)
         if (self.path / name).is_dir() and not any((self.path / name).iterdir()):
             (self.path / name).rmdir()
-        (self.path / (CHECKPOINT + PARTIAL)).unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # a file of the user's is where the folder would be
+            (self.path / (CHECKPOINT + PARTIAL)).unlink(missing_ok=True)
         if f"{name}/" in self._files:
             self._files.remove(f"{name}/")
             try:
