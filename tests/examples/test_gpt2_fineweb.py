@@ -518,7 +518,7 @@ def test_main_job_speaks_soon(tmp_path: Path) -> None:
         assert process.poll() is None
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def test_folder_of_another_run_does_not_fit(tmp_path: Path) -> None:
