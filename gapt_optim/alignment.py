@@ -40,8 +40,8 @@ class Angle:
         return cls(
             cosine=max(-1.0, min(1.0, gd / math.sqrt(gg) / math.sqrt(dd))) if defined else None,
             projection=gd / gg if defined else None,
-            loss_norm=math.sqrt(gg) if gg >= 0 else math.nan,
-            entropy_norm=math.sqrt(dd) if dd >= 0 else math.nan,
+            loss_norm=math.sqrt(gg),
+            entropy_norm=math.sqrt(dd),
         )
 
 
@@ -73,7 +73,8 @@ def activation_alignment(
 ) -> Alignment | None:
     """Alignment from each layer's <g,d>, ‖g‖² and ‖d‖², for the mean entropy over the layers that count.
 
-    The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all.
+    The overall angle is that of the gradients of these layers laid end to end. None where no gradient arrived at all,
+    or none that is a number.
     """
     if not any(gg > 0 for _, gg, _ in statistics):
         return None
@@ -104,7 +105,7 @@ def parameter_alignment(
         (a and (not b or gg != 0), b and (not a or dd != 0))
         for (a, b), (_, gg, dd) in zip(reached, statistics, strict=True)
     ]
-    shared = {name: row for name, both, row in zip(names, by, statistics, strict=True) if both == (True, True)}
+    shared = {name: row for name, both, row in zip(names, by, statistics, strict=True) if all(both)}
     prefixes = {layer: layer + "." if layer else "" for layer in layers}
     in_layer = {layer: [row for name, row in shared.items() if name.startswith(p)] for layer, p in prefixes.items()}
     return _alignment(

@@ -31,7 +31,8 @@ class EntropyConfig(_Section):
     tokens share does not count as compression."""
 
     alpha: float = Field(2.0, gt=0.0)
-    """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest."""
+    """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest, and is
+    mostly about the largest directions. Orders below 1 count small directions too."""
 
     window: int | None = Field(8, ge=2)
     """Consecutive tokens per matrix; None takes the whole sequence as one matrix."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gapt_optim import Alignment, Angle, gradient_alignment, gradient_cosines, matrix_entropy
-from gapt_optim.alignment import dot, stacked
+from gapt_optim.alignment import activation_alignment, dot, parameter_alignment, stacked
 from tests.angles import activation_sums, assert_activation_alignment, assert_angle, sums_of
 from tests.models import CASES, COMPILED, MLP, Case
 from tests.training import wrapped
@@ -32,6 +32,7 @@ PROBE = 1e-6  # whatever the model is in, the statistics leave the backward in f
     [
         ((-6.0, 4.0, 36.0), -0.5, -1.5, (2.0, 6.0)),
         ((1.0 + 1e-12, 1.0, 1.0), 1.0, 1.0 + 1e-12, (1.0, 1.0)),
+        ((-1.0 - 1e-12, 1.0, 1.0), -1.0, -1.0 - 1e-12, (1.0, 1.0)),
         ((-1e-30, 1e-30, 1e-30), -1.0, -1.0, (1e-15, 1e-15)),
         ((2e300, 4e300, 1e300), 1.0, 0.5, (2e150, 1e150)),
         ((1e200, 1e250, 1e150), 1.0, 1e-50, (1e125, 1e75)),
@@ -55,6 +56,26 @@ def test_a_norm_that_is_no_number() -> None:
     angle = Angle.of(math.nan, math.nan, 1.0)
     assert (angle.cosine, angle.projection) == (None, None)
     assert math.isnan(angle.loss_norm)
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan])
+def test_no_gradient_is_no_alignment(nothing: float) -> None:
+    rows = [[nothing, nothing, 1.0], [nothing, nothing, 4.0]]
+    assert activation_alignment(["a", "b"], rows, ["a", "b"]) is None
+    found = activation_alignment(["a", "b"], [*rows[:1], [2.0, 1.0, 4.0]], ["b"])
+    assert found is not None
+    assert (found.cosine, found.loss_norm, found.entropy_norm) == (1.0, 1.0, 2.0)
+    assert found.layers["a"].cosine is None
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+def test_gradients_of_a_flattened_parameter_are_refused(mark: str) -> None:
+    """FullyShardedDataParallel marks them so."""
+    whole, flat = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    setattr(flat, mark, True)
+    loss = (whole * flat).sum()
+    with pytest.raises(RuntimeError, match=r'parameter "1" is sharded \(Parameter\)'):
+        gradient_alignment(loss, loss, [whole, flat])
 
 
 def test_dot_products_of_many_numbers() -> None:
@@ -162,6 +183,25 @@ def test_gradient_alignment_where_nothing_is_shared() -> None:
     assert (found.cosine, found.projection) == (None, None)
     assert (found.loss_norm, found.entropy_norm) == (0.0, 0.0)
     assert (found.shared, found.only_loss, found.only_entropy) == (0, 1, 1)
+
+
+def test_a_gradient_of_zeros_counts_where_it_is_the_only_one() -> None:
+    """A compiled backward gives zeros to parameters that it only passes."""
+    rows = {
+        "both": (True, True, [1.0, 4.0, 1.0]),
+        "zeros of the loss": (True, True, [0.0, 0.0, 9.0]),
+        "zeros of the entropy": (True, True, [0.0, 9.0, 0.0]),
+        "zeros of both": (True, True, [0.0, 0.0, 0.0]),
+        "loss alone": (True, False, [0.0, 0.0, 0.0]),
+        "entropy alone": (False, True, [0.0, 0.0, 0.0]),
+        "neither": (False, False, [0.0, 0.0, 0.0]),
+    }
+    reached = [(by_loss, by_entropy) for by_loss, by_entropy, _ in rows.values()]
+    found = parameter_alignment(list(rows), reached, [sums for *_, sums in rows.values()], ["both", ""])
+    assert (found.shared, found.only_loss, found.only_entropy) == (1, 2, 2)
+    assert list(found.parameters) == ["both"]
+    assert (found.cosine, found.projection, found.loss_norm, found.entropy_norm) == (0.5, 0.25, 2.0, 1.0)
+    assert list(found.layers) == [""]  # a name that is the beginning of another is no layer around it
 
 
 def test_gradient_cosines_of_micro_batches() -> None:

@@ -251,6 +251,14 @@ def test_rise_is_noticed_in_a_run_that_starts_in_compression() -> None:
     assert (M, "spike") in feed(gate, [2.0 * 1.2001] * 28, falling(1.0))
 
 
+def test_a_run_that_starts_in_compression_takes_its_level_from_two_time_constants() -> None:
+    gate, levels = PhaseGate(GateConfig(initial_phase="compression", smoothing=0.5)), []
+    for loss in (4.0, 2.0, 1.0, 0.0):
+        gate.update(loss, 1.0 + loss)
+        levels.append((gate.state_dict()["entry_loss"], gate.state_dict()["entry_entropy"]))
+    assert levels == [(4.0, 5.0), (3.0, 4.0), (3.0, 4.0), (3.0, 4.0)]  # 2 / log(2) is between 2 and 3
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
 def test_rise_within_the_tolerance_is_tolerated(smoothing: float) -> None:
     gate = in_compression(GateConfig(smoothing=smoothing, spike_tolerance=0.2))
@@ -318,6 +326,14 @@ def test_saved_gate_goes_on_as_if_never_stopped(config: GateConfig, stop: int) -
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     assert before + feed(second, *zip(*values[stop:], strict=True)) == expected
     assert second.state_dict() == whole.state_dict()
+
+
+def test_level_of_a_saved_gate_stays_under_less_smoothing() -> None:
+    first, second = (PhaseGate(GateConfig(initial_phase="compression", smoothing=s)) for s in (0.9, 0.5))
+    feed(first, [2.0] * 15, [1.0] * 15)
+    second.load_state_dict(first.state_dict())
+    second.update(2.05, 1.0)
+    assert second.state_dict()["entry_loss"] == pytest.approx(2.0)
 
 
 def test_state_of_another_version_is_refused_and_changes_nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gapt_optim import Measures, RepresentationHook
+from gapt_optim.entropy import LINEAR, KernelMatrix, measures_of_gram
 from tests.models import CASES, COMPILED, Case
 from tests.reference import KERNELS, reference_layer_measures
 from tests.training import gradients, recorded, wrapped
@@ -113,6 +114,19 @@ def test_measures_of_a_compiled_model(case: Case) -> None:
         found.append(optimizer.metrics.layer_measures)
     torch._dynamo.reset()
     assert_measures(found[1], [astuple(measures) for measures in found[0].values()])
+
+
+def test_the_share_of_the_mean_is_none_to_all() -> None:
+    """Where rows cancel each other, rounding leaves a sum on either side of zero."""
+    z = torch.randn(500, 8, 9)
+    rows = torch.cat([z - z.mean(1, keepdim=True), torch.randn(500, 1, 9).expand(-1, 8, -1)])
+    gram = (rows @ rows.mT).permute(1, 2, 0)
+    measures, live = measures_of_gram(gram, KernelMatrix(gram, LINEAR))
+    share = measures[:, 3]
+    assert share.min() >= 0
+    assert share.max() <= 1
+    torch.testing.assert_close(share, torch.tensor([0.0, 1.0]).repeat_interleave(500))
+    assert (live == 8).all()
 
 
 def test_tokens_of_zeros_do_not_count() -> None:

@@ -54,6 +54,23 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
+# The step's own numbers
+
+
+def test_the_share_of_the_entropy_is_that_of_the_objective() -> None:
+    weight = 0.3
+    for phase in ("memorization", "compression"):
+        gate = RESTLESS.model_copy(update={"initial_phase": phase})
+        model = make_net()
+        optimizer = wrap(model, config=GAPTConfig(gate=gate, objective=ObjectiveConfig(weight=weight)))
+        run(model, optimizer, range(1))
+        found = optimizer.metrics
+        assert found is not None
+        penalty = weight * found.entropy
+        share = None if phase == "memorization" else pytest.approx(penalty / (found.loss + penalty), rel=1e-5)
+        assert found.entropy_share == share
+
+
 # JSON lines
 
 

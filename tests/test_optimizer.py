@@ -703,6 +703,19 @@ def test_loss_of_one_element_is_a_scalar() -> None:
     assert_same(gradients(model), gradients(bare_model))
 
 
+def test_loss_that_nothing_computed() -> None:
+    """A parameter of its own, say: there is no graph behind it to look at."""
+    model = make_net()
+    optimizer = wrap(model, config=COMPRESSING)
+    loss_of(model, 0)
+    loss = torch.tensor(3.0, requires_grad=True)
+    optimizer.backward(loss)
+    assert loss.grad == 1
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.loss == 3
+
+
 def test_objective_before_the_forward_pass_is_refused() -> None:
     model = make_net()
     optimizer = wrap(model)

@@ -523,7 +523,7 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("weight", [0.1, 10.0])
+@pytest.mark.parametrize("weight", [0.1, 1.0, 10.0])
 def test_project_parameters(weight: float, micro_batches: int) -> None:
     """Each micro-batch adds its entropy gradient, and what then points against the loss gradient is removed."""
     conflicts = 0
@@ -559,6 +559,13 @@ def test_project_parameters_measures_before_it_projects() -> None:
         assert_measured(optimizer, expected, torch.float64, 1e-11)
 
 
+@pytest.mark.parametrize(("phase", "weight"), [("memorization", 1.0), ("compression", 0.0)])
+def test_where_the_entropy_has_no_weight_nothing_is_projected(phase: str, weight: float) -> None:
+    parts = {"objective": {"weight": weight}, "alignment": {"project_parameters": True}}
+    optimizer, expected = measured(CASES["mlp"], torch.float64, phase, micro_batches=2, **parts)
+    assert_measured(optimizer, expected, torch.float64, 1e-11)
+
+
 def test_project_parameters_leaves_memorization_alone() -> None:
     case, found = CASES["gpt2"], []
     for project in (False, True):
@@ -576,7 +583,8 @@ def test_project_parameters_leaves_memorization_alone() -> None:
 def test_streaming_refuses_a_parameter_that_is_changed_in_the_backward() -> None:
     case = CASES["mlp"]
     model = case.model()
-    model.head.weight.register_post_accumulate_grad_hook(lambda p: None)
+    for parameter in (model.head.weight, model.head.bias):
+        parameter.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(RuntimeError, match=r'"head.weight" has a post-accumulate hook; use parameter_streaming=False'):
         measuring(model, case, alignment={"parameter_streaming": True})
 

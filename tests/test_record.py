@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from gapt_optim import Measures
 from gapt_optim._objective import Objective
 from gapt_optim._step.record import Reading, StepRecord, mean_or_nan
+from tests.distributed.threads import on_threads
 
 
 def objective(penalty: float | None = None, **entropies: float) -> Objective:
     """Of layers with these entropies; the measures of a layer are its entropy times 10, 100, 1000 and 10,000."""
-    tens = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
+    tens = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
     return Objective(
         total=torch.tensor(0.0),
-        entropies={name: torch.tensor(value, requires_grad=True) for name, value in entropies.items()},
-        measures={name: value * tens for name, value in entropies.items()},
-        penalty=None if penalty is None else torch.tensor(penalty, requires_grad=True),
+        layers=list(entropies),
+        numbers=torch.stack([value * tens for value in entropies.values()]),
+        penalty=None if penalty is None else torch.tensor(penalty),
         mean_entropy=None,
     )
 
@@ -80,32 +77,40 @@ def test_mean_or_nan(values: list[float], mean: float) -> None:
     assert mean_or_nan(values) == pytest.approx(mean, nan_ok=True)
 
 
-def on_two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    group = dist.group.WORLD
-    record = StepRecord(["a", "b", "c"])
-    # Layer b rests on rank 0, layer c on both; rank 1 has two micro-batches.
-    if rank == 0:
-        record.add(torch.tensor(1.0), objective(a=1.0, penalty=0.5), group)
-    else:
-        record.add(torch.tensor(2.0), objective(a=2.0, b=5.0, penalty=0.25), group)
-        record.add(torch.tensor(4.0), objective(a=4.0, penalty=0.75), group)
-    read = record.start_reading(torch.full((3, 3), float(rank)), 1.0 + rank, group)
-    assert read is not None
-    found = read()
-    torch.save(found._asdict() | {"measures": {k: asdict(v) for k, v in found.measures.items()}}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def test_ranks_agree_even_where_a_layer_ran_on_one_of_them() -> None:
+    def read() -> Reading:
+        rank, group = dist.get_rank(), dist.group.WORLD
+        record = StepRecord(["a", "b", "c"])
+        # Layer b rests on rank 0, layer c on both; rank 1 has two micro-batches.
+        if rank == 0:
+            record.add(torch.tensor(1.0), objective(a=1.0, penalty=0.5), group)
+        else:
+            record.add(torch.tensor(2.0), objective(a=2.0, b=5.0, penalty=0.25), group)
+            record.add(torch.tensor(4.0), objective(a=4.0, penalty=0.75), group)
+        found = record.start_reading(torch.full((3, 3), float(rank)), 1.0 + rank, group)
+        assert found is not None
+        return found()
+
+    expected = Reading(
+        loss=2.0,
+        penalty=0.5,
+        entropies={"a": 2.0, "b": 5.0},
+        measures={"a": measures(2.0), "b": measures(5.0)},
+        validation=1.5,
+        statistics=[[0.25] * 3] * 3,  # of the gradient that all ranks share, the mean of theirs
+    )
+    assert on_threads(read) == [expected] * 2
 
 
-def test_ranks_agree_even_where_a_layer_ran_on_one_of_them(tmp_path: Path) -> None:
-    mp.start_processes(on_two_ranks, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    expected: dict[str, Any] = {
-        "loss": 2.0,
-        "penalty": 0.5,
-        "entropies": {"a": 2.0, "b": 5.0},
-        "measures": {"a": asdict(measures(2.0)), "b": asdict(measures(5.0))},
-        "validation": 1.5,
-        "statistics": [[0.25] * 3] * 3,  # of the gradient that all ranks share, the mean of theirs
-    }
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
+@pytest.mark.parametrize("held_out", [(math.nan, math.nan), (2.0, math.nan), (math.inf, 2.0)])
+def test_held_out_losses_are_averaged_over_the_ranks_that_have_one(held_out: tuple[float, float]) -> None:
+    def read() -> Reading:
+        record, group = StepRecord(["a"]), dist.group.WORLD
+        record.add(torch.tensor(1.0), objective(a=1.0), group)
+        found = record.start_reading(None, held_out[dist.get_rank()], group)
+        assert found is not None
+        return found()
+
+    for reading in on_threads(read):
+        assert reading.validation == pytest.approx(2.0 if 2.0 in held_out else math.nan, nan_ok=True)
+        assert reading.statistics == []

@@ -7,9 +7,11 @@ import gc
 import io
 import math
 import pickle
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from gapt_optim import EntropyConfig, GAPTOptimizer, RepresentationHook
+from gapt_optim import EntropyConfig, GAPTOptimizer, Measures, RepresentationHook
+from gapt_optim._capture.masks import masked_modules
 from tests.models import CASES, CNN, MLP, WRAPS, Block, TiedLM, Wrapping, gpt2, masked_tokens, tokens
 from tests.reference import KERNELS, reference_layer_entropy
 from tests.training import distance, gradients, recorded, wrapped
@@ -94,6 +97,7 @@ def test_modules_and_mixed_lists() -> None:
 
 def test_automatic_choice_of_a_transformer() -> None:
     assert RepresentationHook(gpt2(n_layer=3)).names == [f"transformer.h.{i}" for i in range(3)]
+    assert RepresentationHook(MLP(depth=1)).names == ["blocks.0"]
 
 
 class Two(nn.Module):
@@ -201,11 +205,13 @@ def test_shapes(shape: tuple[int, ...], window: int | None) -> None:
     assert entropies(optimizer)["0"] == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["linear", "cosine"])
 @pytest.mark.parametrize("shape", [(0, 6), (0, 5, 6), (3, 0, 6), (0, 6, 2, 2)])
 @PHASES
-def test_an_empty_batch_has_no_entropy(shape: tuple[int, ...], phase: str) -> None:
+def test_an_empty_batch_has_no_entropy(shape: tuple[int, ...], phase: str, kernel: str) -> None:
     model = nn.Sequential(nn.Conv2d(6, 6, 1) if len(shape) == 4 else nn.Linear(6, 6))
-    optimizer = wrapped(model, "0", phase=phase)
+    entropy = {"kernel": kernel, "center": kernel == "cosine"}
+    optimizer = wrapped(model, "0", phase=phase, entropy=entropy)
     optimizer.backward(model(torch.randn(shape)).sum())
     optimizer.step()
     assert entropies(optimizer) == {"0": 0.0}
@@ -239,6 +245,26 @@ class Task(nn.Module):
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         return CASES["gpt2 masked"].loss(self.model, batch)
+
+
+class TakingMask(nn.Module):
+    """Takes an attention_mask, and so does the module in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
+def test_masks_are_looked_for_around_the_taps() -> None:
+    outer = TakingMask(TakingMask(nn.Linear(4, 4)))
+    model = nn.ModuleDict({"outer": outer, "beside": TakingMask(nn.Linear(4, 4)), "plain": nn.Linear(4, 4)})
+    assert masked_modules(model, ["outer.inner.inner", "plain"]) == [model, outer, outer.inner]
+    assert masked_modules(model, ["outer"]) == [model, outer]
+    assert masked_modules(model, [""]) == masked_modules(model, ["plain"]) == [model]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -460,6 +486,19 @@ def test_a_token_mask_is_not_one_of_channels() -> None:
     assert masked.entropies == plain.entropies
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (1, 2)])
+def test_a_mask_that_is_picked_is_not_one_of_images(shape: tuple[int, int]) -> None:
+    """Beside tokens, a model may have images, whose positions it is not about."""
+    model, x, found = CNN(), torch.randn(2, 3, 7, 7), []
+    for mask in (None, lambda _: torch.zeros(shape)):
+        optimizer = wrapped(model, "convolutions.*", mask=mask)
+        optimizer.backward(model(x).square().mean())
+        optimizer.step()
+        found.append(entropies(optimizer))
+        optimizer.hook.remove()
+    assert found[0] == found[1]
+
+
 def test_a_mask_serves_its_own_call_only() -> None:
     """Not a part of the model that is called by itself afterwards, not even where the model's call had failed."""
     model, batch, h = TiedLM(), masked_tokens(), torch.randn(4, 13, 6)
@@ -530,6 +569,13 @@ def test_the_hook_is_a_context_manager_and_removing_twice_is_fine() -> None:
         assert not hook.removed
     assert hook.removed
     hook.remove()
+
+
+@pytest.mark.parametrize(("count", "shown"), [(12, '"11"'), (13, '"11", ...')])
+def test_twelve_modules_are_shown(count: int, shown: str) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+    with pytest.raises(ValueError, match=re.escape(f'"10", {shown}') + "$"):
+        RepresentationHook(model, "nothing")
 
 
 def test_nothing_is_captured_without_an_optimizer() -> None:
@@ -861,6 +907,13 @@ def test_measuring_averages_over_calls_and_takes_its_own_settings() -> None:
         outputs = [model.blocks[0](first), model.blocks[0](second)]
     expected = sum(float(reference_layer_entropy(h.detach(), 1.0, None, normalize=True)) for h in outputs) / 2
     assert measured.entropies["blocks.0"] == pytest.approx(expected, rel=1e-5)
+    alone = []
+    for h in (first, second):
+        with hook.measuring(settings) as once:
+            model.blocks[0](h)
+        alone.append(once.measures["blocks.0"])
+    for name, value in asdict(Measures.mean(alone)).items():
+        assert getattr(measured.measures["blocks.0"], name) == pytest.approx(value, rel=1e-6)
 
 
 def test_measuring_windows_that_fit_the_sequence() -> None:

@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, RepresentationHook
+from gapt_optim._capture import puts_sequence_first
 
 from .loops import assert_same
 from .models import MLP
@@ -216,6 +217,27 @@ def test_an_output_that_is_named_is_read_as_the_one_that_is_found() -> None:
             model(data(3, 21).transpose(0, 1))
         found.append(measured.entropies)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_the_transformer_that_is_nearest_is_asked(outer: bool) -> None:
+    """Of one inside another, and of a layer that differs from the others of its stack."""
+    transformer = nn.Transformer(6, 2, 2, 1, 8, custom_encoder=encoder(outer), batch_first=outer)
+    transformer.encoder.layers[0] = encoder_layer(not outer)
+    model = nn.Sequential(transformer)
+    for layer, first in (("encoder.layers.0", not outer), ("encoder.layers.1", outer), ("decoder.layers.0", outer)):
+        assert puts_sequence_first(model, f"0.{layer}") == (not first)
+        assert puts_sequence_first(model, f"0.{layer}.linear1") == (not first)
+    assert puts_sequence_first(model, "0.encoder") == outer  # which its first layer tells
+    assert puts_sequence_first(model, "0") == (not outer)
+    assert not puts_sequence_first(model, "")
+
+
+def test_a_transformer_inside_a_wrapper_is_asked() -> None:
+    for first in (False, True):
+        model = nn.Sequential(checkpoint_wrapper(encoder(first)), nn.Sequential(encoder(first)))
+        assert puts_sequence_first(model, "0") == (not first)
+        assert not puts_sequence_first(model, "1")  # which may do anything with what it gets
 
 
 def test_without_a_batch() -> None:

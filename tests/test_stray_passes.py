@@ -43,16 +43,61 @@ def test_a_pass_whose_loss_is_thrown_away_does_not_reach_the_step(factor: float)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+class Branching(nn.Module):
+    """With a branch that the loss does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Linear(10, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x))
+        self.branch(h)
+        found: Tensor = self.head(h)
+        return found
+
+
+def test_the_latest_call_of_a_branch_that_the_loss_does_not_use_counts() -> None:
+    found = []
+    for stray in (False, True):
+        torch.manual_seed(0)
+        model = Branching()
+        hook = RepresentationHook(model, ["stem", "branch"])
+        optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook, COMPRESSION)
+        if stray:
+            loss_of(model, seed=2, factor=50.0)
+        optimizer.backward(loss_of(model))
+        optimizer.step()
+        assert optimizer.metrics is not None
+        found.append(optimizer.metrics.layer_entropy)
+    assert found[0] == found[1]
+
+
 def test_passes_without_a_loss_are_not_kept_forever() -> None:
     model, optimizer = build()
-    for _ in range(MOST_WAITING):
+
+    def kept_after(passes: int) -> set[int]:
+        for _ in range(passes):
+            loss_of(model)
+        return {len(calls) for calls in optimizer.hook._store.calls.values()}
+
+    for _ in range(2):
+        assert kept_after(MOST_WAITING) == {MOST_WAITING}
+        optimizer.discard_step()
+    assert kept_after(MOST_WAITING) == {MOST_WAITING}
+    with pytest.warns(UserWarning, match=r"no optimizer\.backward") as told:
         loss_of(model)
-    with pytest.warns(UserWarning, match=r"no optimizer\.backward"):
-        loss_of(model)
-    for _ in range(MOST_WAITING):
-        loss_of(model)
-    kept = optimizer.hook._store.calls.values()
-    assert max(map(len, kept)) <= MOST_WAITING
+    assert told[0].filename == __file__
+    assert kept_after(0) == {1}
+    assert kept_after(MOST_WAITING - 1) == {MOST_WAITING}
+    assert kept_after(1) == {1}  # of which nothing is said again
+
+
+def test_passes_that_were_differentiated_past_the_wrapper_are_not_kept() -> None:
+    model, optimizer = build()
+    for _ in range(3):
+        loss_of(model).backward()
+        assert {len(calls) for calls in optimizer.hook._store.calls.values()} == {1}
 
 
 def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:

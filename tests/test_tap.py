@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
+from gapt_optim._capture.tap import WITH_LOSS, Tap
+from tests.loops import assert_same
 from tests.memory import Live
 from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations
 from tests.reference import (
@@ -165,6 +168,9 @@ def test_objective_has_the_value_of_the_sum(kernel: str, center: bool) -> None:
         loss = case.loss(model, inputs)
     expected = reference_objective(loss, [h for (h,) in calls], WEIGHT, mask=inputs["attention_mask"], **entropy)
     torch.testing.assert_close(optimizer.objective(loss), expected, rtol=1e-12, atol=0)
+    optimizer.discard_step()
+    found = optimizer.objective(case.loss(model, inputs) / 4, scaled_by=1 / 4)
+    torch.testing.assert_close(found, expected / 4, rtol=1e-12, atol=0)
 
 
 @kernels
@@ -177,6 +183,9 @@ def test_scale_and_accumulation_reach_the_entropy(kernel: str, center: bool) -> 
         optimizer.backward(case.loss(model, inputs), scale=1024 / 3)
     expected = reference_gradients(case, torch.float64, **entropy)
     assert distance(gradients(model), {name: gradient * 1024 for name, gradient in expected.items()}) < 1e-10
+    optimizer.zero_grad()
+    optimizer.backward(case.loss(model, inputs) / 4, scaled_by=1 / 4)
+    assert distance(gradients(model), {name: gradient / 4 for name, gradient in expected.items()}) < 1e-10
 
 
 @kernels
@@ -214,6 +223,17 @@ def test_frozen_lower_layers_are_read_and_the_rest_is_pressed() -> None:
     assert distance(tapped_gradients(frozen, torch.float64), reference_gradients(frozen, torch.float64)) < 1e-10
 
 
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf, math.nan])
+def test_an_entropy_gradient_that_is_not_finite_is_left_out(infinity: float) -> None:
+    h = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    options = (None, 2.0, False, False, None, True, True, "sum", "layer")
+    tapped, gram, carrier = Tap.apply(h, torch.zeros(3, requires_grad=True), *options)
+    given = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+    factor, carried = torch.tensor([[[infinity, 0.0], [0.0, 1.0]]]), torch.tensor([1.0, WITH_LOSS])
+    (found,) = torch.autograd.grad((tapped, gram, carrier), h, (given, factor, carried))
+    assert found.tolist() == [[5.0, 6.0], [10.0, 12.0]]
+
+
 @pytest.mark.parametrize("combine", ["sum", "project"])
 def test_an_overflowing_layer_leaves_the_gradient_of_the_loss(combine: str) -> None:
     """Its entropy is not finite, and must not put nan into the weights below it."""
@@ -235,6 +255,8 @@ def test_an_overflowing_layer_leaves_the_gradient_of_the_loss(combine: str) -> N
     assert optimizer.metrics is not None
     assert not math.isfinite(optimizer.metrics.layer_entropy["blocks.1"])
     assert optimizer.metrics.nonfinite_steps == 1
+    loss = model(x).square().mean()
+    assert optimizer.objective(loss) == loss
 
 
 # Memory
@@ -497,6 +519,18 @@ def test_recomputing_the_whole_model_keeps_its_mask() -> None:
     assert distance(gradients(model), expected) < 1e-10
 
 
+def test_a_pass_without_gradients_leaves_the_mask_of_the_one_before() -> None:
+    """Of which a backward is still to come, and recomputes what the mask is of."""
+    case = CASES["gpt2 masked"]
+    model, inputs = replace(case, build=checkpointed_gpt2).model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    loss = case.loss(model, inputs)
+    with torch.no_grad():
+        model(**(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}))
+    optimizer.backward(loss)
+    assert distance(gradients(model), reference_gradients(case, torch.float64)) < 1e-10
+
+
 def test_recomputing_two_masked_batches_at_once_is_refused() -> None:
     """Which mask a recomputed block had is not known; a wrong one would be silent."""
     model, batch, case = recomputing_lm(), masked_tokens(), CASES["tied masked"]
@@ -526,6 +560,21 @@ def test_reentrant_checkpointing_turned_on_later_is_refused_too() -> None:
     model.checkpointing["use_reentrant"] = True
     with pytest.raises(RuntimeError, match=r'"blocks.0".*use_reentrant=False'):
         optimizer.backward(model(x).square().mean())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@PHASES
+def test_a_backward_past_the_wrapper_is_left_alone(phase: str, use_reentrant: bool) -> None:
+    """Of who calls loss.backward(): a recomputed block passes on what it gets, whether its call is known or not."""
+    model, x = MLP(use_reentrant=use_reentrant), torch.randn(4, 6, requires_grad=True)
+    model(x).square().mean().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    optimizer = wrapped(model, "blocks.*", phase=phase)
+    loss = model(x).square().mean()
+    optimizer.discard_step()
+    loss.backward()
+    assert_same(gradients(model), expected)
 
 
 # Alignment statistics

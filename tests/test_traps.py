@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import linecache
 import math
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim import (
+    AlignmentConfig,
+    GAPTConfig,
+    GAPTOptimizer,
+    GateConfig,
+    Measures,
+    RepresentationHook,
+    StepMetrics,
+)
+from gapt_optim._step.evasion import EvasionWatch
+from gapt_optim._step.evasion import _Level as Level
+from gapt_optim._step.evasion import _what_happened as what_happened
+from gapt_optim._step.groups import ZeroedGradients, largest_learning_rate
+from gapt_optim._step.hints import SmallShareHint, ZeroEntropyHint
+from gapt_optim._step.record import Reading
 
-from .loops import COMPRESSING, RESTLESS, loss_of, make_net, run, weights, wrap
+from .distributed.threads import on_threads
+from .loops import COMPRESSING, RESTLESS, adamw, loss_of, make_net, run, weights, wrap
 from .models import MLP
 from .training import config, wrapped
 
@@ -59,15 +76,43 @@ def test_an_inplace_activation_behind_a_tap(phase: str, activation: bool) -> Non
         optimizer.step()
 
 
+# Entropies that no training changes
+
+
+@pytest.mark.parametrize("due", ["compression", "parameter alignment"])
+def test_layers_above_frozen_parameters_alone_are_told_once(due: str) -> None:
+    model = make_net()
+    model.embedding.requires_grad_(False)
+    model.layers.requires_grad_(False)
+    every = AlignmentConfig(parameter_every=1)
+    settings = COMPRESSING if due == "compression" else GAPTConfig(gate=GateConfig(frozen=True), alignment=every)
+    optimizer = wrap(model, config=settings)
+    (only,) = said(lambda: [(optimizer.backward(loss_of(model, i)), optimizer.step()) for i in range(3)])
+    assert only.startswith('the entropy of layer "layers.0" (and of 2 more) has no gradient')
+    model.layers[0].requires_grad_()  # what it advises
+    optimizer = wrap(model, config=settings)
+    assert not said(lambda: [(optimizer.backward(loss_of(model, i)), optimizer.step()) for i in range(3)])
+
+
+def test_a_frozen_backbone_that_is_only_watched_is_no_mistake() -> None:
+    model = make_net()
+    model.embedding.requires_grad_(False)
+    model.layers.requires_grad_(False)
+    optimizer = wrap(model, config=GAPTConfig(gate=GateConfig(frozen=True)))
+    assert not said(lambda: [(optimizer.backward(loss_of(model, i)), optimizer.step()) for i in range(3)])
+
+
 # Entropies that are always 0
 
 
 def said(act: Callable[[], Any]) -> list[str]:
-    """Warnings of ``act``, which point at its own lines."""
+    """Warnings of ``act``, which point at its own lines: those that call the optimizer."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
-    assert {warning.filename for warning in caught} <= {__file__}
+    for warning in caught:
+        assert warning.filename == __file__
+        assert re.search(r"\b(backward|optimizer\.step|scaler\.step)\(", linecache.getline(__file__, warning.lineno))
     return [str(warning.message) for warning in caught]
 
 
@@ -102,6 +147,21 @@ def test_windows_without_an_entropy_are_told_once(
     assert re.match(rf'the entropy of layer "blocks\.0" \(and of 2 more\) is 0.*{reason}', messages[0])
     assert optimizer.metrics is not None
     assert optimizer.metrics.entropy == pytest.approx(0, abs=1e-5)
+
+
+def test_layers_that_come_later_are_looked_at_until_one_is_told_of() -> None:
+    plan, hint = wrapped(MLP(), "blocks.*")._state.plan, ZeroEntropyHint()
+    some, none = ([SimpleNamespace(shape=shape)] for shape in ((8, 6), (1, 6)))
+
+    def look(**calls: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hint.look(plan, calls)
+        return [str(warning.message) for warning in caught]
+
+    assert look(a=some) == look(a=none) == []  # a last batch that is short
+    assert ['layer "b" is 0' in message for message in look(a=some, b=none)] == [True]
+    assert look(a=some, b=none) == look(c=none) == []
 
 
 @pytest.mark.parametrize("kernel", ["linear", "cosine"])
@@ -199,6 +259,32 @@ def test_a_small_share_is_judged_over_twenty_steps_of_compression() -> None:
     assert len(summed(70_000.0, 0.05, steps=20)[1]) == 1
 
 
+def numbers(loss: float, penalty: float) -> Reading:
+    return Reading(loss, penalty, {}, {}, math.nan, [])
+
+
+def test_steps_without_a_share_are_passed_over() -> None:
+    plans = {phase: wrapped(MLP(), "blocks.*", phase)._state.plan for phase in ("memorization", "compression")}
+    hint, compressing = SmallShareHint(), plans["compression"]
+    passed_over = [(math.nan, 0.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(19):
+            hint.look(compressing, numbers(-2e4, 0.5))
+            hint.look(plans["memorization"], numbers(1.0, 0.0))
+            for loss, penalty in passed_over:
+                hint.look(compressing, numbers(loss, penalty))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        hint.look(compressing, numbers(-1e4, -0.5))
+        for _ in range(40):
+            hint.look(compressing, numbers(2e4, 0.5))
+    (message,) = (str(warning.message) for warning in told)
+    assert "was 2.6e-05 of the objective (loss 1.95e+04, weight * entropy 0.5)" in message
+    weight = compressing.config.objective.weight * 19.5 / 0.5e-3 / 99
+    assert f"ObjectiveConfig(weight={weight:.2g}) makes it one percent" in message
+
+
 # Losses that the loop divides
 
 
@@ -270,6 +356,9 @@ def test_a_divided_loss_of_which_nothing_is_said_is_noticed(divide: Callable[[Te
         lambda optimizer, loss: optimizer.backward((loss + loss.detach()) / 4),  # a mean of losses
         lambda optimizer, loss: optimizer.backward(loss / torch.tensor(4.5)),
         lambda optimizer, loss: optimizer.backward(loss * 0.0),
+        lambda optimizer, loss: optimizer.backward(torch.maximum(loss, torch.tensor(4.0))),
+        lambda optimizer, loss: optimizer.backward(torch.tensor(4.0) / loss),
+        lambda optimizer, loss: optimizer.backward(torch.tensor(4.0) * loss),
     ],
 )
 def test_other_accumulated_losses_are_no_mistake(backward: Callable[[GAPTOptimizer, Tensor], None]) -> None:
@@ -284,6 +373,25 @@ def test_other_accumulated_losses_are_no_mistake(backward: Callable[[GAPTOptimiz
             optimizer.zero_grad()
 
     assert said(act) == []
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "told"),
+    [("4444", True), ("444", True), ("44", False), ("442442", False), ("441444", True), ("1111", False)],
+)
+def test_divided_losses_are_told_of_after_three_steps_in_a_row(micro_batches: str, told: bool) -> None:
+    """Each loss is divided by four, or by one where it is the only one of its step."""
+    model = make_net()
+    optimizer = wrap(model)
+
+    def act() -> None:
+        for n in map(int, micro_batches):
+            for i in range(n):
+                optimizer.backward(loss_of(model, i) / (4 if n > 1 else 1))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert len(said(act)) == told
 
 
 def test_losses_of_a_step_that_was_not_taken_are_not_those_of_the_next() -> None:
@@ -383,6 +491,54 @@ def test_any_learning_rate_will_do(lr: Any) -> None:
     assert kept == (pytest.approx(0.01) if isinstance(lr, float | Tensor) and math.isfinite(lr) else None)
 
 
+@pytest.mark.parametrize(
+    ("rates", "largest"),
+    [
+        ([1e-3, 3, 0.5], 3.0),
+        ([-2.0], -2.0),
+        ([torch.tensor(0.5), 0.25], 0.5),
+        ([torch.tensor([0.5]), None], 0.5),
+        ([math.nan, 0.1, -math.inf], 0.1),
+        ([torch.tensor([1.0, 2.0])], None),  # of each parameter
+        ([torch.empty((), device="meta")], None),  # to be waited for
+        ([None, "high"], None),
+        ([], None),
+    ],
+    ids=str,
+)
+def test_the_largest_learning_rate(rates: list[Any], largest: float | None) -> None:
+    groups = [{} if rate is None else {"lr": rate} for rate in rates]
+    assert largest_learning_rate(groups) == largest
+
+
+# Steps that a GradScaler skips
+
+
+def test_gradients_that_are_as_zero_grad_left_them() -> None:
+    first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    groups = [{"params": [first, second]}, {"params": [third]}]
+    zeroed = ZeroedGradients()
+    assert not zeroed.untouched(groups)  # nothing was noted
+    second.grad = torch.zeros(2)
+
+    def noted(change: Callable[[], None]) -> bool:
+        zeroed.note(groups)
+        change()
+        found = zeroed.untouched(groups)
+        assert not zeroed.untouched(groups)  # it is forgotten
+        return found
+
+    def set_gradient(parameter: nn.Parameter, gradient: Tensor | None) -> Callable[[], None]:
+        return lambda: setattr(parameter, "grad", gradient)
+
+    assert noted(lambda: None)
+    assert not noted(lambda: second.grad.add_(0))  # type: ignore[union-attr]
+    assert not noted(set_gradient(second, torch.zeros(2)))
+    assert not noted(set_gradient(third, torch.zeros(2)))
+    assert noted(set_gradient(third, None))
+    assert noted(set_gradient(second, None))
+
+
 # What is logged
 
 
@@ -399,6 +555,28 @@ def test_the_first_switches_are_logged(caplog: pytest.LogCaptureFixture) -> None
     assert re.search(expected, lines[0])
     assert re.search("compression -> memorization.*now training on the loss alone", lines[1])
     assert "\n" not in "".join(lines)
+    assert ["further switches" in line for line in lines] == [False, True]
+
+
+def test_what_is_logged_names_a_layer_that_is_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_net()
+    optimizer = GAPTOptimizer(adamw(model), RepresentationHook(model, "layers.1"), GAPTConfig(gate=RESTLESS))
+    run(model, optimizer, range(6))
+    assert 'entropy of layer "layers.1". ' in caplog.text
+
+
+def test_one_rank_of_several_logs(caplog: pytest.LogCaptureFixture) -> None:
+    models = iter([make_net(), make_net()])
+
+    def train() -> int:
+        model = next(models)
+        optimizer = wrap(model, config=GAPTConfig(gate=RESTLESS))
+        run(model, optimizer, range(20))
+        assert optimizer.metrics is not None
+        return optimizer.metrics.switches
+
+    assert min(on_threads(train)) > 2
+    assert len([record for record in caplog.records if record.name == "gapt_optim"]) == 2
 
 
 def test_what_is_logged_is_off_by_a_flag(caplog: pytest.LogCaptureFixture) -> None:
@@ -451,6 +629,32 @@ def test_two_forward_passes_then_two_backward_calls(phase: str) -> None:
     for each in (x, y):
         optimizer.backward(model(each).square().mean())
     optimizer.step()
+
+
+# Where a warning points
+
+
+@pytest.mark.parametrize("between", ["nothing", "scheduler", "scaler"])
+def test_a_warning_points_at_the_line_that_called_us(between: str) -> None:
+    """Past the frames that torch puts between."""
+
+    def full(metrics: StepMetrics) -> None:
+        raise OSError("disk full")
+
+    model = make_net()
+    optimizer = wrap(model, observers=[full])
+    scaler = torch.amp.GradScaler("cpu", enabled=between == "scaler")
+    if between == "scheduler":
+        LambdaLR(optimizer, lambda step: 1.0)
+
+    def act() -> None:
+        scaler.scale(optimizer.objective(loss_of(model, 0))).backward()
+        if between == "scaler":
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+
+    assert said(act) == ["observer function raised OSError: disk full; it is dropped"]
 
 
 # Entropies that fall without any compression
@@ -525,6 +729,77 @@ def test_a_step_that_is_not_finite_does_not_hide_a_fall(overflow: int) -> None:
 @pytest.mark.parametrize("resumed", [1, 3, 10, 59])
 def test_a_resumed_run_tells_of_a_fall_as_an_uninterrupted_one(resumed: int) -> None:
     assert evading("linear", False, "lengths", resumed=resumed) == evading("linear", False, "lengths")
+
+
+def level(pressed: float, cosine: float = 1.0, norm_ratio: float = 1.0, mean_share: float = 0.0) -> Level:
+    return Level(pressed, cosine, norm_ratio, mean_share)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "what"),  # largest over median norm, and the share of the mean row
+    [
+        ((1.0, 0.0), (10.0, 0.8), "grew long"),
+        ((1.0, 0.0), (10.0, 0.95), "share one vector"),
+        ((2.0, 0.5), (4.0, 0.74), "grew long"),
+        ((2.0, 0.5), (4.0, 0.76), "share one vector"),
+        ((2.0, 0.5), (4.0, 0.75), "share one vector"),
+        ((1.0, 1.0), (1.5, 1.0), "grew long"),
+        ((0.0, 0.0), (0.0, 0.0), "share one vector"),
+    ],
+)
+def test_the_way_out_that_went_further_is_named(
+    before: tuple[float, float], now: tuple[float, float], what: str
+) -> None:
+    assert what in what_happened(level(1.0, 1.0, *before), level(0.1, 1.0, *now))
+
+
+def seen(watch: EvasionWatch, phase: str, **levels: Level) -> list[str]:
+    """One step of the layers blocks.0 and blocks.1; what was said."""
+    plan = wrapped(MLP(), "blocks.*", phase)._state.plan
+    names = {f"blocks.{name[-1]}": each for name, each in levels.items()}
+    measures = {name: Measures(0.0, of.cosine, of.norm_ratio, of.mean_share) for name, of in names.items()}
+    entropies = {name: of.pressed for name, of in names.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch.look(plan, Reading(1.0, 0.0, entropies, measures, math.nan, []))
+    return [str(warning.message) for warning in caught]
+
+
+def test_moving_averages_are_compared_from_the_first_compression_on() -> None:
+    watch = EvasionWatch()
+    assert seen(watch, "memorization", _0=level(1.0, 2.0, 3.0, 0.4)) == []
+    assert seen(watch, "memorization", _0=level(2.0, 4.0, 13.0, 0.8), _1=level(5.0)) == []
+    state = watch.state_dict()
+    assert state["before"] == {}
+    assert state["now"]["blocks.0"] == pytest.approx(
+        {"pressed": 1.1, "cosine": 2.2, "norm_ratio": 4.0, "mean_share": 0.44}
+    )
+    before = copy.deepcopy(state["now"])
+    assert seen(watch, "compression", _0=level(2.1, 4.2, 14.0, 0.84), _2=level(7.0)) == []
+    assert seen(watch, "memorization", _0=level(2.2, 4.3, 15.0, 0.86)) == []
+    assert seen(watch, "compression", _0=level(2.2, 4.3, 15.0, 0.86)) == []
+    state = watch.state_dict()
+    assert state["before"] == before | {"blocks.2": level(7.0)._asdict()}
+    assert state["now"]["blocks.1"] == level(5.0)._asdict()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_layer_that_is_not_finite_does_not_hide_another(bad: float) -> None:
+    watch = EvasionWatch()
+    assert seen(watch, "compression", _0=level(bad), _1=level(1.0)) == []
+    told = [seen(watch, "compression", _0=level(bad), _1=level(0.0)) for _ in range(20)]
+    assert [len(each) for each in told].index(1) == 6  # 0.9 ** 7 < 0.5
+    assert sum(map(len, told)) == 1
+    assert watch.state_dict()["now"].keys() == {"blocks.1"}
+
+
+@pytest.mark.parametrize(("cosine", "told"), [(0.91, True), (0.89, False)])
+@pytest.mark.parametrize(("pressed", "halved"), [(0.49, True), (0.51, False)])
+def test_half_of_an_entropy_and_a_tenth_of_the_other(cosine: float, told: bool, pressed: float, halved: bool) -> None:
+    watch = EvasionWatch()
+    seen(watch, "compression", _0=level(2.0, 3.0))
+    messages = [text for _ in range(150) for text in seen(watch, "compression", _0=level(2 * pressed, 3 * cosine))]
+    assert len(messages) == (told and halved)
 
 
 @pytest.mark.parametrize("act", ["lengths", "common", "free"])
@@ -613,6 +888,7 @@ def test_what_is_proposed_matches(model: nn.Module, first: str, names: list[str]
     with pytest.raises(ValueError, match="layers=None") as caught:
         RepresentationHook(model)
     proposed = re.findall('"([^"]+)"', str(caught.value))
+    assert ("; pass one of " in str(caught.value)) == (first != "encoder" and len(proposed) > 1)
     assert proposed[0] == first
     assert RepresentationHook(model, first).names == names
     for glob in proposed:

@@ -49,7 +49,7 @@ def messages(folder: Path) -> list[Message]:
 def _raised(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
         yield ast.unparse(node.exc.func), node.exc.args[0]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn" and node.args:
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "tell") and node.args:
         yield (ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"), node.args[0]
     elif isinstance(node, ast.Call) and re.fullmatch(r"_?log(ger)?\.\w+", ast.unparse(node.func), re.IGNORECASE):
         yield from (("logging", part) for part in node.args[:1])

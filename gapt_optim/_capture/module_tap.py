@@ -17,7 +17,7 @@ from .grams import captured, grams_of, kernel_of
 from .graph import unspent
 from .measurement import Measurement
 from .outputs import batch_first, checked_hidden, hidden_rows, replace_tensor
-from .store import WITHOUT_GRAD, CaptureStore
+from .store import CaptureStore
 from .tap import Tap
 from .unsaved import Unsaved
 
@@ -56,15 +56,14 @@ class ModuleTap(Unsaved):
             h, mask = hidden_rows(self.name, output, self.output, self.sequence_first, length)
             given = self.mask_for(h, False)
             mask = given if mask is None else mask if given is None else mask & given
-            found = entropies_of([grams_of(h, mask, measurement.config)], measurement.config, with_factors=False)
-            measurement.add(self.name, found.values[0], found.measures[0])
+            grams = grams_of(h, mask, measurement.config)
+            numbers, _ = entropies_of([grams], measurement.config, h.device, with_factors=False)
+            measurement.add(self.name, numbers[0])
 
     def _capture(self, plan: StepPlan, output: Any) -> Any:
         """Leave the Gram matrices of ``output`` for the optimizer; returns the output with the tap in its graph."""
         store = self.store
         recomputing = _in_backward()
-        if recomputing and self.name not in store.ran and not store.calls[self.name]:
-            raise RuntimeError(f'tapped module "{self.name}" {WITHOUT_GRAD}')
         h = checked_hidden(self.name, output, self.output)
         if h.is_nested:
             raise TypeError(

@@ -74,8 +74,7 @@ def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
     if not longest:
         raise ValueError(f"layers=None needs an nn.ModuleList of one class, and the model has none; {_propose(model)}")
     globs = dict.fromkeys(_glob(f"{name}.0" if name else "0", within_words=False) for name in longest)
-    candidates = ", ".join(f'"{glob}"' for glob in globs)
-    raise ValueError(f"layers=None is ambiguous, several lists have {length} modules; pass one of {candidates}")
+    raise ValueError(f"layers=None is ambiguous, several lists have {length} modules; {_pass(list(globs))}")
 
 
 def _propose(model: nn.Module) -> str:
@@ -90,8 +89,9 @@ def _propose(model: nn.Module) -> str:
 
     def rank(glob: str) -> tuple[bool, int]:
         modules = [named[name] for name in alike[glob]]
-        blocks = len({type(module) for module in modules}) == 1 and any(True for _ in modules[0].children())
-        return not blocks or isinstance(modules[0], nn.Sequential), glob.count(".")
+        kind, *others = {type(module) for module in modules}
+        blocks = not others and any(True for module in modules for _ in module.children())
+        return not blocks or issubclass(kind, nn.Sequential), glob.count(".")
 
     def fits(glob: str) -> bool:
         found = [name for name, _ in model.named_modules() if _matches(name, glob)]
@@ -100,7 +100,7 @@ def _propose(model: nn.Module) -> str:
 
     globs = sorted(filter(fits, alike), key=rank)[:_MOST_PROPOSED]
     if globs:
-        return f"pass {'one of ' if len(globs) > 1 else ''}{', '.join(map(_quoted, globs))}"
+        return _pass(globs)
     names = list(named)[:_MOST_PROPOSED]
     if not names:
         return "it is a single module; to watch its output, pass it: RepresentationHook(model, model)"
@@ -111,6 +111,10 @@ def _glob(name: str, *, within_words: bool = True) -> str:
     """``name`` with * for each number in it: for a part that is one, or also at the end of a word, as in ``fc1``."""
     starred = (re.sub(r"\d+$" if within_words else r"^\d+$", "*", part) for part in name.split("."))
     return ".".join(starred)
+
+
+def _pass(globs: list[str]) -> str:
+    return f"pass {'one of ' if len(globs) > 1 else ''}{', '.join(map(_quoted, globs))}"
 
 
 def _quoted(name: str) -> str:

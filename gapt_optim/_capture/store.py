@@ -5,7 +5,6 @@ It stands between hook and optimizer and refers to no module, so that it never k
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._plan import StepPlan
+from .._tell import tell
 from .grams import Grams
 from .graph import belongs_to, nodes_averaged_by_ddp, nodes_behind, unspent
 from .measurement import Measurement
@@ -159,12 +159,10 @@ class CaptureStore:
             calls.clear()
         if lost and not self._warned_waiting:
             self._warned_waiting = True
-            warnings.warn(
+            tell(
                 f"{MOST_WAITING} calls of the model in training mode with gradients on, and no optimizer.backward(); "
                 "what they captured is dropped. Evaluate under torch.no_grad() or hook.measuring(); where one loss "
-                "is of more calls than that, the entropy is of the last ones: call backward more often",
-                UserWarning,
-                stacklevel=4,
+                "is of more calls than that, the entropy is of the last ones: call backward more often"
             )
 
     def _why_missing(self, missing: list[str]) -> str:

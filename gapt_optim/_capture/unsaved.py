@@ -78,6 +78,6 @@ class _StateWithoutHooks:
         state = {name: value for name, value in state.items() if value is not self}
         ours = {key for name in _HOOKS for key, hook in state.get(name, {}).items() if isinstance(hook, Unsaved)}
         for name in (*_HOOKS, *_FLAGS):
-            if ours & state.get(name, {}).keys():
+            if name in state:
                 state[name] = OrderedDict((key, value) for key, value in state[name].items() if key not in ours)
         return state

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._plan import StepPlan
+from .._tell import tell
 from .record import Reading
 
 _DECAY = 0.9
@@ -82,13 +82,11 @@ class EvasionWatch:
         if self._warned or not (now.pressed < 0.5 * before.pressed and now.cosine > 0.9 * before.cosine):
             return
         self._warned = True
-        warnings.warn(
+        tell(
             f'the entropy of layer "{name}" fell from {before.pressed:.3g} to {now.pressed:.3g}, but its centered '
             f"cosine entropy only from {before.cosine:.3g} to {now.cosine:.3g} nats: nothing was compressed; "
             f"{_what_happened(before, now)} instead. "
-            'Use EntropyConfig(kernel="cosine", center=True), which neither long tokens nor a shared vector lowers',
-            UserWarning,
-            stacklevel=6,
+            'Use EntropyConfig(kernel="cosine", center=True), which neither long tokens nor a shared vector lowers'
         )
 
 

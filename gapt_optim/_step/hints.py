@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 
 from .._capture import Grams
 from .._plan import StepPlan
+from .._tell import tell
 from .record import Reading
 
 _SHARE_STEPS = 20
 _LEAST_SHARE = 1e-3
-_WANTED_SHARE = 0.01
+_PERCENT = 1 / 99  # of the loss is a percent of the objective
 _DIVIDED_STEPS = 3
 
 
@@ -46,11 +46,7 @@ class ZeroEntropyHint:
         if zero:
             self._warned = True
             more = f" (and of {len(zero) - 1} more)" if len(zero) > 1 else ""
-            warnings.warn(
-                f'the entropy of layer "{zero[0]}"{more} is 0 whatever happens: {reasons[zero[0]]}',
-                UserWarning,
-                stacklevel=5,
-            )
+            tell(f'the entropy of layer "{zero[0]}"{more} is 0 whatever happens: {reasons[zero[0]]}')
 
 
 def _why_zero(calls: list[Grams], *, center: bool) -> str | None:
@@ -75,6 +71,32 @@ def _why_zero(calls: list[Grams], *, center: bool) -> str | None:
     return None
 
 
+class FrozenHint:
+    """Layers below which everything is frozen: no training changes their entropy."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def look(self, plan: StepPlan, calls: dict[str, list[Grams]]) -> None:
+        """Take what the layers of one forward pass left, where their entropies are differentiated.
+
+        Warns:
+            UserWarning: once, where that is so of all layers that count.
+        """
+        if self.told or not (plan.compressing or plan.parameter_alignment) or torch.compiler.is_compiling():
+            return
+        counted = [call for name in plan.shares for call in calls.get(name, ())]
+        if counted and all(call.carrier is None for call in counted):
+            self.told = True
+            first, *rest = plan.shares
+            more = f" (and of {len(rest)} more)" if rest else ""
+            tell(
+                f'the entropy of layer "{first}"{more} has no gradient, as everything below is frozen: compression '
+                "changes nothing and parameter alignment is not measured. Tap layers above trainable parameters, or "
+                "set requires_grad_() on some below"
+            )
+
+
 class SmallShareHint:
     """An entropy that is next to nothing in the objective, over the first steps of compression."""
 
@@ -88,26 +110,23 @@ class SmallShareHint:
         Warns:
             UserWarning: once, with the share and the weight that would make it a percent.
         """
-        weight = plan.config.objective.weight
         finite = math.isfinite(reading.loss) and math.isfinite(reading.penalty)
-        if not plan.compressing or not finite or weight == 0 or self._steps == _SHARE_STEPS:
+        if not plan.compressing or not finite or self._steps == _SHARE_STEPS:
             return
         self._steps += 1
         self._loss += abs(reading.loss)
         self._penalty += abs(reading.penalty)
-        # Nothing at all is a floor that is reached, or an entropy of 0, which no weight changes.
+        # Nothing at all is meant so, a floor that is reached, or an entropy of 0, which no weight changes.
         if self._steps < _SHARE_STEPS or self._penalty == 0:
             return
         share = self._penalty / (self._loss + self._penalty)
         if share < _LEAST_SHARE:
-            wanted = weight * (self._loss / self._penalty) * _WANTED_SHARE / (1 - _WANTED_SHARE)
-            warnings.warn(
+            wanted = plan.config.objective.weight * _PERCENT * self._loss / self._penalty
+            tell(
                 f"in the first {_SHARE_STEPS} steps of compression the entropy was {share:.1e} of the objective (loss "
                 f"{self._loss / _SHARE_STEPS:.4g}, weight * entropy {self._penalty / _SHARE_STEPS:.2g}), too little to "
                 'change anything. Where the loss is a sum over the batch (reduction="sum"), take its mean; otherwise '
-                f"ObjectiveConfig(weight={wanted:.2g}) makes it one percent",
-                UserWarning,
-                stacklevel=5,
+                f"ObjectiveConfig(weight={wanted:.2g}) makes it one percent"
             )
 
 
@@ -144,13 +163,11 @@ class DividedLossHint:
             return
         self._run = self._run + 1 if count > 1 and divisors == {float(count)} else 0
         if self._run == _DIVIDED_STEPS:
-            warnings.warn(
+            tell(
                 f"each step has {count} losses, each divided by {count} before optimizer.backward(loss): the gate "
                 f"takes 1 / {count} of the loss for the loss, and the entropy gets {count} times its weight. Say so: "
                 f"optimizer.backward(loss / {count}, scaled_by=1 / {count}), or give the whole loss: "
-                f"optimizer.backward(loss, scale=1 / {count}); the same arguments go to optimizer.objective",
-                UserWarning,
-                stacklevel=5,
+                f"optimizer.backward(loss, scale=1 / {count}); the same arguments go to optimizer.objective"
             )
 
 
@@ -163,7 +180,7 @@ def _divisor(loss: Tensor) -> float | None:
     if name not in ("DivBackward0", "MulBackward0") or not isinstance(other, Tensor):
         return None
     behind = node.next_functions[0][0]
-    if other.numel() != 1 or other.device.type != "cpu" or behind is None or behind.name() == "AddBackward0":
+    if other.device.type != "cpu" or behind is None or behind.name() == "AddBackward0":
         return None  # a number on a device would have to be waited for
     value = float(other)
     if name == "MulBackward0":
@@ -177,11 +194,9 @@ def warn_of_another_model(model: nn.Module | None, groups: list[dict[str, Any]],
     watched = set() if model is None else {p for p in model.parameters() if p.requires_grad}
     # One that has none yet, or is frozen as a whole, may pass gradients on to what is trained in front of it.
     if watched and not any(p in watched for group in groups for p in group["params"]):
-        warnings.warn(
+        tell(
             f"optimizer ({', '.join(type(base).__name__ for base in bases)}) has none of the {len(watched)} trainable "
             f"parameters of the hook's model ({type(model).__name__}): the entropy's gradients may go nowhere. Make "
             "the hook on the model whose parameters the optimizer has; where that model is frozen on purpose, say so "
-            "with model.requires_grad_(False)",
-            UserWarning,
-            stacklevel=3,
+            "with model.requires_grad_(False)"
         )

@@ -41,13 +41,14 @@ class Compared:
     def of(cls, plan: StepPlan, model: nn.Module | None, groups: list[dict[str, Any]]) -> Compared:
         """For the step that ``plan`` describes, of ``model`` and an optimizer's parameter groups."""
         config = plan.config
+        weight = config.objective.weight if plan.compressing else 0.0
         return cls(
             parameters=named_parameters(model, groups),
             layers=list(plan.layers),
-            weight=config.objective.weight if plan.compressing else 0.0,
+            weight=weight,
             separable=config.plain_objective or not plan.compressing,
             streaming=config.alignment.parameter_streaming,
-            project=config.alignment.project_parameters and plan.compressing,
+            project=config.alignment.project_parameters and weight > 0,
             group=plan.group,
         )
 
@@ -186,7 +187,7 @@ class GradientComparison:
         removed = -torch.where(gg > 0, self.compared.weight * gd / gg, 0).clamp(max=0)
         for i, parameter in enumerate(self._parameters):
             own, entropy = self._own(i) if self._behind_loss[i] else None, self._entropy[i]
-            if parameter.grad is None or own is None or entropy is None or self.compared.weight == 0:
+            if parameter.grad is None or own is None or entropy is None:
                 continue
             # Kept in step with .grad, so that the next micro-batch tells the two parts apart.
             self._entropy[i] = entropy + (own * (removed / self.compared.weight).to(own)).to(entropy.dtype)

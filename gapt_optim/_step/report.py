@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 from .._plan import StepPlan
+from .._tell import tell
 from ..alignment import Alignment, activation_alignment
 from ..metrics import Measures, Observer, StepMetrics
 from .progress import Progress
@@ -71,8 +71,4 @@ def notify(observers: list[Observer], metrics: StepMetrics) -> None:
             observer(metrics)
         except Exception as error:  # a full disk must not end a training run
             observers.remove(observer)
-            warnings.warn(
-                f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped",
-                UserWarning,
-                stacklevel=4,
-            )
+            tell(f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped")

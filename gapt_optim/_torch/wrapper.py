@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
+from .._tell import tell
 from .bases import Bases
 
 STATE_KEY = "gapt"
@@ -169,7 +169,7 @@ class OptimizerWrapper(Optimizer):
         before = self._wrapped.load_state_dict(state_dict)
         try:
             if notice is not None:
-                warnings.warn(notice, UserWarning, stacklevel=2)
+                tell(notice)
         except BaseException:  # where warnings are errors
             before.restore()
             raise

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from tests.distributed.ranks import Ranks
+from tests.distributed.threads import on_threads
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Runs a function on two ranks."""
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """Runs a function on two ranks: processes, or with ``GAPT_TEST_RANKS=threads`` threads of this one."""
+    if os.environ.get("GAPT_TEST_RANKS") == "threads":
+        yield on_threads
+        return
     pool = Ranks()
     yield pool
     pool.close()

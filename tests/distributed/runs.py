@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ COMPRESSING = GateConfig(initial_phase="compression", frozen=True)
 BATCH = 8
 SGD = partial(torch.optim.SGD, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.1)
+_SEEDED = threading.Lock()  # ranks may be threads, which share one generator
 
 
 class Block(nn.Module):
@@ -92,8 +94,9 @@ def data(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def made(run: Run) -> tuple[nn.Module, nn.Module, GAPTOptimizer]:
     """The module to call, the plain module in it, and the optimizer."""
-    torch.manual_seed(0)
-    model = called = run.build().to(run.dtype)
+    with _SEEDED:
+        torch.manual_seed(0)
+        model = called = run.build().to(run.dtype)
     if run.parallel == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:

@@ -2,9 +2,9 @@
 
     python -m tests.mutation --groups gate entropy --mutants 60 --seed 0 --out gate.json
 
-Tests are collected and run once, and which of them runs which line is kept in ``--baseline``. Then each mutant is a
-fork of this process in which the code of the changed function is replaced, so that nothing is imported or collected
-again: it runs the tests of the changed line, cheapest first, until one fails.
+Tests are collected and run once, and which of them runs which line is kept in ``--baseline``; later runs add tests that
+are new to it. Then each mutant is a fork of this process in which the code of the changed function is replaced, so that
+nothing is imported or collected again: it runs the tests of the changed line, cheapest first, until one fails.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -35,62 +36,77 @@ TESTS = [
     "tests/properties/test_gate_properties.py",
     "tests/properties/test_state_properties.py",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")),
+    "tests/distributed",
 ]
-"""What runs in this process and does not compile: a compiler keeps code of its own."""
+"""What runs in this process, ranks as threads, and does not compile: a compiler keeps code of its own."""
 
 
 class Baseline:
-    """Seconds of each test, and which tests run which line."""
+    """Seconds of each test, None where it does not pass, and which tests run which line."""
 
-    def __init__(self, seconds: dict[str, float], lines: dict[str, dict[int, list[str]]]) -> None:
-        self.seconds, self.lines = seconds, lines
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float | None] = {}
+        self.lines: dict[str, dict[int, list[str]]] = {}
+        if path.exists():
+            found = json.loads(path.read_text())
+            self.seconds = found["seconds"]
+            for of_file, lines in found["lines"].items():
+                self.lines[of_file] = moved(lines, found["sources"][of_file], (ROOT / of_file).read_text())
 
-    @classmethod
-    def load(cls, path: Path) -> Baseline:
-        found = json.loads(path.read_text())
-        return cls(found["seconds"], {p: {int(n): t for n, t in of.items()} for p, of in found["lines"].items()})
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"seconds": self.seconds, "lines": self.lines}))
-
-    @classmethod
-    def measured(cls, items: list[pytest.Item]) -> Baseline:
+    def measure(self, items: list[pytest.Item]) -> None:
+        """Run the tests that are new."""
+        items = [item for item in items if item.nodeid not in self.seconds]
+        if not items:
+            return
         files = [str(ROOT / path) for paths in GROUPS.values() for path in paths]
-        coverage, seconds = Coverage(data_file=None, config_file=False, include=files), {}
+        coverage = Coverage(data_file=None, config_file=False, include=files)
         coverage.start()
         for item, following in zip(items, [*items[1:], None], strict=True):
             coverage.switch_context(item.nodeid)
             start = time.process_time()
             reports = runtestprotocol(item, nextitem=following, log=False)
-            if all(report.passed for report in reports):
-                seconds[item.nodeid] = time.process_time() - start
+            passed = all(report.passed for report in reports)
+            self.seconds[item.nodeid] = time.process_time() - start if passed else None
         coverage.stop()
         data = coverage.get_data()
-        lines = {
-            str(Path(file).relative_to(ROOT)): {
-                line: [test for test in tests if test in seconds]
-                for line, tests in data.contexts_by_lineno(file).items()
-            }
-            for file in data.measured_files()
-        }
-        return cls(seconds, lines)
+        for file in data.measured_files():
+            lines = self.lines.setdefault(str(Path(file).relative_to(ROOT)), {})
+            for line, tests in data.contexts_by_lineno(file).items():
+                lines.setdefault(line, []).extend(test for test in tests if self.seconds.get(test) is not None)
+        sources = {path: (ROOT / path).read_text() for path in self.lines}
+        self.path.write_text(json.dumps({"seconds": self.seconds, "sources": sources, "lines": self.lines}))
 
     def of(self, mutant: Mutant, there: Iterable[str], budget: float) -> list[str]:
-        """Tests of the changed statement: one of each function first, cheapest first, for ``budget`` seconds."""
+        """Tests of the changed statement for ``budget`` seconds, each test function getting as much of it as others."""
         lines = self.lines.get(mutant.path, {})
         tests = {test for line in range(mutant.line, mutant.last_line + 1) for test in lines.get(line, [])}
-        seen: Counter[str] = Counter()
+        of_function: Counter[str] = Counter()  # seconds of its tests so far
         order, spent, ranked = [], 0.0, []
-        for test in sorted(tests.intersection(there), key=lambda test: (self.seconds[test], test)):
+        for seconds, test in sorted((self.seconds[test] or 0.0, test) for test in tests.intersection(there)):
             function = test.split("[")[0]
-            ranked.append((seen[function], self.seconds[test], test))
-            seen[function] += 1
+            of_function[function] += seconds  # type: ignore[assignment]
+            ranked.append((of_function[function], seconds, test))
         for _, seconds, test in sorted(ranked):
             order.append(test)
             spent += seconds
             if spent > budget:
                 break
         return order
+
+
+def moved(lines: dict[str, list[str]], before: str, after: str) -> dict[int, list[str]]:
+    """Tests by line, where a file has changed: lines that are new get the tests of those that they replace."""
+    matcher = SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    found: dict[int, list[str]] = {}
+    for tag, i, j, k, n in matcher.get_opcodes():
+        if tag == "equal":
+            pairs = [(i + offset, k + offset) for offset in range(j - i)]
+        else:
+            pairs = [(old, new) for new in range(k, n) for old in range(max(i - 1, 0), max(j, i))]
+        for old, new in pairs:
+            found.setdefault(new + 1, []).extend(lines.get(str(old + 1), []))
+    return found
 
 
 class Mutating:
@@ -104,19 +120,15 @@ class Mutating:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         gc.unfreeze()  # functions are looked for among living objects
         items = {item.nodeid: item for item in session.items}
-        path = self.arguments.baseline
-        if path.exists():
-            baseline = Baseline.load(path)
-        else:
-            baseline = Baseline.measured(session.items)
-            baseline.save(path)
+        baseline = Baseline(self.arguments.baseline)
+        baseline.measure(session.items)
         functions = _living_functions()
         sound: set[str] = set()
         gc.freeze()  # a collection in a fork would copy all memory
         for group in self.arguments.groups:
             for mutant in sampled(group, self.arguments.mutants, self.arguments.seed):
                 tests = [items[test] for test in baseline.of(mutant, items, self.arguments.budget)]
-                limit = 20 + 20 * sum(baseline.seconds[item.nodeid] for item in tests)
+                limit = 20 + 20 * sum(baseline.seconds[item.nodeid] or 0.0 for item in tests)
                 start = time.perf_counter()
                 of_file = functions.get(str(ROOT / mutant.path), [])
                 outcome, by = _outcome(mutant, tests, limit, of_file)
@@ -132,9 +144,11 @@ class Mutating:
                 self.results.append(
                     {
                         "group": group,
+                        "seed": self.arguments.seed,
                         "file": mutant.path,
                         "line": mutant.place[0],
                         "operator": mutant.operator,
+                        "occurrence": mutant.occurrence,
                         "before": before,
                         "after": after,
                         "outcome": outcome,
@@ -219,6 +233,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("mutants.json"))
     parser.add_argument("--tests", nargs="+", default=TESTS)
     arguments = parser.parse_args()
+    os.environ["GAPT_TEST_RANKS"] = "threads"
     plugin = Mutating(arguments)
     code = pytest.main(["-n", "0", "-q", "-k", "not compile", "-p", "no:cacheprovider", *arguments.tests], [plugin])
     print(summary(plugin.results))

@@ -29,12 +29,13 @@ _BITS = {"BitOr", "BitAnd", "BitXor"}
 _ORDER = {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"}
 _IDENTITY = {"Is", "IsNot"}
 _NEEDS_ARGUMENTS = {"VariableReplacer", "VariableInserter"}
+_OF_IMPORTS = {"RemoveDecorator"}  # what a decorator does is done before the tests
 
 
 def _operators() -> Iterator[tuple[str, Any]]:
     provider = OperatorProvider()
     for name in provider:
-        if name in _NEEDS_ARGUMENTS:
+        if name in _NEEDS_ARGUMENTS | _OF_IMPORTS:
             continue
         if name.startswith(("ReplaceBinaryOperator_", "ReplaceComparisonOperator_")):
             _, before, after = name.split("_")
@@ -90,11 +91,20 @@ def every_mutant(path: str) -> list[Mutant]:
         occurrence = 0
         for node in ast_nodes(tree):
             for start, _ in list(operator.mutation_positions(node)):
+                occurrence += 1
+                if _says_nothing(node):
+                    continue
                 statement = _statement(node)
                 first, last = statement.start_pos[0], statement.end_pos[0]
-                found.append(Mutant(path, name, occurrence, first, last, start))
-                occurrence += 1
+                found.append(Mutant(path, name, occurrence - 1, first, last, start))
     return found
+
+
+def _says_nothing(node: Any) -> bool:
+    """The ``True`` of ``zip(..., strict=True)``, a check that two lengths are equal, and the ``*`` of a signature."""
+    around = node.parent
+    strict = around is not None and around.type == "argument" and around.children[0].get_code().strip() == "strict"
+    return strict or (around is not None and around.type in ("parameters", "param"))
 
 
 def _statement(node: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -387,3 +388,70 @@ def test_full_disk_leaves_the_last_checkpoint_and_goes_on(tmp_path: Path) -> Non
     after = files(tmp_path)
     assert set(after) == set(before)
     assert {name for name in after if after[name] != before[name]} <= {"gapt/run.json"}
+
+
+# Other processes
+
+
+CLAIMS = """
+import sys
+from gapt_optim.runs import RunFolder, RunFolderError
+
+try:
+    RunFolder.claim(sys.argv[1], **{sys.argv[2]: True})
+    print("taken")
+except RunFolderError as error:
+    print(error)
+"""
+
+
+def claimed_elsewhere(path: Path, flag: str) -> str:
+    command = [sys.executable, "-c", CLAIMS, str(path), flag]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+
+def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.begin({"config": {"lr": 0.1}})
+    before = files(tmp_path)
+    for flag in ("resume", "overwrite"):
+        assert "another process is writing to it" in claimed_elsewhere(tmp_path / "run", flag)
+    assert files(tmp_path) == before
+    again = RunFolder.claim(tmp_path / "run", resume=True)  # in this process there is no other run
+    del folder
+    assert "another process" in claimed_elsewhere(tmp_path / "run", "resume")
+    copied = pickle.loads(pickle.dumps(again))
+    del again
+    assert copied.read_json("settings.json") == {"config": {"lr": 0.1}}
+    assert claimed_elsewhere(tmp_path / "run", "resume") == "taken"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, where there are threads
+def test_a_worker_that_lives_on_does_not_hold_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.begin({"config": {"lr": 0.1}})
+    end, begin = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.close(begin)
+        os.read(end, 1)
+        os._exit(0)
+    os.close(end)
+    try:
+        del folder
+        assert claimed_elsewhere(tmp_path / "run", "resume") == "taken"
+    finally:
+        os.close(begin)
+        os.waitpid(worker, 0)
+
+
+@pytest.mark.parametrize("listed", ["abc", {"a": 1}, None, 3])
+def test_a_marker_whose_list_is_none_owns_nothing(listed: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"made_by": "gapt_optim", "files": listed}))
+    for name in "abc":
+        (tmp_path / name).write_text("mine")
+    before = files(tmp_path)
+    with pytest.raises(RunFolderError, match="is no marker of a run"):
+        RunFolder.claim(tmp_path, overwrite=True)
+    assert files(tmp_path) == before
