@@ -239,14 +239,15 @@ class KernelMatrix:
         if not kernel.plain:
             inverse = _inverse(gram.diagonal().mT)
             self.alive = (inverse > 0).to(gram.dtype)  # (n, windows), 1 for rows that count, otherwise 0
-            self.live = live = self.alive.sum(0)
-            self.count = live.clamp(min=1)
+            self.live = self.alive.sum(0)
+            self.count = self.live.clamp(min=1)
         if kernel.cosine:
             self.scale = inverse.sqrt_()
             matrix = (gram * self.scale).mul_(self.scale.unsqueeze(1))
         self.uncentered = matrix
         if kernel.center:
-            whole = live if kernel.cosine else matrix.diagonal().sum(-1)  # a live row of cosine has 1 there
+            assert self.live is not None  # a kernel that centers is not the plain one
+            whole = self.live if kernel.cosine else matrix.diagonal().sum(-1)  # a live row of cosine has 1 there
             self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp_(min=_least(gram))
             matrix = self._centered(matrix)
         self.inverse = _inverse(matrix.diagonal().sum(-1), self.noise)
@@ -458,7 +459,7 @@ def _entropy_of(
 
 def _no_trace(rho: Tensor, alpha: int) -> float:
     """tr(rho^alpha) is at least m^(1 - alpha), with m rows; below this there was no trace to normalize by."""
-    return 0.5 / float(max(len(rho), 1) ** (alpha - 1))
+    return 0.5 * float(max(len(rho), 1)) ** (1 - alpha)
 
 
 def _slope(power: Tensor, total: Tensor, alpha: int) -> Tensor:
