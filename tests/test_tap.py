@@ -521,14 +521,14 @@ def test_recomputing_the_whole_model_keeps_its_mask() -> None:
 
 def test_a_pass_without_gradients_leaves_the_mask_of_the_one_before() -> None:
     """Of which a backward is still to come, and recomputes what the mask is of."""
-    case = CASES["gpt2 masked"]
-    model, inputs = replace(case, build=checkpointed_gpt2).model(torch.float64), case.inputs(torch.float64)
-    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    case, entropy = CASES["tied masked"], {"kernel": "linear", "center": False}
+    model, inputs = replace(case, build=recomputing_lm).model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT}, entropy=entropy)
     loss = case.loss(model, inputs)
     with torch.no_grad():
         model(**(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}))
     optimizer.backward(loss)
-    assert distance(gradients(model), reference_gradients(case, torch.float64)) < 1e-10
+    assert distance(gradients(model), reference_gradients(case, torch.float64, **entropy)) < 1e-10
 
 
 def test_recomputing_two_masked_batches_at_once_is_refused() -> None:
