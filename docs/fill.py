@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blocks.cost import cost
+from blocks.endurance import endurance
 from blocks.evidence import evidence
 from blocks.findings import findings
 from blocks.messages import messages_by_module
@@ -22,6 +23,7 @@ from blocks.settings import settings
 DOCS = Path(__file__).parent
 BLOCKS: dict[str, Callable[..., str]] = {
     "cost": cost,
+    "endurance": endurance,
     "evidence": evidence,
     "findings": findings,
     "messages": messages_by_module,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from .config import EntropyConfig, GAPTConfig
 from .gate import Phase
+
+if TYPE_CHECKING:
+    from .config import EntropyConfig, GAPTConfig
 
 
 @dataclass(frozen=True)

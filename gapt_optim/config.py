@@ -6,10 +6,9 @@ a run. Every class is frozen, so a configuration can be shared.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Section(BaseModel):
@@ -32,7 +31,8 @@ class EntropyConfig(_Section):
     tokens share does not count as compression."""
 
     alpha: float = Field(2.0, gt=0.0)
-    """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest."""
+    """Order of the Rényi entropy, in (0, inf]. 2 needs no eigenvalues and is the cheapest, and is
+    mostly about the largest directions. Orders below 1 count small directions too."""
 
     window: int | None = Field(8, ge=2)
     """Consecutive tokens per matrix; None takes the whole sequence as one matrix."""
@@ -40,13 +40,6 @@ class EntropyConfig(_Section):
     normalize: bool = False
     """Divide by the logarithm of the largest rank, so that entropies lie in [0, 1] instead of nats. That rank is
     min(live rows, features), with `center` min(live rows - 1, features)."""
-
-    @field_validator("alpha")
-    @classmethod
-    def _alpha_is_a_number(cls, alpha: float) -> float:
-        if math.isnan(alpha):
-            raise ValueError("alpha must be a number in (0, inf], found nan")
-        return alpha
 
     @model_validator(mode="after")
     def _centering_leaves_an_entropy(self) -> EntropyConfig:

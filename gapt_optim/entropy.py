@@ -243,11 +243,12 @@ class KernelMatrix:
             self.count = self.live.clamp(min=1)
         if kernel.cosine:
             self.scale = inverse.sqrt_()
-            matrix = self._scaled(gram.clone())
+            matrix = (gram * self.scale).mul_(self.scale.unsqueeze(1))
         self.uncentered = matrix
         if kernel.center:
-            whole = matrix.diagonal().sum(-1)
-            self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp(min=_least(gram))
+            assert self.live is not None  # a kernel that centers is not the plain one
+            whole = self.live if kernel.cosine else matrix.diagonal().sum(-1)  # a live row of cosine has 1 there
+            self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp_(min=_least(gram))
             matrix = self._centered(matrix)
         self.inverse = _inverse(matrix.diagonal().sum(-1), self.noise)
         """(windows,) 1 / trace; 0 for a matrix that counts as zero."""
@@ -255,14 +256,24 @@ class KernelMatrix:
         self.rho = matrix.mul_(self.inverse) if kernel.center else matrix * self.inverse
         """(n, n, windows), the matrix with trace 1."""
 
+        # Computed once. A cached_property holds a lock, which breaks a compiled graph.
         self._purity: Tensor | None = None
+        self._order_2: Tensor | None = None
 
     @property
     def purity(self) -> Tensor:
-        """(windows,) tr(rho²), computed once. A cached_property holds a lock, which breaks a compiled graph."""
+        """(windows,) tr(rho²); 1 for a matrix that counts as zero."""
         if self._purity is None:
-            self._purity = self.rho.square().sum((0, 1))
+            total = self.rho.square().sum((0, 1))
+            self._purity = total.masked_fill_(total < _no_trace(self.rho, 2), 1)
         return self._purity
+
+    @property
+    def order_2(self) -> Tensor:
+        """(windows,) entropy of order 2."""
+        if self._order_2 is None:
+            self._order_2 = self.purity.log().clamp_(max=0).abs_()
+        return self._order_2
 
     def differential(self, factor: Tensor) -> Tensor:
         """2 dS/dK of the linear Gram matrices, from 2 dS/d(matrix), in its place."""
@@ -271,19 +282,16 @@ class KernelMatrix:
         if self.kernel.cosine:
             # A length of its own changes nothing: the gradient of a row is orthogonal to it.
             factor.diagonal().sub_((factor * self.uncentered).sum(0).mT)
-            factor = self._scaled(factor)
+            factor.mul_(self.scale).mul_(self.scale.unsqueeze(1))
         return factor
-
-    def _scaled(self, matrix: Tensor) -> Tensor:
-        return matrix.mul_(self.scale.unsqueeze(0)).mul_(self.scale.unsqueeze(1))
 
     def _centered(self, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         """H M H, with H = diag(l) - l lᵀ / count over the rows l that count."""
         # Entries between a row that counts and one that does not are 0.
-        means = matrix.sum(0) / self.count
-        half = ((means * self.alive).sum(0) / (-2 * self.count) + means) * self.alive
-        matrix = torch.addcmul(matrix, self.alive.unsqueeze(0), half.unsqueeze(1), value=-1, out=out)
-        return matrix.addcmul_(self.alive.unsqueeze(1), half.unsqueeze(0), value=-1)
+        means = matrix.sum(0).div_(self.count).mul_(self.alive)
+        half = torch.sub(means, means.sum(0) / self.count, alpha=0.5).mul_(self.alive)
+        matrix = torch.addcmul(matrix, self.alive, half.unsqueeze(1), value=-1, out=out)
+        return matrix.addcmul_(self.alive.unsqueeze(1), half, value=-1)
 
 
 def entropy_of_gram(
@@ -338,10 +346,8 @@ def measures_of_gram(gram: Tensor, known: KernelMatrix) -> tuple[Tensor, Tensor]
     )
     live = cosine.live
     assert live is not None  # under all but the plain kernel
-    share = gram.sum((0, 1)) * linear.inverse / live.clamp(min=1)
-    ratio = _norm_ratio(gram.diagonal(), live)
-    entropies = (_collision_entropy(matrix.purity) for matrix in (linear, cosine))
-    return torch.stack((*entropies, ratio, share.clamp(0, 1)), dim=-1), live
+    share = gram.sum((0, 1)).mul_(linear.inverse).div_(cosine.count).clamp_(0, 1)
+    return torch.stack((linear.order_2, cosine.order_2, _norm_ratio(gram.diagonal(), live), share)).mT, live
 
 
 def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,13 +360,8 @@ def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
         y = _kernel_rows(z, CENTERED_COSINE)
         # Not windows_last, whose choice by size would cost a compiled model another compilation.
         grams = (_matmul(rows.mT, rows).permute(1, 2, 0) for rows in (z, y))
-        linear, cosine = (_collision_entropy(KernelMatrix(gram, LINEAR).purity) for gram in grams)
-    return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1)), dim=-1), live
-
-
-def _collision_entropy(purity: Tensor) -> Tensor:
-    """Order-2 entropy from tr(rho²); 0 for a matrix that counts as zero."""
-    return torch.where(purity == 0, 1, purity).log().clamp(max=0).abs()
+        linear, cosine = (KernelMatrix(gram, LINEAR).order_2 for gram in grams)
+    return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1))).mT, live
 
 
 def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
@@ -368,11 +369,13 @@ def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
     n = squares.shape[-1]
     if n == 0:
         return torch.ones_like(live)
-    norms = squares.contiguous().sort(-1).values.sqrt()  # the rows that do not count come first
-    first, count = n - live.long(), live.long().clamp(min=1)
-    middle = torch.stack((first + (count - 1) // 2, first + count // 2), dim=-1).clamp(max=n - 1)
-    median = norms.gather(-1, middle).mean(-1)
-    return torch.where(live > 0, norms[..., -1] / torch.where(live > 0, median, 1), 1)
+    norms = squares.sort(-1).values.sqrt()  # the rows that do not count come first
+    # Of the others, the one in the middle counts for the median, or two for a half each: those whose place, from the
+    # last one at 0 backwards, is less than 1 from (live - 1) / 2.
+    places = torch.arange(n - 1, -1, -1, dtype=live.dtype, device=live.device)
+    away = torch.add(places + 0.5, live.unsqueeze(-1), alpha=-0.5).abs_()
+    median = away.neg_().add_(1).clamp_(min=0).mul_(norms).sum(-1)
+    return (norms[..., -1] / median).masked_fill_(live == 0, 1)
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -399,7 +402,7 @@ def _inverse(values: Tensor, least: Tensor | float | None = None) -> Tensor:
         least = _least(values)
     if isinstance(least, float):
         return F.threshold(values, least, math.inf).reciprocal_()
-    return torch.where(values > least, values, math.inf).reciprocal_()
+    return values.masked_fill(values <= least, math.inf).reciprocal_()
 
 
 def _inverse_norms(squares: Tensor) -> Tensor:
@@ -440,30 +443,31 @@ def _entropy_of(
 ) -> tuple[Tensor, Tensor | None]:
     """S (windows,) and tr(C) dS/dC * 2 (m, m, windows)."""
     if alpha == 2:
-        return _from_power(gram.rho, gram.purity, 2, with_gradient)
+        return gram.order_2, _slope(gram.rho, gram.purity, 2) if with_gradient else None
     rho = windows_first(gram.rho)
     with _full_precision(rho):
         if _by_power(alpha):
             power = torch.linalg.matrix_power(rho, int(alpha) - 1)
             total = (power * rho).sum((-2, -1))
-            return _from_power(power.permute(1, 2, 0), total, int(alpha), with_gradient)
+            total = total.masked_fill(total < _no_trace(gram.rho, int(alpha)), 1)
+            value = total.log().clamp_(max=0).abs_().div_(alpha - 1)
+            return value, _slope(power.permute(1, 2, 0), total, int(alpha)) if with_gradient else None
         noise = None if gram.noise is None else gram.noise * gram.inverse
         value, factor = _from_eigenvalues(rho, alpha, with_gradient, _rank_tolerance(dtype, *shape), noise)
         return value, None if factor is None else windows_last(factor)
 
 
-def _from_power(power: Tensor, total: Tensor, alpha: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """The same for integer alpha >= 2, from rho^(alpha - 1) (m, m, windows) and tr(rho^alpha) (windows,)."""
-    # tr(rho^alpha) is at least m^(1 - alpha); below it there was no trace to normalize by: a matrix of zeros.
-    zero = total < 0.5 * max(len(power), 1) ** (1 - alpha)
-    total = total.masked_fill(zero, 1)
-    value = total.log().clamp_(max=0).abs_().div_(alpha - 1)
-    if not with_gradient:
-        return value, None
+def _no_trace(rho: Tensor, alpha: int) -> float:
+    """tr(rho^alpha) is at least m^(1 - alpha), with m rows; below this there was no trace to normalize by."""
+    return 0.5 * float(max(len(rho), 1)) ** (1 - alpha)
+
+
+def _slope(power: Tensor, total: Tensor, alpha: int) -> Tensor:
+    """2 tr(C) dS/dC for whole alpha >= 2, from rho^(alpha - 1) (m, m, windows) and tr(rho^alpha) (windows,)."""
     factor = 2 * alpha / (alpha - 1)
     slope = power * (-factor / total)
     slope.diagonal().add_(factor)
-    return value, slope
+    return slope
 
 
 def _from_eigenvalues(

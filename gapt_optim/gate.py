@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import GateConfig
+if TYPE_CHECKING:
+    from .config import GateConfig
 
 
 class Phase(str, Enum):
@@ -69,6 +70,7 @@ class PhaseGate:
 
     `published` is the rule of arXiv 2505.08727: single values against their all-time minima.
 
+    >>> from gapt_optim import GateConfig
     >>> gate = PhaseGate(GateConfig(patience_memorization=5))
     >>> for _ in range(6):
     ...     phase = gate.update(loss=2.0, entropy=1.5)
@@ -85,6 +87,8 @@ class PhaseGate:
     """
 
     def __init__(self, config: GateConfig | None = None) -> None:
+        from .config import GateConfig
+
         self.config = config if config is not None else GateConfig()
         self.reason: str | None = None
         self._state = _State(phase=self.config.initial_phase)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 
 from ._capture import RepresentationHook, store_of
 from ._objective import check_loss
-from ._step import StepState, checked_state, notify, warn_of_another_model
+from ._step import StepState, notify, warn_of_another_model
 from ._torch import Bases, OptimizerWrapper
-from .config import GAPTConfig
 from .gate import Phase
 from .metrics import Observer, StepMetrics
+
+if TYPE_CHECKING:  # pydantic takes longer to import than all the rest: it comes with the first configuration
+    from .config import GAPTConfig
 
 
 class GAPTOptimizer(OptimizerWrapper):
@@ -63,6 +65,8 @@ class GAPTOptimizer(OptimizerWrapper):
         observers: Sequence[Observer] = (),
         announce: bool = True,
     ) -> None:
+        from .config import GAPTConfig
+
         if not isinstance(hook, RepresentationHook):
             raise TypeError(
                 f"hook must be a RepresentationHook, found {type(hook).__name__}; one hook watches any number of "
@@ -221,6 +225,8 @@ class GAPTOptimizer(OptimizerWrapper):
         return self._state.state_dict()
 
     def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
+        from ._step.saved import checked_state
+
         return checked_state(own, self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:

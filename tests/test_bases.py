@@ -289,6 +289,9 @@ def _strings(optimizer: Optimizer) -> dict[str, Any]:
         (lambda s: s.update(parts=3), r"parts must be a list of 2"),
         (lambda s: s["parts"].pop(), r"parts must be a list of 2"),
         (lambda s: s["parts"][1].pop("state"), r"parts\[1\] must be a mapping of groups, entries and state"),
+        (lambda s: s["parts"][0].update(groups=-1), r"parts\[0\]\.groups must be a count, found -1"),
+        (lambda s: s.update(state=3), r"state must be a mapping, found 3 \(int\)"),
+        (lambda s: s["param_groups"][1].pop("params"), r"mappings with lists of params \(optimizer\[1\]\)"),
         (lambda s: s["parts"][0].update(groups=7), r"parts is of \[7, 1\] parameter groups"),
         (lambda s: s["parts"][0].update(entries="x"), r"parts\[0\]\.entries"),
         (lambda s: s["parts"][1]["entries"].clear(), r"optimizer\[1\] \(Keeping\) cannot load.*'warmup'"),
@@ -323,6 +326,20 @@ def test_state_takes_keys_that_are_no_parameters() -> None:
     del optimizer.state["x"]
     assert "x" not in first.state
     assert "total" in repr(optimizer.state)
+
+
+def test_state_that_is_set_goes_to_the_owners_of_the_parameters() -> None:
+    model = make_net()
+    optimizer = wrap(model, two_that_keep)
+    run(model, optimizer, range(2))
+    saved = {key: {**value, "mine": 1} for key, value in optimizer.state.items() if isinstance(key, nn.Parameter)}
+    optimizer.state = saved
+    for base in optimizer.base:
+        own = [p for group in base.param_groups for p in group["params"]]
+        assert list(base.state) == own
+        assert all(base.state[p]["mine"] == 1 for p in own)
+    with pytest.raises(ValueError, match=r"add the group to one of them: \.base\[i\]\.add_param_group\(\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
 def test_the_list_of_groups_writes_through() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -369,14 +371,74 @@ def test_damaged_levels_are_named(levels: dict[str, Any], why: str) -> None:
         optimizer.load_state_dict(saved)
 
 
+def doubled(state: dict[str, Any]) -> None:
+    state["gapt"] = state["param_groups"][0]["gapt"]
+
+
+OF_THE_BASE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no groups": (lambda s: s.update(param_groups=3, gapt=s["param_groups"][0]["gapt"]), "param_groups must be a list"),
+    "no state": (lambda s: s.update(state=[1]), r"state must be a mapping, found \[1\]"),
+    "group": (
+        lambda s: s.update(param_groups=["x"], gapt=s["param_groups"][0]["gapt"]),
+        r"param_groups\[0\] must be a mapping, found 'x' \(str\)",
+    ),
+    "params": (lambda s: s["param_groups"][0].update(params="01234"), r"param_groups\[0\]\.params must be a list of 5"),
+    "twice": (lambda s: s["param_groups"][0].update(params=[0, 1, 2, 3, 3]), "a number or name of its own for each"),
+    "key": (lambda s: s["param_groups"][0].update({3: 1}), r"param_groups\[0\] must be names as keys, found 3 \(int\)"),
+    "lr": (
+        lambda s: s["param_groups"][0].update(lr="abc"),
+        r"param_groups\[0\]\.lr must be a value like 0\.01, found 'abc'",
+    ),
+    "nan": (lambda s: s["param_groups"][0].update(lr=math.nan), r"lr must be a value like 0\.01, found nan \(float\)"),
+    "betas": (
+        lambda s: s["param_groups"][0].update(betas=(0.9,)),
+        r"betas must be a value like \(0\.9, 0\.999\), found",
+    ),
+    "beta": (lambda s: s["param_groups"][0].update(betas=(0.9, "x")), r"betas must be a value like \(0\.9, 0\.999\)"),
+    "moments": (lambda s: s["state"].update({1: 3}), r"state\[1\] must be a mapping, found 3 \(int\)"),
+    "moment": (
+        lambda s: s["state"][1].update(exp_avg=torch.zeros(2, 2)),
+        r"state\[1\]\.exp_avg must be a value like a tensor \(6, 6\), found a tensor \(2, 2\)",
+    ),
+    "ours twice": (doubled, '"gapt" is in the state_dict 2 times, expected once'),
+}
+
+
+@pytest.mark.parametrize("what", OF_THE_BASE)
+def test_what_is_damaged_in_the_part_of_the_base_is_named(what: str) -> None:
+    """torch would load most of it, and fail in a step to come."""
+    damage, named = OF_THE_BASE[what]
+    model = make_net()
+    optimizer = wrap(model)
+    run(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(2, 4))
+    before = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match=named):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("found", [None, [1], "gapt"])
+def test_a_state_dict_is_a_mapping(found: Any) -> None:
+    with pytest.raises(ValueError, match=f"^state_dict must be a mapping, found {type(found).__name__}$"):
+        wrap(make_net()).load_state_dict(found)
+
+
 class FailsHalfway(torch.optim.SGD):
     """Loads in place, and breaks where its state says so."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun = set[int]()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state_dict = copy.deepcopy(state_dict)
         for i, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             self.state[parameter]["momentum_buffer"].copy_(state_dict["state"][i]["momentum_buffer"])
             self.param_groups[0]["lr"] = 77.0
+            self.begun.add(i)
             if i == 1:
                 raise OverflowError("halfway")
 
@@ -398,9 +460,11 @@ def test_a_base_that_fails_to_load_is_put_back(several: bool) -> None:
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
     assert all(optimizer.state[p] is state for p, state in moments.items())
+    failing = optimizer.base[1] if several else optimizer.base
+    assert failing.begun == set()
 
 
-@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing", "json", "type"])
+@pytest.mark.parametrize("damage", ["groups", "sizes", "gate", "missing", "json", "type", "kind"])
 def test_damaged_state_changes_nothing(damage: str) -> None:
     model = make_net()
     optimizer = wrap(model, config=CONFIGS["smoothed"])
@@ -417,8 +481,10 @@ def test_damaged_state_changes_nothing(damage: str) -> None:
         own["gate"]["novelty"] = 1
     elif damage == "missing":
         del own["steps"]
-    saved["param_groups"][0]["gapt"] = {"json": json.dumps(own)[:-1], "type": own}.get(damage, json.dumps(own))
-    with pytest.raises(ValueError, match=r"group|novelty|steps|start the gate fresh"):
+    saved["param_groups"][0]["gapt"] = {"json": json.dumps(own)[:-1], "type": own, "kind": "3"}.get(
+        damage, json.dumps(own)
+    )
+    with pytest.raises(ValueError, match=r"group|novelty|steps|must be an object|start the gate fresh"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
 

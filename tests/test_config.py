@@ -88,6 +88,8 @@ def test_other_reductions_go_with_every_schedule(reduce: str) -> None:
 def test_projection_of_parameter_gradients_needs_their_measurement() -> None:
     with pytest.raises(ValidationError, match="parameter_every"):
         AlignmentConfig(project_parameters=True)
+    with pytest.raises(ValidationError, match="needs the whole entropy gradient: set parameter_streaming=False"):
+        AlignmentConfig(project_parameters=True, parameter_every=10, parameter_streaming=True)
     AlignmentConfig(project_parameters=True, parameter_every=10)
 
 

@@ -283,6 +283,50 @@ def test_step_hooks_run_once_a_step() -> None:
     assert len(seen) == 5
 
 
+def test_a_step_hook_may_replace_the_arguments() -> None:
+    """As torch's own: self is one of them."""
+    model = make_net()
+    optimizer = wrap(model)
+    losses: list[float] = []
+
+    def closure() -> float:
+        losses.append(1.0)
+        return 1.0
+
+    handle = optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, closure), {}))
+    assert optimizer.step() == 1.0
+    assert losses == [1.0]
+    handle.remove()
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: args)
+    with pytest.raises(RuntimeError, match=r"a step pre-hook must return None or \(args, kwargs\), found \(GAPTOpt"):
+        optimizer.step()
+
+
+def test_a_class_of_ones_own_steps_as_the_wrapper() -> None:
+    class Named(GAPTOptimizer):
+        """Changes nothing but its name."""
+
+    class Counting(GAPTOptimizer):
+        steps = 0
+
+        def step(self, closure: Any = None, **options: Any) -> Any:
+            self.steps += 1
+            return super().step(closure, **options)
+
+    found = []
+    for kind in (GAPTOptimizer, Named, Counting):
+        model = make_net()
+        optimizer = kind(adamw(model), RepresentationHook(model, "layers.*"))
+        seen: list[str] = []
+        optimizer.register_step_post_hook(lambda *args, seen=seen: seen.append("after"))
+        run(model, optimizer, range(2))
+        assert set(seen) == {"after"}
+        found.append(weights(model))
+    assert optimizer.steps == 2
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
 def test_state_dict_hooks() -> None:
     optimizer = wrap(make_net())
     seen: list[str] = []
@@ -713,6 +757,8 @@ def test_removed_hook_is_refused() -> None:
         ("hook", "layers.*", r"hook must be a RepresentationHook, found str.*RepresentationHook\(model, \["),
         ("config", {"gate": {}}, "config must be a GAPTConfig"),
         ("config", GateConfig(), "config must be a GAPTConfig"),
+        ("observers", print, "observers must be a sequence of callables, found <built-in function print>"),
+        ("observers", [3], r"observers must be a sequence of callables, found \[3\]"),
     ],
 )
 def test_wrong_argument_types_are_named(argument: str, value: Any, message: str) -> None:

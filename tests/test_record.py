@@ -16,12 +16,12 @@ from tests.distributed.threads import on_threads
 
 def objective(penalty: float | None = None, **entropies: float) -> Objective:
     """Of layers with these entropies; the measures of a layer are its entropy times 10, 100, 1000 and 10,000."""
-    tens = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
+    tens = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
     return Objective(
         total=torch.tensor(0.0),
-        entropies={name: torch.tensor(value, requires_grad=True) for name, value in entropies.items()},
-        measures={name: value * tens for name, value in entropies.items()},
-        penalty=None if penalty is None else torch.tensor(penalty, requires_grad=True),
+        layers=list(entropies),
+        numbers=torch.stack([value * tens for value in entropies.values()]),
+        penalty=None if penalty is None else torch.tensor(penalty),
         mean_entropy=None,
     )
 

@@ -117,6 +117,8 @@ class Two(nn.Module):
         (Nest(), "*", None, ""),
         (Nest(), [], ValueError, "layers is empty"),
         (Nest(), [3], TypeError, "found int"),
+        (Nest(), 3, TypeError, "layers must be a glob, a name, a module, a list of these or None, found int"),
+        (nn.Linear(2, 2), None, ValueError, r"it is a single module; .*pass it: RepresentationHook\(model, model\)"),
         (Nest(), nn.Tanh(), ValueError, "Tanh that is no module of the model"),
         (nn.DataParallel(Nest()), "encoder.*", ValueError, r'is wrapped, use "module\.encoder\.\*"'),
         (torch.compile(Nest(), backend="eager"), "encoder.*", ValueError, r'is wrapped, use "_orig_mod\.encoder\.\*"'),
@@ -851,6 +853,16 @@ def test_model_and_optimizer_copied_together_stay_together(copying: Callable[[An
     assert not any(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
+def test_a_hook_whose_model_is_gone_is_not_copied(copying: Callable[[Any], Any]) -> None:
+    model = MLP()
+    hook = RepresentationHook(model, "blocks.*")
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="cannot copy a RepresentationHook whose model no longer exists"):
+        copying(hook)
+
+
 # Measuring
 
 
@@ -902,6 +914,14 @@ def test_measuring_averages_over_calls_and_takes_its_own_settings() -> None:
         alone.append(once.measures["blocks.0"])
     for name, value in asdict(Measures.mean(alone)).items():
         assert getattr(measured.measures["blocks.0"], name) == pytest.approx(value, rel=1e-6)
+
+
+def test_measuring_windows_that_fit_the_sequence() -> None:
+    model = MLP(depth=1)
+    hook = RepresentationHook(model, "blocks.*")
+    with hook.measuring(EntropyConfig(window=4)) as measured:
+        h = model.blocks[0](torch.randn(3, 12, 6))
+    assert measured.entropies["blocks.0"] == pytest.approx(float(reference_layer_entropy(h.detach(), 2.0, 4)), rel=1e-5)
 
 
 def test_measuring_takes_the_settings_and_masks_of_training() -> None:

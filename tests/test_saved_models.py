@@ -37,6 +37,15 @@ class WithItsOwnState(nn.Linear):
         return self.__dict__ | {"said": "by the class"}
 
 
+class WithATupleForState(nn.Linear):
+    def __getstate__(self) -> tuple[str, Any]:
+        return "in a tuple", self.__dict__
+
+    def __setstate__(self, state: tuple[str, Any]) -> None:
+        super().__setstate__(state[1])
+        self.said = state[0]
+
+
 class WithItsOwnReduce(nn.Linear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuilt, (dict(self.__dict__),)
@@ -137,11 +146,12 @@ def test_two_hooks_on_one_model() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_classes_with_a_way_of_their_own(way: str) -> None:
-    model = nn.Sequential(WithItsOwnState(4, 4), WithItsOwnReduce(4, 4))
-    hook = RepresentationHook(model, ["0", "1"])
+    model = nn.Sequential(WithItsOwnState(4, 4), WithItsOwnReduce(4, 4), WithATupleForState(4, 4))
+    hook = RepresentationHook(model, ["0", "1", "2"])
     copied = WAYS[way](model)
-    assert copied[0].said == "by the class"
+    assert (copied[0].said, copied[2].said) == ("by the class", "in a tuple")
     assert not copied[0]._forward_hooks
+    assert not copied[2]._forward_hooks
     x = torch.randn(3, 4)
     assert torch.equal(copied(x), model(x))  # what the second has for our hooks does nothing
     assert b"gapt_optim" not in pickle.dumps(model)

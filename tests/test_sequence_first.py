@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Callable[[bool], nn.Module], str]] = {
     "encoder": (lambda first: named(encoder(first), "encoder"), "encoder"),
     "layers of an encoder": (lambda first: named(encoder(first), "encoder"), "encoder.layers.*"),
     "parts of a layer": (lambda first: named(encoder(first), "encoder"), "encoder.layers.*.linear2"),
+    "checkpointed layer": (lambda first: named(checkpoint_wrapper(encoder_layer(first)), "layer"), "layer"),
     "decoder": (Decoder, "decoder"),
     "layers of a decoder": (Decoder, "decoder.layers.*"),
 }

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
-from gapt_optim._capture.tap import WITH_LOSS, Tap
+from gapt_optim._capture.tap import Tap
 from tests.loops import assert_same
 from tests.memory import Live
 from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations
@@ -229,7 +229,7 @@ def test_an_entropy_gradient_that_is_not_finite_is_left_out(infinity: float) -> 
     options = (None, 2.0, False, False, None, True, True, "sum", "layer")
     tapped, gram, carrier = Tap.apply(h, torch.zeros(3, requires_grad=True), *options)
     given = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
-    factor, carried = torch.tensor([[[infinity, 0.0], [0.0, 1.0]]]), torch.tensor([1.0, WITH_LOSS])
+    factor, carried = torch.tensor([[[infinity, 0.0], [0.0, 1.0]]]), torch.tensor([1.0, 1.0])
     (found,) = torch.autograd.grad((tapped, gram, carrier), h, (given, factor, carried))
     assert found.tolist() == [[5.0, 6.0], [10.0, 12.0]]
 

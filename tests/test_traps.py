@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, Measures, RepresentationHook, StepMetrics
+from gapt_optim import (
+    AlignmentConfig,
+    GAPTConfig,
+    GAPTOptimizer,
+    GateConfig,
+    Measures,
+    RepresentationHook,
+    StepMetrics,
+)
 from gapt_optim._step.evasion import EvasionWatch
 from gapt_optim._step.evasion import _Level as Level
 from gapt_optim._step.evasion import _what_happened as what_happened
@@ -66,6 +74,32 @@ def test_an_inplace_activation_behind_a_tap(phase: str, activation: bool) -> Non
         optimizer = wrapped(model, layer, phase, activation=activation)
         optimizer.backward(model(x).square().mean())
         optimizer.step()
+
+
+# Entropies that no training changes
+
+
+@pytest.mark.parametrize("due", ["compression", "parameter alignment"])
+def test_layers_above_frozen_parameters_alone_are_told_once(due: str) -> None:
+    model = make_net()
+    model.embedding.requires_grad_(False)
+    model.layers.requires_grad_(False)
+    every = AlignmentConfig(parameter_every=1)
+    settings = COMPRESSING if due == "compression" else GAPTConfig(gate=GateConfig(frozen=True), alignment=every)
+    optimizer = wrap(model, config=settings)
+    (only,) = said(lambda: [(optimizer.backward(loss_of(model, i)), optimizer.step()) for i in range(3)])
+    assert only.startswith('the entropy of layer "layers.0" (and of 2 more) has no gradient')
+    model.layers[0].requires_grad_()  # what it advises
+    optimizer = wrap(model, config=settings)
+    assert not said(lambda: [(optimizer.backward(loss_of(model, i)), optimizer.step()) for i in range(3)])
+
+
+def test_a_frozen_backbone_that_is_only_watched_is_no_mistake() -> None:
+    model = make_net()
+    model.embedding.requires_grad_(False)
+    model.layers.requires_grad_(False)
+    optimizer = wrap(model, config=GAPTConfig(gate=GateConfig(frozen=True)))
+    assert not said(lambda: [(optimizer.backward(loss_of(model, i)), optimizer.step()) for i in range(3)])
 
 
 # Entropies that are always 0

@@ -11,7 +11,6 @@ which tells that it works and nothing of speed.
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, GateConfig, ObjectiveConfig, RepresentationHook
 
+from .figures import write_figures
 from .table import ratio_with_interval
 
 Way = Literal["bare", "memorization", "compression"]
@@ -154,8 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     figures: dict[Way, dict[str, Any]] = {}
     for phase in PHASES:
         torch._dynamo.utils.counters.clear()
+        held = 0  # by the ways built before
         if torch.device(o.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
         way = build(phase, o)
         for _ in range(3):  # compiles, and lets the allocator settle
             way.step()
@@ -166,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
         figures[phase] = {"graph_breaks": breaks, "waits": False}
         if torch.device(o.device).type == "cuda":
-            figures[phase]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            figures[phase]["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
     seconds: dict[Way, list[float]] = {phase: [] for phase in ways}
     for _ in range(o.steps):
         for phase, way in ways.items():
@@ -186,12 +188,8 @@ def main(argv: list[str] | None = None) -> int:
             for _ in range(3):
                 ways["compression"].step()
         recording.export_chrome_trace(str(o.profile / "compression.json"))
-    if o.json is not None:
-        name = torch.cuda.get_device_name() if torch.device(o.device).type == "cuda" else o.device
-        o.json.write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "figures": figures}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+    name = torch.cuda.get_device_name() if torch.device(o.device).type == "cuda" else o.device
+    write_figures({"device": name, "torch": torch.__version__, "figures": figures}, o.json)
     return 0
 
 

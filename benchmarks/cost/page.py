@@ -26,6 +26,8 @@ import tyro
 
 from gapt_optim.viewing import RunHistory, write_report
 
+from .figures import write_figures
+
 
 @dataclass
 class Options:
@@ -114,8 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in found[0] if found else ():
             figures[f"seconds_{name}"] = statistics.median(one[name] for one in found)
     print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, options.json)
     return 0
 
 

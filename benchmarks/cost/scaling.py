@@ -8,7 +8,6 @@ log seconds over log size. What is added is a difference of two larger numbers, 
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import torch
 import tyro
 from scipy import stats
 
+from .figures import write_figures
 from .table import time_rounds
 from .workloads import BARE, Size, bare, wrapped
 
@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         cells = " | ".join(f"{slope:.2f} ± {error:.2f}" for slope, error in fits.values())
         print(f"| {name} | {cells} | {shares[0]:+.1%} to {shares[-1]:+.1%} |", flush=True)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "cost-scaling.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_figures(figures, options.out / "cost-scaling.json")
         draw(figures, options.out / "cost-scaling.png")
     return 0
 

@@ -8,7 +8,6 @@ first round fills the file cache.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -18,8 +17,11 @@ from pathlib import Path
 
 import tyro
 
+from .figures import write_figures
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCH, OURS = "import torch", "import torch; from gapt_optim import GAPTOptimizer, RepresentationHook"
+CONFIGURED = f"{OURS}, GAPTConfig; GAPTConfig()"
 COMMANDS = ("profile", "compare", "report", "watch", "doctor")
 EXAMPLES = ("gpt2_fineweb", "arithmetic", "forgetting")
 
@@ -36,7 +38,12 @@ class Options:
 
 def programs() -> dict[str, list[str]]:
     """Arguments of Python, by what they show."""
-    found = {TORCH: ["-c", TORCH], OURS: ["-c", OURS], "gapt-optim --help": _command("--help")}
+    found = {
+        TORCH: ["-c", TORCH],
+        OURS: ["-c", OURS],
+        CONFIGURED: ["-c", CONFIGURED],
+        "gapt-optim --help": _command("--help"),
+    }
     found |= {f"gapt-optim {name} --help": _command(name, "--help") for name in COMMANDS}
     return found | {f"examples/{name}.py --help": [f"examples/{name}.py", "--help"] for name in EXAMPLES}
 
@@ -76,13 +83,16 @@ def main(options: Options) -> None:
             if i:
                 seconds[name].append(taken)
     medians = {name: round(statistics.median(of), 3) for name, of in seconds.items()}
-    adds = statistics.median(ours - torch for ours, torch in zip(seconds[OURS], seconds[TORCH], strict=True))
+    adds, configured = (
+        round(statistics.median(more - less for more, less in zip(seconds[a], seconds[b], strict=True)), 3)
+        for a, b in ((OURS, TORCH), (CONFIGURED, OURS))
+    )
     print(f"import gapt_optim adds {adds:.3f} s to import torch, {medians[TORCH]:.2f} s")
+    print(f"the first configuration, which imports pydantic, adds {configured:.3f} s")
     for name, median in medians.items():
         if name.endswith("--help"):
             print(f"{median:6.2f} s  {name}")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"import adds": round(adds, 3), **medians}, indent=1) + "\n")
+    write_figures({"import adds": adds, "configuration adds": configured, **medians}, options.json)
 
 
 if __name__ == "__main__":

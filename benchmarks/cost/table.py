@@ -12,7 +12,6 @@ optimizer state included.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
@@ -30,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gapt_optim import matrix_entropy
 
+from .figures import write_figures
 from .workloads import BARE, SMALL, STEPS, WIDE, WINDOWS, Build, Size, Step, entropy_by_eigenvalues
 
 WARM_UP = 2
@@ -175,8 +175,7 @@ def markdown(figures: dict[str, dict[str, Any]]) -> str:
 def show(figures: dict[str, Any], path: Path | None) -> None:
     """Print the table, and write the figures where a file is named."""
     print(markdown(figures))
-    if path:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, path)
 
 
 def main(argv: list[str] | None = None) -> int:

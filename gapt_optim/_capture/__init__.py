@@ -1,6 +1,6 @@
 """From a module's output to Gram matrices: which modules, which tensor, which mask, which windows, and the taps."""
 
-from .entropies import Entropies, entropies_of
+from .entropies import NUMBERS, Factors, entropies_of
 from .grams import Grams
 from .graph import nodes_behind
 from .measurement import Measurement
@@ -11,9 +11,10 @@ from .store import CaptureStore
 from .tap import PROBE_SIZE, link
 
 __all__ = [
+    "NUMBERS",
     "PROBE_SIZE",
     "CaptureStore",
-    "Entropies",
+    "Factors",
     "Grams",
     "Layers",
     "Measurement",

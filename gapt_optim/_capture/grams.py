@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import EntropyConfig
 from ..entropy import Kernel, gram_matrix, measures_of_rows
 from .windows import live_rows, window_shape, windows
+
+if TYPE_CHECKING:
+    from ..config import EntropyConfig
 
 
 class Grams(NamedTuple):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..config import EntropyConfig
 from ..metrics import Measures
+
+if TYPE_CHECKING:
+    from ..config import EntropyConfig
 
 
 class Measurement:
     """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module.
 
+    >>> import torch
     >>> from gapt_optim import RepresentationHook
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
     >>> hook = RepresentationHook(model, "1")
@@ -26,9 +30,8 @@ class Measurement:
         self._sums: dict[str, Tensor] = {}  # (5,): the entropy, then its measures
         self._calls: dict[str, int] = {}
 
-    def add(self, name: str, entropy: Tensor, measures: Tensor) -> None:
-        row = torch.cat((entropy.reshape(1), measures.to(entropy.dtype)))
-        self._sums[name] = self._sums[name] + row if name in self._sums else row
+    def add(self, name: str, numbers: Tensor) -> None:
+        self._sums[name] = self._sums[name] + numbers if name in self._sums else numbers
         self._calls[name] = self._calls.get(name, 0) + 1
 
     @property

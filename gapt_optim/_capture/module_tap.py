@@ -56,8 +56,9 @@ class ModuleTap(Unsaved):
             h, mask = hidden_rows(self.name, output, self.output, self.sequence_first, length)
             given = self.mask_for(h, False)
             mask = given if mask is None else mask if given is None else mask & given
-            found = entropies_of([grams_of(h, mask, measurement.config)], measurement.config, with_factors=False)
-            measurement.add(self.name, found.values[0], found.measures[0])
+            grams = grams_of(h, mask, measurement.config)
+            numbers, _ = entropies_of([grams], measurement.config, h.device, with_factors=False)
+            measurement.add(self.name, numbers[0])
 
     def _capture(self, plan: StepPlan, output: Any) -> Any:
         """Leave the Gram matrices of ``output`` for the optimizer; returns the output with the tap in its graph."""

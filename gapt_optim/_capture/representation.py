@@ -5,12 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..config import EntropyConfig
 from .masks import ModelCall, ModelReturn, argument_names, masked_modules
 from .measurement import Measurement
 from .module_tap import ModuleTap
@@ -18,6 +17,9 @@ from .outputs import puts_sequence_first
 from .selection import Layers, select_layers
 from .store import CaptureStore
 from .unsaved import leave_out
+
+if TYPE_CHECKING:
+    from ..config import EntropyConfig
 
 
 class RepresentationHook:
@@ -115,6 +117,8 @@ class RepresentationHook:
             TypeError: ``entropy`` is not an EntropyConfig.
             RuntimeError: the hook was removed, or is already measuring.
         """
+        from ..config import EntropyConfig
+
         if self.removed:
             raise RuntimeError("this RepresentationHook was removed; make a new one to measure")
         if self._store.measurement is not None:

@@ -4,8 +4,9 @@ Forward, a tapped tensor h becomes (h, K, t): h itself, the Gram matrices K of i
 two zeros. :func:`link` turns the K of all layers into entropies at once and ties them to the loss.
 Backward, a tap then receives three gradients: g for h, the entropy's factor for K, times the
 scale of the whole loss (of a GradScaler, of accumulation), and for t the weight that its entropy has in
-the objective and how it was linked (:data:`WITH_LOSS` or :data:`ALONE`; 0 in a backward of something
-else). With d = factor @ h it passes on g + weight * d, and leaves <g,d>,
+the objective and 1 where it is differentiated together with the loss, so that what arrives is the loss's
+gradient; 0 where it is alone, or in a backward of something else. With d = factor @ h it passes on
+g + weight * d, and leaves <g,d>,
 |g|² and |d|² as the gradient of the `probe`, a leaf of three numbers, so that they add up over
 micro-batches and need no Python in the backward.
 """
@@ -19,16 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..entropy import Kernel, entropy_gradient, gram_matrix
+from .entropies import Factors
 from .grams import Grams, measures_beside
 from .windows import from_windows, windows
 
 PROBE_SIZE = 3
 """Statistics per tap: <g,d>, |g|² and |d|², for the arriving gradient g and the entropy gradient d."""
-
-WITH_LOSS = 1.0
-"""The entropy is differentiated together with the loss: what arrives at a tap is the loss's gradient."""
-ALONE = 2.0
-"""Entropies are differentiated by themselves: there is no loss to combine them with."""
 
 
 class Tap(torch.autograd.Function):
@@ -99,16 +96,16 @@ def _join_gradients(
         g = torch.zeros_like(h)
     d = from_windows(entropy_gradient(factor, windows(h, ctx.window, mask), ctx.kernel), h)
     wide, statistics = g.to(d.dtype), None
-    weight, linked = carried.to(d.dtype).unbind()
-    with_loss = (linked == WITH_LOSS).to(d.dtype)
+    weight, with_loss = carried.to(d.dtype).unbind()
     if ctx.compress:
         # Without this, one overflowing layer would put nan into every weight below it.
         d = d.nan_to_num_(0.0, 0.0, 0.0)
     if ctx.alignment or ctx.combine != "sum":
         flat_g, flat_d = wide.reshape(-1), d.reshape(-1)
-        gd, gg, dd = torch.dot(flat_g, flat_d), torch.dot(flat_g, flat_g), torch.dot(flat_d, flat_d)
-        # The gradient of another loss, or of another wrapper's, is not what the angle is of.
-        statistics = torch.stack((gd, gg * with_loss, dd)) if ctx.alignment else None
+        gd, gg = torch.dot(flat_g, flat_d), torch.dot(flat_g, flat_g)
+        if ctx.alignment:
+            # The gradient of another loss, or of another wrapper's, is not what the angle is of.
+            statistics = torch.stack((gd, gg * with_loss, torch.dot(flat_d, flat_d)))
     if not ctx.compress:
         return g, statistics
     total = torch.addcmul(wide, d, weight)
@@ -118,43 +115,52 @@ def _join_gradients(
 
 
 class _Link(torch.autograd.Function):
-    """A zero whose gradient, the scale of the loss, sends each tap its factor and its weight."""
+    """A value whose gradient, the scale of the loss, sends each tap its factor and its weight."""
 
     @staticmethod
-    def forward(ctx: Any, n: int, alone: bool, weights: Tensor, *tensors: Tensor) -> Tensor:
-        # tensors: n factors, then the n matrices and the n carriers that the gradients go to
-        ctx.n = n
-        carried = F.pad(weights.unsqueeze(-1), (0, 1), value=ALONE if alone else WITH_LOSS)
-        ctx.save_for_backward(carried, *tensors[:n])
-        return weights.new_zeros(())
+    def forward(ctx: Any, value: Tensor, weights: Tensor, alone: bool, groups: int, *tensors: Tensor | None) -> Tensor:
+        # tensors: the factors of each group of calls, then all calls' matrices and carriers that the gradients go to
+        carried = F.pad(weights.unsqueeze(-1), (0, 1), value=0.0 if alone else 1.0)
+        ctx.groups, ctx.flows = groups, [carrier is not None for carrier in tensors[-len(weights) :]]
+        ctx.save_for_backward(carried, *tensors[:groups])
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         carried, *factors = ctx.saved_tensors
-        scaled = [factor * scale.to(factor) for factor in factors]
-        each = [row.to(factor) for row, factor in zip(carried.unbind(), factors, strict=True)]
-        return (None, None, None, *[None] * ctx.n, *scaled, *each)
+        scaled: list[Tensor] = []
+        carriers: list[Tensor] = []
+        for group, rows in zip(factors, carried.split([len(group) for group in factors]), strict=True):
+            scaled += (group * scale.to(group)).unbind()
+            carriers += rows.to(group).unbind()
+        sent = [row if flows else None for row, flows in zip(carriers, ctx.flows, strict=True)]
+        return (*[None] * (4 + ctx.groups), *scaled, *sent)
 
 
-def link(calls: list[Grams], factors: list[Tensor], weights: Tensor, *, alone: bool = False) -> Tensor:
-    """A zero to add to the loss: it carries the entropy gradients of all calls to their taps.
+def link(value: Tensor, calls: list[Grams], factors: list[Factors], weights: Tensor, *, alone: bool = False) -> Tensor:
+    """``value``, to add to the loss: it carries the entropy gradients of all calls to their taps.
 
     Args:
+        value: scalar without a graph.
         calls: what the taps left; calls that nothing flows back to are passed over.
-        factors: one per call.
+        factors: of the calls, in groups.
         weights: (calls,) weight of each call's entropy in the objective.
         alone: this is differentiated by itself; taps add the entropy gradients up and combine them with nothing.
     """
-    flowing = [i for i, call in enumerate(calls) if call.carrier is not None]
-    if not flowing:  # every tapped layer lies above frozen parameters alone
-        return weights.new_zeros(())
-    if len(flowing) < len(calls):
-        weights = torch.stack([weights[i] for i in flowing])  # a list as an index would wait for the device
-    carriers = [carrier for carrier in (call.carrier for call in calls) if carrier is not None]
-    matrices = [calls[i].matrices for i in flowing]
-    zero: Tensor = _Link.apply(len(flowing), alone, weights, *(factors[i] for i in flowing), *matrices, *carriers)  # type: ignore[no-untyped-call]
-    return zero
+    if all(call.carrier is None for call in calls):  # every tapped layer lies above frozen parameters alone
+        return value
+    if len(factors) > 1:
+        order = [i for group in factors for i in group.members]
+        weights = torch.stack([weights[i] for i in order])  # a list as an index would wait for the device
+        calls = [calls[i] for i in order]
+    tensors = [
+        *(group.matrices for group in factors),
+        *(call.matrices for call in calls),
+        *(call.carrier for call in calls),
+    ]
+    linked: Tensor = _Link.apply(value, weights, alone, len(factors), *tensors)  # type: ignore[no-untyped-call]
+    return linked
 
 
 def _opposing_part(gd: Tensor, gg: Tensor) -> Tensor:

@@ -68,9 +68,13 @@ class _StateWithoutHooks:
         module = self._module()
         assert module is not None  # it asks for its own state
         by_class = getattr(type(module), _GETSTATE, None)  # of every object since Python 3.11
-        state = dict(module.__dict__) if by_class is None else by_class(module)
+        return self._without_ours(dict(module.__dict__) if by_class is None else by_class(module))
+
+    def _without_ours(self, state: Any) -> Any:
+        if type(state) is tuple:  # of a class with a form of its own, or with slots
+            return tuple(map(self._without_ours, state))
         if not isinstance(state, dict):
-            return state  # a form of its own
+            return state
         state = {name: value for name, value in state.items() if value is not self}
         ours = {key for name in _HOOKS for key, hook in state.get(name, {}).items() if isinstance(hook, Unsaved)}
         for name in (*_HOOKS, *_FLAGS):

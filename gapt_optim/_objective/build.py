@@ -8,7 +8,7 @@ from typing import NamedTuple, SupportsFloat
 import torch
 from torch import Tensor
 
-from .._capture import Grams, entropies_of, link
+from .._capture import Factors, Grams, entropies_of, link
 from .._plan import StepPlan
 from .layers import reduction_coefficients
 
@@ -18,12 +18,12 @@ class Objective(NamedTuple):
 
     total: Tensor
     """Scalar to differentiate; the loss itself, bit for bit, in memorization."""
-    entropies: dict[str, Tensor]
-    """Per layer that ran, a scalar without a graph."""
-    measures: dict[str, Tensor]
-    """Per layer that ran, (4,): what can hide in its entropy."""
+    layers: list[str]
+    """Those that ran."""
+    numbers: Tensor
+    """(layers, 5), without a graph: of each its entropy, then what can hide in it."""
     penalty: Tensor | None
-    """Scalar, what compression adds to the loss; None in memorization."""
+    """Scalar without a graph, what compression adds to the loss; None in memorization."""
     mean_entropy: Tensor | None
     """A zero with the gradient of the mean entropy, where parameter alignment is due."""
 
@@ -38,29 +38,36 @@ def build_objective(loss: Tensor, calls: dict[str, list[Grams]], plan: StepPlan,
         scaled_by: factor that the loss was multiplied by already; the entropy gets it too.
     """
     flat = [call for of_layer in calls.values() for call in of_layer]
-    of_call = [(name, len(of_layer)) for name, of_layer in calls.items() for _ in of_layer]
-    found = entropies_of(flat, plan.entropy, with_factors=plan.entropy_flows)
-    entropies = _means_of_calls(found.values, of_call, loss.device)
-    measures = _means_of_calls(found.measures, of_call, loss.device)
+    numbers, factors = entropies_of(flat, plan.entropy, loss.device, with_factors=plan.entropy_flows)
+    layers, times = list(calls), [len(of_layer) for of_layer in calls.values()]
+    once = len(flat) == len(layers)
+    if not once:
+        numbers, factors = _means_of_calls(numbers, factors, times)
     if not plan.entropy_flows:
-        return Objective(loss, entropies, measures, None, None)
+        return Objective(loss, layers, numbers, None, None)
 
-    factors = [factor if n == 1 else factor / n for factor, (_, n) in zip(found.factors, of_call, strict=True)]
-    zero = torch.zeros_like(next(iter(entropies.values())))
-    penalty, weights = _penalty(loss.detach(), entropies, plan) if plan.compressing else (zero, {})
-    of_calls = torch.stack([weights.get(name, zero) for name, _ in of_call]) * scaled_by
-    total = loss + link(flat, factors, of_calls).to(loss.dtype)
+    def of_calls(of_layers: Tensor) -> Tensor:
+        return of_layers if once else torch.cat([of_layers[i].expand(n) for i, n in enumerate(times)])
+
+    if plan.compressing:
+        penalty, weights = _penalty(loss.detach(), layers, numbers[:, 0], plan)
+        if scaled_by == 1.0:
+            added = penalty
+        else:
+            added, weights = penalty * scaled_by, weights * scaled_by
+    else:
+        penalty, weights = None, torch.zeros_like(numbers[:, 0])
+        added = weights.new_zeros(())
+    total = loss + link(added, flat, factors, of_calls(weights)).to(loss.dtype)
     mean_entropy = None
     if plan.parameter_alignment and any(call.carrier is not None for call in flat):
         # A micro-batch that falls back to the loss alone has no entropy gradient.
-        judged = [entropies[name] for name in plan.shares if name in entropies]
-        finite = torch.stack([loss.detach().reshape(()).to(zero), *judged]).isfinite().all()
-        share = finite.to(zero) / len(plan.shares)
-        parts = torch.stack([share if name in plan.shares else zero for name, _ in of_call])
-        mean_entropy = link(flat, factors, parts, alone=True)
-    if not plan.compressing:
-        return Objective(total, entropies, measures, None, mean_entropy)
-    return Objective(total + (penalty * scaled_by).to(loss.dtype), entropies, measures, penalty, mean_entropy)
+        counts = torch.tensor([float(name in plan.shares) for name in layers], dtype=numbers.dtype)
+        counts = counts.to(numbers.device, non_blocking=True)
+        judged = torch.where(counts > 0, numbers[:, 0], 0).sum() + loss.detach().reshape(())
+        shares = torch.where(judged.isfinite(), counts / len(plan.shares), 0)
+        mean_entropy = link(torch.zeros_like(added), flat, factors, of_calls(shares), alone=True)
+    return Objective(total, layers, numbers, penalty, mean_entropy)
 
 
 def check_loss(loss: Tensor, scaled_by: float) -> None:
@@ -78,30 +85,33 @@ def check_loss(loss: Tensor, scaled_by: float) -> None:
         raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")
 
 
-def _means_of_calls(values: list[Tensor], of_call: list[tuple[str, int]], device: torch.device) -> dict[str, Tensor]:
-    """Per layer, the mean of ``values`` over its calls; ``of_call`` has each one's layer and how often that ran."""
-    means: dict[str, Tensor] = {}
-    for (name, n), value in zip(of_call, values, strict=True):
-        part = value.to(device) if n == 1 else value.to(device) / n
-        means[name] = means[name] + part if name in means else part
-    return means
+def _means_of_calls(numbers: Tensor, factors: list[Factors], times: list[int]) -> tuple[Tensor, list[Factors]]:
+    """Per layer, the mean of the numbers over its calls, ``times`` many; and the factors of these means."""
+    of_layers = torch.stack([of_layer.mean(0) for of_layer in torch.split(numbers, times)])
+    of_call = [n for n in times for _ in range(n)]
+    return of_layers, [
+        Factors(members, torch.stack([m / of_call[i] for i, m in zip(members, matrices.unbind(), strict=True)]))
+        for members, matrices in factors
+    ]
 
 
-def _penalty(loss: Tensor, entropies: dict[str, Tensor], plan: StepPlan) -> tuple[Tensor, dict[str, Tensor]]:
-    """What compression adds to the loss, and the weight of each layer in it; 0 where anything is not finite."""
-    present = [name for name in plan.shares if name in entropies]
-    if not present:
-        return torch.zeros_like(loss), {}
+def _penalty(loss: Tensor, layers: list[str], entropies: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
+    """What compression adds to the loss, and each layer's weight in it (layers,); 0 where anything is not finite."""
+    places = [i for i, name in enumerate(layers) if name in plan.shares]
+    if not places:
+        return entropies.new_zeros(()), torch.zeros_like(entropies)
     objective = plan.config.objective
-    values = torch.stack([entropies[name] for name in present])
-    shares = torch.tensor([plan.shares[name] for name in present], dtype=values.dtype)
+    values = entropies if len(places) == len(layers) else torch.stack([entropies[i] for i in places])
+    shares = torch.tensor([plan.shares[layers[i]] for i in places], dtype=values.dtype)
     shares = shares.to(device=values.device, non_blocking=True)
     coefficients = objective.weight * reduction_coefficients(plan.config.layers.reduce, values, shares)
     if objective.floor > 0:
         values = values - objective.floor
         coefficients = torch.where(values > 0, coefficients, 0)
     total = (coefficients * values).sum()
-    finite = total.isfinite() & loss.isfinite().reshape(())
-    coefficients = torch.where(finite, coefficients, 0)
-    weights = zip(present, coefficients.unbind(), strict=True)
-    return torch.where(finite, total, 0), dict(weights)
+    finite = (total + loss.reshape(())).isfinite()
+    total, weights = torch.where(finite, total, 0), torch.where(finite, coefficients, 0)
+    if len(places) < len(layers):
+        of_places = dict(zip(places, weights.unbind(), strict=True))
+        weights = torch.stack([of_places.get(i, torch.zeros_like(total)) for i in range(len(layers))])
+    return total, weights

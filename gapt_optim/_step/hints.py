@@ -71,6 +71,32 @@ def _why_zero(calls: list[Grams], *, center: bool) -> str | None:
     return None
 
 
+class FrozenHint:
+    """Layers below which everything is frozen: no training changes their entropy."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def look(self, plan: StepPlan, calls: dict[str, list[Grams]]) -> None:
+        """Take what the layers of one forward pass left, where their entropies are differentiated.
+
+        Warns:
+            UserWarning: once, where that is so of all layers that count.
+        """
+        if self.told or not (plan.compressing or plan.parameter_alignment) or torch.compiler.is_compiling():
+            return
+        counted = [call for name in plan.shares for call in calls.get(name, ())]
+        if counted and all(call.carrier is None for call in counted):
+            self.told = True
+            first, *rest = plan.shares
+            more = f" (and of {len(rest)} more)" if rest else ""
+            tell(
+                f'the entropy of layer "{first}"{more} has no gradient, as everything below is frozen: compression '
+                "changes nothing and parameter alignment is not measured. Tap layers above trainable parameters, or "
+                "set requires_grad_() on some below"
+            )
+
+
 class SmallShareHint:
     """An entropy that is next to nothing in the objective, over the first steps of compression."""
 

@@ -10,15 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._capture import PROBE_SIZE
+from .._capture import NUMBERS, PROBE_SIZE
 from .._objective import Objective
 from ..metrics import Measures
 from .ranks import HostCopy, mean_over_ranks
 
 _SCALARS = 2
 """Numbers of a step before those of its layers: loss and penalty."""
-_PER_LAYER = 5
-"""Numbers of a layer: its entropy and four measures."""
 
 
 class Reading(NamedTuple):
@@ -57,18 +55,15 @@ class StepRecord:
 
     def add(self, loss: Tensor, objective: Objective, group: dist.ProcessGroup | None) -> None:
         """One micro-batch: its loss and what its objective is made of."""
-        entropies, measures = objective.entropies, objective.measures
-        like = next(iter(entropies.values()))
-        nothing = like.new_zeros(_PER_LAYER)
-        scalars = [loss.detach(), like.new_zeros(()) if objective.penalty is None else objective.penalty.detach()]
-        layers = [
-            part.to(like.dtype)
-            for name in self.names
-            for part in ((entropies[name].reshape(1), measures[name]) if name in entropies else (nothing,))
-        ]
-        row = torch.cat([*(scalar.reshape(1).to(like.dtype) for scalar in scalars), *layers])
+        layers, numbers = objective.layers, objective.numbers
+        scalars = [loss.detach(), numbers.new_zeros(()) if objective.penalty is None else objective.penalty]
+        if len(layers) < len(self.names):
+            of_layer = dict(zip(layers, numbers.unbind(), strict=True))
+            nothing = numbers.new_zeros(NUMBERS)
+            numbers = torch.stack([of_layer.get(name, nothing) for name in self.names])
+        row = torch.cat([*(scalar.reshape(1).to(numbers.dtype) for scalar in scalars), numbers.reshape(-1)])
         self.sums = row if self.sums is None else self.sums + row
-        here = [1, *(int(name in entropies) for name in self.names)]
+        here = [1, *(int(name in layers) for name in self.names)]
         self.counts = [a + b for a, b in zip(self.counts, here, strict=True)]
         if group is None and not torch.compiler.is_compiling():
             self.host_sums = HostCopy(self.sums)
@@ -144,7 +139,7 @@ def _as_reading(names: list[str], arrived: _Arrived) -> Reading:
     sums, divisors, validation, statistics = arrived
     loss, penalty = (value / divisors[0] for value in sums[:_SCALARS])
     layers = {
-        name: [value / ran for value in sums[_SCALARS + i * _PER_LAYER :][:_PER_LAYER]]
+        name: [value / ran for value in sums[_SCALARS + i * NUMBERS :][:NUMBERS]]
         for i, (name, ran) in enumerate(zip(names, divisors[1:], strict=True))
         if ran > 0
     }
@@ -157,9 +152,12 @@ def _as_reading(names: list[str], arrived: _Arrived) -> Reading:
 def _per_column(counts: list[int]) -> list[int]:
     """The count that each column of the sums has: the first for the scalars, then one per layer."""
     first, *layers = counts
-    return [first] * _SCALARS + [count for count in layers for _ in range(_PER_LAYER)]
+    return [first] * _SCALARS + [count for count in layers for _ in range(NUMBERS)]
 
 
 def mean_or_nan(values: list[float]) -> float:
     """Mean of ``values``, nan for none."""
-    return math.fsum(values) / len(values) if values else math.nan
+    try:
+        return math.fsum(values) / len(values) if values else math.nan
+    except OverflowError:  # the sum is no float, the mean is
+        return math.fsum(value / len(values) for value in values)

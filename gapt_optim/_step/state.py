@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -14,17 +14,19 @@ from .._capture import CaptureStore
 from .._objective import build_objective, counted_layers, schedule_shares
 from .._plan import StepPlan
 from .._tell import tell
-from ..config import GAPTConfig
 from ..metrics import StepMetrics
 from .announce import announce_switch
 from .evasion import EvasionWatch
 from .groups import ZeroedGradients, largest_learning_rate
-from .hints import DividedLossHint, SmallShareHint, ZeroEntropyHint
+from .hints import DividedLossHint, FrozenHint, SmallShareHint, ZeroEntropyHint
 from .parameter_alignment import Compared, GradientComparison, refuse_incomparable
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
 from .record import Reading, StepRecord, mean_or_nan
 from .report import judged_layers, mean_entropy, step_metrics
+
+if TYPE_CHECKING:
+    from ..config import GAPTConfig
 
 _SILENT_STEPS = 10
 
@@ -58,6 +60,7 @@ class StepState:
         self._zeroed = ZeroedGradients()
         self._evasion = EvasionWatch()
         self._zero_entropy, self._small_share, self._divided = ZeroEntropyHint(), SmallShareHint(), DividedLossHint()
+        self._frozen = FrozenHint()
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
         self._silent_steps = 0
@@ -111,6 +114,7 @@ class StepState:
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
         self._zero_entropy.look(self.plan, calls)
+        self._frozen.look(self.plan, calls)
         self._divided.add(loss, scaled_by)
         objective = build_objective(loss, calls, self.plan, scaled_by)
         self._mean_entropy = objective.mean_entropy
@@ -237,7 +241,7 @@ class StepState:
             )
 
     def _warn_uncompared(self, *, missing: bool) -> None:
-        if missing and not self._warned_uncompared:
+        if missing and not (self._warned_uncompared or self._frozen.told):
             self._warned_uncompared = True
             tell("parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)")
 

@@ -8,7 +8,6 @@ and checkpoint tools see a single optimizer. What a state dict holds beyond that
 from __future__ import annotations
 
 import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .malformed import AS_IT_WAS, malformed, refuse_malformed
 from .merged import MergedGroups, MergedState
 from .snapshot import Snapshot
 
 PARTS_KEY = "parts"
 """In the state dict of several optimizers: what each saves besides parameter groups and the state of parameters."""
-
-_AS_IT_WAS = "nothing was changed. Load a state_dict that the same optimizer has saved"
 
 
 class Bases:
@@ -177,7 +175,7 @@ class Bases:
                 if not isinstance(error, Exception) or (isinstance(error, ValueError) and str(error)):
                     raise
                 raise ValueError(
-                    f"{where} cannot load the state_dict ({type(error).__name__}: {error}); {_AS_IT_WAS}"
+                    f"{where} cannot load the state_dict ({type(error).__name__}: {error}); {AS_IT_WAS}"
                 ) from error
         return before
 
@@ -185,7 +183,7 @@ class Bases:
         """What each base would have saved alone."""
         for key, kind in (("state", Mapping), ("param_groups", list)):
             if not isinstance(state_dict.get(key), kind):
-                raise ValueError(_malformed(key, f"a {kind.__name__.lower()}", state_dict.get(key)))
+                raise ValueError(malformed(key, f"a {kind.__name__.lower()}", state_dict.get(key)))
         groups, state = state_dict["param_groups"], state_dict["state"]
         known = {"state", "param_groups", PARTS_KEY}
         if set(state_dict) - known:
@@ -205,7 +203,7 @@ class Bases:
                 counts = [part["groups"] for part in saved]
                 raise ValueError(
                     f"state_dict: {PARTS_KEY} is of {counts} parameter groups, param_groups has {len(groups)}; "
-                    f"{_AS_IT_WAS}"
+                    f"{AS_IT_WAS}"
                 )
             each = _cut(groups, [part["groups"] for part in saved])
         parts: list[dict[str, Any]] = []
@@ -218,12 +216,12 @@ class Bases:
                 names = group.get("params") if isinstance(group, Mapping) else None
                 if not (isinstance(names, list | tuple) and all(isinstance(name, int | str) for name in names)):
                     raise ValueError(
-                        _malformed("param_groups", f"mappings with lists of params (optimizer[{i}])", group)
+                        malformed("param_groups", f"mappings with lists of params (optimizer[{i}])", group)
                     )
             here, there = ([len(group["params"]) for group in groups_] for groups_ in (base.param_groups, own))
             if here != there:
                 raise ValueError(
-                    f"optimizer[{i}] has parameter groups of {here} parameters, found {there}; {_AS_IT_WAS}"
+                    f"state_dict: params of optimizer[{i}] must be {here} in its groups, found {there}; {AS_IT_WAS}"
                 )
             numbers = _numbered(own, 0)
             used.update(numbers)
@@ -237,7 +235,9 @@ class Bases:
             )
         if set(state) - used:
             unknown = sorted(map(repr, set(state) - used))
-            raise ValueError(f"state_dict: state has entries {unknown}, which no parameter group names; {_AS_IT_WAS}")
+            raise ValueError(
+                f"state_dict: state has entries {unknown}, which are in the params of no group; {AS_IT_WAS}"
+            )
         return parts
 
     def _refuse_loss_of_parts(self) -> None:
@@ -264,95 +264,18 @@ class Bases:
         return _cut(groups, sizes)
 
 
-def refuse_malformed(state_dict: Mapping[str, Any], base: Optimizer, where: str = "") -> None:
-    """Raise ValueError where a state dict is not built as those of torch.optim are.
-
-    torch loads a learning rate of "abc" or a state of 3 and fails in a step to come. What lies in the state of each
-    parameter is the optimizer's own business, and only its kind is looked at.
-    """
-    groups, state = state_dict["param_groups"], state_dict.get("state")
-    if not isinstance(groups, list | tuple):
-        raise ValueError(where + _malformed("param_groups", "a list", groups))
-    if not isinstance(state, Mapping):
-        raise ValueError(where + _malformed("state", "a mapping", state))
-    if len(groups) != len(base.param_groups):
-        raise ValueError(
-            f"{where}state_dict has {len(groups)} parameter groups, this optimizer has {len(base.param_groups)}; "
-            f"{_AS_IT_WAS}"
-        )
-    names: list[Any] = []
-    for i, (group, live) in enumerate(zip(groups, base.param_groups, strict=True)):
-        path = f"param_groups[{i}]"
-        if not isinstance(group, Mapping):
-            raise ValueError(where + _malformed(path, "a mapping", group))
-        params = group.get("params")
-        if not isinstance(params, list | tuple) or len(params) != len(live["params"]):
-            raise ValueError(where + _malformed(f"{path}.params", f"a list of {len(live['params'])}", params))
-        names.extend(params)
-        for key, value in group.items():
-            if not isinstance(key, str):
-                raise ValueError(where + _malformed(path, "names as keys", key))
-            if key != "params" and key in live and not _alike(live[key], value):
-                raise ValueError(where + _malformed(f"{path}.{key}", f"a value like {_short(live[key])}", value))
-    if not all(isinstance(name, int | str) for name in names) or len(set(names)) != len(names):
-        raise ValueError(where + _malformed("param_groups", "a number or name of its own for each parameter", names))
-    shapes = dict(zip(names, (p for group in base.param_groups for p in group["params"]), strict=True))
-    like = {id(p): base.state[p] for p in shapes.values() if p in base.state}
-    for key, value in state.items():
-        if key not in shapes:
-            continue
-        path = f"state[{key!r}]"
-        if not isinstance(value, Mapping):
-            raise ValueError(where + _malformed(path, "a mapping", value))
-        for name, live in (like.get(id(shapes[key])) or {}).items():
-            if name in value and not _alike(live, value[name]):
-                raise ValueError(where + _malformed(f"{path}.{name}", f"a value like {_short(live)}", value[name]))
-
-
-def _alike(live: Any, saved: Any) -> bool:
-    """``saved`` can stand where ``live`` is: None is settled later, a tensor of one number is a number."""
-    if live is None or saved is None:
-        return True
-    if isinstance(live, Tensor) and isinstance(saved, Tensor):
-        return live.shape == saved.shape or (live.numel() == saved.numel() == 1)
-    if _number(live) or _number(saved):
-        return _number(live) and _number(saved) and (_finite(saved) or not _finite(live))
-    if isinstance(live, list | tuple) and isinstance(saved, list | tuple):
-        if len(live) != len(saved):
-            return isinstance(live, list)
-        return all(_alike(a, b) for a, b in zip(live, saved, strict=True))
-    return isinstance(saved, type(live)) or isinstance(live, type(saved))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def _finite(value: Any) -> bool:
-    return bool(torch.isfinite(value).all()) if isinstance(value, Tensor) else math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _malformed(path: str, expected: str, found: Any) -> str:
-    return f"state_dict: {path} must be {expected}, found {_short(found)} ({type(found).__name__}); {_AS_IT_WAS}"
-
-
 def _checked_parts(parts: Any, count: int) -> list[dict[str, Any]]:
     if not isinstance(parts, list) or len(parts) != count:
-        raise ValueError(_malformed(PARTS_KEY, f"a list of {count} mappings, one for each optimizer", parts))
+        raise ValueError(malformed(PARTS_KEY, f"a list of {count} mappings, one for each optimizer", parts))
     for i, part in enumerate(parts):
         path = f"{PARTS_KEY}[{i}]"
         if not isinstance(part, Mapping) or part.keys() != {"groups", "entries", "state"}:
-            raise ValueError(_malformed(path, "a mapping of groups, entries and state", part))
+            raise ValueError(malformed(path, "a mapping of groups, entries and state", part))
         if not isinstance(part["groups"], int) or isinstance(part["groups"], bool) or part["groups"] < 0:
-            raise ValueError(_malformed(f"{path}.groups", "a count", part["groups"]))
+            raise ValueError(malformed(f"{path}.groups", "a count", part["groups"]))
         for name in ("entries", "state"):
             if not isinstance(part[name], Mapping):
-                raise ValueError(_malformed(f"{path}.{name}", "a mapping", part[name]))
+                raise ValueError(malformed(f"{path}.{name}", "a mapping", part[name]))
     return parts
 
 

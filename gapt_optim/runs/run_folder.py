@@ -12,14 +12,21 @@ import math
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .._version import __version__
 from .errors import CommandError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MARKER, SETTINGS, RESULTS = "run.json", "settings.json", "results.json"
 METRICS, VALIDATION, CHECKPOINT = "metrics.jsonl", "validation.jsonl", "checkpoint/latest.json"
@@ -59,7 +66,9 @@ class RunFolder:
             marker = json.loads(text)
             ours = marker["made_by"] == "gapt_optim"
             files, checksums = marker["files"], marker.get("checksums", {})
-            if not ours or not all(_is_inside(name) for name in [*files, *checksums]):
+            if not (ours and isinstance(files, list) and isinstance(checksums, dict)):
+                raise ValueError
+            if not all(_is_inside(name) for name in [*files, *checksums]):
                 raise ValueError
             self._files, self._checksums = list(files), dict(checksums)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -67,6 +76,9 @@ class RunFolder:
                 f"{self.path / MARKER}: is no marker of a run (empty, damaged or of another program), so what is "
                 "beside it stays; choose another folder, or delete this one yourself"
             ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept_lock"}
 
     @classmethod
     def claim(cls, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -79,7 +91,7 @@ class RunFolder:
 
         Raises:
             RunFolderError: the folder cannot be written, holds what no run wrote, or a run that is not to be replaced;
-                or a file of the run to resume is damaged.
+                or another process writes to it; or a file of the run to resume is damaged.
         """
         if not os.fspath(path):
             raise RunFolderError("the name of the folder is empty, which would be the current one; give it a name")
@@ -97,6 +109,7 @@ class RunFolder:
             shown = str(path).replace("\0", "\\0")
             raise RunFolderError(f"{shown}: cannot be written to ({reason}); choose another folder") from error
         folder = cls(path)
+        folder._lock()
         marked = (path / MARKER).exists()
         foreign = sorted(set(_files_below(path)) - set(folder._owned()))
         if foreign and not (resume and marked):
@@ -400,7 +413,8 @@ class RunFolder:
             (self.path / path).unlink(missing_ok=True)
         if (self.path / name).is_dir() and not any((self.path / name).iterdir()):
             (self.path / name).rmdir()
-        (self.path / (CHECKPOINT + PARTIAL)).unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # a file of the user's is where the folder would be
+            (self.path / (CHECKPOINT + PARTIAL)).unlink(missing_ok=True)
         if f"{name}/" in self._files:
             self._files.remove(f"{name}/")
             try:
@@ -409,6 +423,30 @@ class RunFolder:
                 (self.path / (MARKER + PARTIAL)).unlink(missing_ok=True)
 
     # What is ours
+
+    def _lock(self) -> None:
+        """Keep other processes out for as long as this object, or another of this process, stands for the folder.
+
+        The system gives the lock back when the process ends, however it ends. Where there are no such locks, as on
+        Windows and on some network disks, nothing is kept out.
+        """
+        if fcntl is None:
+            return
+        place = os.stat(self.path)
+        key = (place.st_dev, place.st_ino)
+        lock = _LOCKS.get(key)
+        if lock is None:
+            lock = _Lock(self.path)
+            try:
+                fcntl.flock(lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"{self.path}: another process is writing to it; wait until it has ended, or choose another folder"
+                ) from None
+            except OSError:
+                return
+            _LOCKS[key] = lock
+        self._kept_lock = lock
 
     def _owned(self) -> Iterator[str]:
         """Every file of ours that may be there, those of methods first and the marker last."""
@@ -445,6 +483,28 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         marker = {"made_by": "gapt_optim", "version": __version__, "files": self._files, "checksums": self._checksums}
         _replace(self.path / MARKER, json.dumps(marker, indent=2) + "\n")
+
+
+class _Lock:
+    """An open folder, closed with the last that holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self.handle)
+
+
+_LOCKS: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
+"""Of this process, by device and inode of the folder."""
+
+
+def _close_locks() -> None:
+    for lock in list(_LOCKS.values()):
+        lock.close()
+    _LOCKS.clear()
+
+
+if fcntl is not None:  # a worker that outlives a killed run would keep the folder locked
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _checkpointing() -> Any:

@@ -55,7 +55,7 @@ def read_flags(kind: type[T], argv: Sequence[str], default: T | None = None, pre
     except SystemExit as end:
         if not end.code:
             raise
-        line = flag_error(said.getvalue())
+        line = re.sub(r"(?<![\w-])--(?=[a-z])", f"--{prefix}", flag_error(said.getvalue()))
         named = functools.partial(_named, prefix)
         line = re.sub(r"^Error parsing ([\w.-]+): \d+ validation errors? for \w+ ([\w.]*) ", named, line)
         line = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", found \1", line)
@@ -106,7 +106,11 @@ def open_run(
         preset["preset"] = typed.preset
     config, rest = read_flags(kind, argv, kind(**(stored["config"] if resume else preset)))
     default = GAPTConfig(**stored["gapt"]) if resume else gapt_default(config)
-    gapt, unknown = read_flags(GAPTConfig, [flag.replace("--gapt.", "--") for flag in rest], default, "gapt.")
+    unknown = [flag for flag in rest if flag.startswith("--") and not flag.startswith("--gapt.")]
+    if not unknown:
+        flags = [re.sub(r"^--gapt\.", "--", flag) for flag in rest]
+        gapt, left = read_flags(GAPTConfig, flags, default, "gapt.")
+        unknown = [re.sub("^--", "--gapt.", flag) for flag in left]
     if unknown:
         raise CommandError(f"{unknown[0]}: there is no such flag; see --help and --gapt.help")
     return config, gapt, folder

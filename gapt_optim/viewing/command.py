@@ -400,7 +400,3 @@ def _window(text: str) -> int | None:
     if size < 2:
         raise CommandError(f'--windows takes numbers of at least 2 and "all", found {text!r}')
     return size
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import gpu, page, profiling, scaling, table
+from benchmarks.cost import endurance, gpu, page, profiling, scaling, table
 from benchmarks.cost.workloads import (
     BARE,
     STEPS,
@@ -138,6 +139,25 @@ def test_the_page_of_a_long_run_is_measured(tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "page.json"
     assert page.main(["--steps", "2000", "--layers", "3", "--times", "0", "--json", str(path)]) == 0
     assert 1 < json.loads(path.read_text())["megabytes"] < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_run_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = tmp_path / "endurance.json", tmp_path / "endurance.png"
+    flags = ["--steps", "1000", "--checkpoint-every", "500", "--json", str(path), "--picture", str(picture)]
+    assert endurance.main(flags) == 0
+    figures = json.loads(path.read_text())
+    assert (figures["checkpoints"], len(figures["rows"])) == (2, 100)
+    assert figures["switches"] > 2
+    early, late = endurance.tenths(figures)["tensors"]
+    assert early == late > 0
+    assert picture.stat().st_size > 10_000
+    assert "1000 steps" in capsys.readouterr().out
+
+
+def test_a_long_run_of_an_odd_length_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert endurance.main(["--steps", "1234"]) == 2
+    assert capsys.readouterr().err.startswith("error: --steps 1234: take a multiple of 100")
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
 import resource
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gapt_optim import GAPTOptimizer, RepresentationHook
+from gapt_optim import GAPTOptimizer, RepresentationHook, StepMetrics
 from gapt_optim.runs import RunFolder, RunFolderError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +141,14 @@ def test_file_that_no_run_wrote_is_not_written_over(tmp_path: Path) -> None:
         folder.file("layers.png")
 
 
+@pytest.mark.parametrize("name", ["../mine.txt", "/mine.txt", "", "a\0b"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = RunFolder.claim(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"^name must be a path within the folder, found "):
+        folder.file(name)
+    assert set(files(tmp_path)) == {"run/run.json"}
+
+
 # One run after another
 
 
@@ -169,6 +181,32 @@ def test_overwriting_says_what_it_deletes_and_deletes_that(tmp_path: Path) -> No
         assert name in said[0]
     assert folder.is_sealed("data/train.bin")
     assert not (tmp_path / "gapt").exists()
+
+
+def test_a_run_that_begins_anew_replaces_the_last_one_and_makes_its_methods_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tmp_path)
+    RunFolder.claim(tmp_path, overwrite=True).begin({"seed": 1}, children=("plain", "gapt"), replace=True, keep="data/")
+    assert f"Deleting what the last run in {tmp_path} wrote: " in capsys.readouterr().out
+    assert set(files(tmp_path)) == {
+        "run.json", "settings.json", "data/train.bin", "plain/run.json", "gapt/run.json",
+    }  # fmt: skip
+    folder = RunFolder.claim(tmp_path, resume=True)
+    assert folder.read_json("settings.json") == {"seed": 1}
+    folder.clear()
+    capsys.readouterr()
+    folder.clear()  # there is nothing left of which to say that it is deleted
+    assert capsys.readouterr().out == ""
+
+
+def test_a_method_whose_folder_was_deleted_begins_anew(tmp_path: Path) -> None:
+    begun(tmp_path)
+    shutil.rmtree(tmp_path / "gapt")
+    child = RunFolder.claim(tmp_path, resume=True).child("gapt")
+    child.rewind(0)
+    assert child.checkpoint_step() == 0
+    assert set(files(tmp_path / "gapt")) == {"run.json"}
 
 
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
@@ -241,7 +279,56 @@ def test_last_record_may_be_cut_as_by_a_kill(tmp_path: Path) -> None:
     assert (tmp_path / "gapt" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+# Records
+
+
+@dataclass(frozen=True)
+class Facts:
+    seeds: tuple[int, ...]
+    loss: float
+
+
+def test_what_json_lacks_is_written_as_text(tmp_path: Path) -> None:
+    folder = RunFolder.claim(tmp_path)
+    folder.write_json("facts.json", {1: Facts((1, 2), math.inf), "loss": [math.nan, 0.5, None]})
+    assert folder.read_json("facts.json") == {"1": {"seeds": [1, 2], "loss": "inf"}, "loss": ["nan", 0.5, None]}
+
+
+def test_steps_are_recorded_and_those_taken_again_replace_the_first(tmp_path: Path) -> None:
+    folder = begun(tmp_path).child("gapt")
+    folder.append("validation.jsonl", {"step": 4})
+    steps = [StepMetrics(step, "memorization", "memorization", None, 2.0, 0.5, {}) for step in (3, 4)]
+    with folder.recording(2, 4, name="gapt", quiet=True) as record:
+        for metrics in steps:
+            record(metrics)
+    lines = [json.loads(line) for line in (tmp_path / "gapt" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[:2] == [{"step": 1}, {"step": 2}]
+    assert lines[2]["loss"] == 2.0
+    assert (tmp_path / "gapt" / "validation.jsonl").read_text() == ""  # they come after the checkpoint of step 2
+
+
+def test_other_ranks_record_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    folder = begun(tmp_path).child("gapt")
+    before = files(tmp_path)
+    with folder.recording(0, 4, name="gapt") as record:
+        record(StepMetrics(1, "memorization", "memorization", None, 2.0, 0.5, {}))
+    assert files(tmp_path) == before
+
+
 # Checkpoints
+
+
+@pytest.mark.parametrize("change", [{"step": 0}, {"step": "2"}, {"folder": "../gapt"}, {"files": {}}, {"files": None}])
+def test_a_checkpoint_that_says_what_cannot_be_is_damaged(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = begun(tmp_path).child("gapt")
+    latest = tmp_path / "gapt" / "checkpoint" / "latest.json"
+    latest.write_text(json.dumps(json.loads(latest.read_text()) | change))
+    with pytest.raises(RunFolderError, match=r"latest\.json: the checkpoint is damaged"):
+        folder.checkpoint_step()
+    with pytest.raises(RunFolderError, match=r"latest\.json: the checkpoint is damaged"):
+        RunFolder.claim(tmp_path, resume=True)
 
 
 def test_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -281,6 +368,7 @@ for limit in (3000, 0):  # larger files fail as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     print(folder.save_checkpoint(3, model, optimizer, schedule))
     print(folder.checkpoint_step())
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # for who counts branches
 """
 
 
@@ -300,3 +388,70 @@ def test_full_disk_leaves_the_last_checkpoint_and_goes_on(tmp_path: Path) -> Non
     after = files(tmp_path)
     assert set(after) == set(before)
     assert {name for name in after if after[name] != before[name]} <= {"gapt/run.json"}
+
+
+# Other processes
+
+
+CLAIMS = """
+import sys
+from gapt_optim.runs import RunFolder, RunFolderError
+
+try:
+    RunFolder.claim(sys.argv[1], **{sys.argv[2]: True})
+    print("taken")
+except RunFolderError as error:
+    print(error)
+"""
+
+
+def claimed_elsewhere(path: Path, flag: str) -> str:
+    command = [sys.executable, "-c", CLAIMS, str(path), flag]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+
+def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.begin({"config": {"lr": 0.1}})
+    before = files(tmp_path)
+    for flag in ("resume", "overwrite"):
+        assert "another process is writing to it" in claimed_elsewhere(tmp_path / "run", flag)
+    assert files(tmp_path) == before
+    again = RunFolder.claim(tmp_path / "run", resume=True)  # in this process there is no other run
+    del folder
+    assert "another process" in claimed_elsewhere(tmp_path / "run", "resume")
+    copied = pickle.loads(pickle.dumps(again))
+    del again
+    assert copied.read_json("settings.json") == {"config": {"lr": 0.1}}
+    assert claimed_elsewhere(tmp_path / "run", "resume") == "taken"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, where there are threads
+def test_a_worker_that_lives_on_does_not_hold_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.begin({"config": {"lr": 0.1}})
+    end, begin = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.close(begin)
+        os.read(end, 1)
+        os._exit(0)
+    os.close(end)
+    try:
+        del folder
+        assert claimed_elsewhere(tmp_path / "run", "resume") == "taken"
+    finally:
+        os.close(begin)
+        os.waitpid(worker, 0)
+
+
+@pytest.mark.parametrize("listed", ["abc", {"a": 1}, None, 3])
+def test_a_marker_whose_list_is_none_owns_nothing(listed: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"made_by": "gapt_optim", "files": listed}))
+    for name in "abc":
+        (tmp_path / name).write_text("mine")
+    before = files(tmp_path)
+    with pytest.raises(RunFolderError, match="is no marker of a run"):
+        RunFolder.claim(tmp_path, overwrite=True)
+    assert files(tmp_path) == before

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from gapt_optim.runs import CommandError
 from gapt_optim.viewing import Profile, read_metrics
 from gapt_optim.viewing.command import main
 from gapt_optim.viewing.model_loading import TextBatches
@@ -35,6 +36,7 @@ def build(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
 def batches(): return [torch.randn(16, 4) for _ in range(3)]
 def broken(): raise RuntimeError("out of luck\\nsecond line")
 def wrong(): return [torch.randn(16, 5)]
+def broken_off(): return [torch.randn(16, 4), torch.full((8, 4), float("nan"))]
 number = 3
 """
 
@@ -87,7 +89,8 @@ def test_profile_of_a_folder_and_a_text(there: Path, model_folder: Path, capsys:
 def test_texts_of_other_kinds(there: Path, model_folder: Path, suffix: str) -> None:
     texts = [TEXT[:300], "", TEXT[:90]]
     if suffix == "jsonl":
-        write_lines(there / "data.jsonl", [{"text": text} for text in texts])
+        path = write_lines(there / "data.jsonl", [{"text": text} for text in texts])
+        path.write_text(path.read_text().replace("\n", "\n\n"))  # a line between two documents is none
     else:
         parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
@@ -97,6 +100,17 @@ def test_texts_of_other_kinds(there: Path, model_folder: Path, suffix: str) -> N
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     expected = sum(len(tokenizer(text)["input_ids"]) for text in texts)
     assert expected - 1 <= Profile.load("p.json").rows <= expected
+
+
+def test_a_table_without_texts_names_its_columns(
+    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"words": ["a"], "n": [1]}), there / "words.parquet")
+    assert main(["profile", str(model_folder), "--data", "words.parquet"]) == 2
+    assert capsys.readouterr().err == "error: words.parquet has no column \"text\"; it has ['words', 'n']\n"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
@@ -109,6 +123,18 @@ def test_a_folder_without_a_tokenizer(there: Path, kind: str, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert said.startswith("error: the folder './bare' has no tokenizer (tokenizer.json or the like)")
     assert said.count("\n") == 1
+
+
+def test_a_sequence_has_room_beside_its_special_tokens(there: Path, model_folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    around = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.eos_token = "<s>"
+    batches = TextBatches(Path("text.txt"), tokenizer, 5, 4, 100)
+    rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    assert all(len(row) == 5 and row[0] == 0 for row in rows)
+    with pytest.raises(CommandError, match="--length 1 has no room beside the tokenizer's special tokens"):
+        list(TextBatches(Path("text.txt"), tokenizer, 1, 4, 100))
 
 
 def test_batches_hold_the_whole_text_once(there: Path, model_folder: Path) -> None:
@@ -125,6 +151,13 @@ def test_model_and_batches_of_the_users_own(there: Path, capsys: pytest.CaptureF
     flags = ["--data", "users_module:batches", "--layers", "0", "2", "--windows", "4", "all", "--orders", "1", "inf"]
     assert main(["profile", "users_module:build", *flags]) == 0
     assert "users_module:build on users_module:batches: 2 layers, 48 rows" in capsys.readouterr().out
+
+
+def test_what_a_profile_leaves_out_is_said(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "users_module:build", "--data", "users_module:broken_off", "--layers", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "note: " in shown
+    assert "finite" in shown
 
 
 RUN_ERRORS = [
@@ -160,6 +193,7 @@ PROFILE_ERRORS = [
     (["profile", "MODEL", "--data", "users_module.py"], "is no .txt, .jsonl, .parquet file"),
     (["profile", "MODEL", "--data", "short.txt"], "short.txt is too short"),
     (["profile", "MODEL", "--data", "bad.jsonl"], "bad.jsonl, line 1, is no JSON object"),
+    (["profile", "MODEL", "--data", "text.txt", "--length", "1"], "--length must be at least 2 tokens"),
     (["profile", "MODEL", "--data", "text.txt", "--length", "99"], "longer than the model takes, 32 tokens"),
     (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
     (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
@@ -255,6 +289,20 @@ def test_watch_shows_phase_switches_and_lines(there: Path, capsys: pytest.Captur
     assert "compressed: memorization" in shown
     assert "plateau: compression" in shown
     assert "█" in shown
+
+
+def test_in_a_terminal_the_screen_is_drawn_in_place(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal to rich
+    monkeypatch.setenv("TERM", "xterm")
+    write_run(there / "run")
+    (there / "run" / "results.json").touch()
+    assert main(["watch", "run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b[?25l" in shown  # the cursor is hidden,
+    assert "\x1b[?25h" in shown  # and comes back
+    assert "compressed: memorization" in shown
 
 
 def test_watch_of_what_is_no_metrics(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,32 @@ def test_runs_without_phases_are_not_judged() -> None:
     assert (diagnose(empty), verdict(empty, [])) == ([], NO_STEPS)
 
 
+def test_a_run_with_findings_needs_no_verdict() -> None:
+    run = CASES["not_finite"]
+    assert verdict(run, diagnose(run)) == ""
+
+
+def test_a_gate_that_saw_enough_validations_is_judged_by_them() -> None:
+    def never(validations: int) -> list[str]:
+        steps = records(400, plain=True)
+        for i in range(validations):
+            steps[20 * i]["validation_loss"] = 3.0 - 0.1 * i
+        return [one.key for one in diagnose(RunHistory(steps, [], {"gate": {"signal": "validation"}}))]
+
+    assert "few_validations" in never(1)
+    assert "few_validations" not in never(16)
+
+
+def test_a_phase_without_entropies_is_not_called_stuck() -> None:
+    def without(steps: list[dict[str, Any]]) -> None:
+        stuck(steps)
+        for record in steps:
+            del record["entropy"]
+
+    assert "stuck_in_compression" in [one.key for one in diagnose(run_of(stuck))]
+    assert "stuck_in_compression" not in [one.key for one in diagnose(run_of(without))]
+
+
 def test_findings_are_in_their_order() -> None:
     run = run_of(lambda steps: (spiking(steps), broken(steps)))  # type: ignore[func-returns-value]
     keys = [found.key for found in diagnose(run)]

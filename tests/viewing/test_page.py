@@ -130,9 +130,12 @@ def test_settings_that_differ_are_marked() -> None:
 
 def test_runs_that_lack_something_are_drawn_and_it_is_said() -> None:
     bare = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
-    page = report_page({"empty": RunHistory([], notes=("metrics.jsonl is empty",)), "bare": RunHistory(bare)})
+    empty, begun = RunHistory([], notes=("metrics.jsonl is empty",)), RunHistory([])
+    page = report_page({"empty": empty, "begun": begun, "bare": RunHistory(bare)})
     html = render(page)
     assert "metrics.jsonl is empty" in html
+    assert "<b>begun</b>: no step is there yet" in html
+    assert "<b>bare</b>" not in html
     assert "No run was in compression" in html
     assert len(charts_of(html)) == 2
     mixed = RunHistory(records(30), version="1"), RunHistory(records(30, measures=False), version="2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gapt_optim import EntropyConfig, RepresentationHook
-from gapt_optim.viewing import Profile, profile
+from gapt_optim.viewing import Profile, profile, write_profile
 from gapt_optim.viewing.layer_profile import LayerProfile
 from gapt_optim.viewing.layer_statistics import What, values_of_gram, values_of_order_2
-from gapt_optim.viewing.profile_view import panels, profile_table
+from gapt_optim.viewing.profile_view import comparison_table, panels, profile_table
 
 from . import reference
 
@@ -293,6 +294,11 @@ def test_lidar_equals_the_definition() -> None:
         assert layer.lidar == pytest.approx(reference.lidar([first, second]), rel=1e-4)
 
 
+def test_lidar_needs_two_samples() -> None:
+    result = profile(MLP(), [[torch.randn(1, 6), torch.randn(1, 6)]], views=2)
+    assert [layer.lidar for layer in result.layers] == [None] * len(result.layers)
+
+
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(9, 20))
 def test_how_sequences_are_batched_does_not_matter(sizes: list[int], length: int) -> None:
     torch.manual_seed(0)
@@ -402,6 +408,76 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sub" / "p.json").read_text())["kind"] == "profile"
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"kind": "run"}', '{"kind": "profile", "layers": [3]}'])
+def test_a_file_that_is_no_profile_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"p\.json holds no profile; make one with gapt-optim profile MODEL"):
+        Profile.load(path)
+
+
+def test_a_layer_is_found_by_its_name() -> None:
+    result = profile(gpt2(), tokens())
+    assert result["transformer.h.1"] is result.layers[1]
+    with pytest.raises(KeyError, match=r"no layer 'h\.1'; the profile has"):
+        _ = result["h.1"]
+
+
+def test_a_mask_that_fits_no_tokens_is_left_aside() -> None:
+    """As of an attention mask (batch, 1, seq, seq), or of a layer that gives a vector a sequence."""
+    batches = tokens()
+    plain = profile(gpt2_of(0), batches)
+    square = [{**batch, "attention_mask": torch.ones(3, 1, 21, 21)} for batch in batches]
+    kept = profile(gpt2_of(0), square, call=lambda model, batch: model(input_ids=batch["input_ids"]))
+    assert [layer.entropies for layer in kept.layers] == [layer.entropies for layer in plain.layers]
+    pooled = nn.Sequential(nn.Flatten(0, 1), nn.Identity())
+    without, with_mask = (
+        profile(pooled, [torch.randn(3, 21, 6, generator=torch.Generator().manual_seed(1))], "1", mask=mask)
+        for mask in (None, lambda batch: torch.zeros(3, 21))
+    )
+    assert without["1"].entropies == with_mask["1"].entropies
+
+
+def gpt2_of(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return gpt2()
+
+
+def test_progress_is_shown_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [torch.randn(8, 4) for _ in range(3)]
+    shown = profile(nn.Sequential(nn.Linear(4, 4)), iter(batches), "0", progress=True)
+    said = capsys.readouterr()
+    assert (shown.batches, said.out) == (3, "")
+
+
+def test_profiles_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
+    def made(layers: int, **options: Any) -> Profile:
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        return profile(model, [torch.randn(16, 4)], "*", **options)
+
+    two, three = made(2, windows=(8,)), made(3, windows=(8,))
+    with pytest.raises(ValueError, match="the profiles have 2 and 3 layers and cannot be compared by layer"):
+        comparison_table(two, three)
+    with pytest.raises(ValueError, match=r"profiles must have as many layers to be compared, found {'a': 2, 'b': 3}"):
+        write_profile({"a": two, "b": three}, tmp_path / "page.html")
+    for other in (made(2, windows=(4,)), made(2, windows=(8,), orders=(3.0,))):
+        with pytest.raises(ValueError, match="no window and order in common; profile both with the same --windows"):
+            comparison_table(two, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_reader_must_know_is_on_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    first = profile(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), [torch.randn(16, 4)], "*")
+    named = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), b=nn.Tanh()))
+    second = profile(named, [torch.randn(16, 4), torch.full((8, 4), math.nan)], "*")
+    assert second.notes
+    page = write_profile({"first": first, "second": second}, tmp_path / "page.html").read_text()
+    assert "The layers have different names; they are compared by their place." in page
+    assert f"<b>second</b>: {second.notes[0]}" in page
+    assert "<b>first</b>:" not in page
+
+
 def test_half_precision_runs(tmp_path: Path) -> None:
     model, batches = gpt2(), tokens()
     exact, half = profile(model, batches), profile(model, batches, dtype=torch.bfloat16)
@@ -430,6 +506,11 @@ SAME = {"model": nn.Sequential(nn.Identity()), "layers": "0"}
             {**SAME, "batches": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)]},
             ValueError,
             "3 dimensions and 5 features, but",
+        ),
+        (
+            {**SAME, "views": 2, "batches": [[torch.randn(3, 4), torch.randn(2, 4)]]},
+            ValueError,
+            r'the views of a batch differ in shape at layer "0": \[\(2, 4\), \(3, 4\)\]',
         ),
         ({"rankme_rows": -1}, ValueError, "rankme_rows must be at least 0"),
         ({"mask": lambda batch: torch.ones(3)}, ValueError, r"mask= must give a tensor \(batch, seq\)"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gapt_optim import StepMetrics
-from gapt_optim.integrations.trackers import TensorBoard, _mlflow_name
+from gapt_optim.integrations.trackers import MLflow, TensorBoard, WandB, _mlflow_name
 
 
 def metrics(step: int = 1, **changes: Any) -> StepMetrics:
@@ -186,6 +188,213 @@ def test_mlflow(tmp_path: Path) -> None:
     switches = "plateau: compression from step 3; compressed: memorization from step 5"
     assert found["tags"]["gapt.switches"] == switches
     assert (found["status"], found["name"], found["joined"], found["open"]) == ("FINISHED", "first", True, "RUNNING")
+
+
+# What the trackers are told, without them: a stand-in takes what the tests above show that the real one takes, and
+# refuses what that refuses.
+
+
+class Run:
+    """Of Weights & Biases. That of Trackio has no axes, and takes the step beside the values."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.axes, self.records, self.finished = settings, dict[str, str](), list[Any](), False
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, Any]) -> None:
+        assert not self.finished
+        self.records.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+class TrackioRun:
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.records, self.alerts, self.finished = settings, list[Any](), list[Any](), False
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.records.append((step, values))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append((title, text, level))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+class OldTrackioRun(TrackioRun):
+    """Of a release before alerts."""
+
+    alert = None  # type: ignore[assignment]
+
+
+def module(name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    made.__dict__.update(members)
+    return made
+
+
+def test_wandb_gets_an_axis_of_steps_and_the_reason_of_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", module("wandb", init=Run))
+    with WandB(project="p", every=2, layers=False, prefix="x") as board:
+        for step in STEPS:
+            board(step)
+    run = board._run
+    assert (run.settings, run.axes, run.finished) == ({"project": "p"}, {"x/*": "x/step"}, True)
+    assert [record["x/step"] for record in run.records] == [2, 4]  # both are switches
+    assert [record["x/switch"] for record in run.records] == [1, 0]
+    assert run.records[1]["x/switch_reason"] == "compressed: memorization from step 5"
+    assert not any("h.0" in name for record in run.records for name in record)
+
+
+def test_a_run_of_the_users_own_is_joined_and_left_open() -> None:
+    run = Run()
+    with WandB(run) as board:
+        board(STEPS[0])
+    assert not run.finished
+    assert [record["gapt/step"] for record in run.records] == [1]
+    assert "gapt/switch_reason" not in run.records[0]
+    with pytest.raises(TypeError, match=r"run is begun already, so \['name', 'project'\] cannot be set"):
+        WandB(run, project="p", name="n")
+
+
+@pytest.mark.parametrize("kind", [TrackioRun, OldTrackioRun])
+def test_trackio_gets_the_step_and_an_alert_at_a_switch(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    trackio = module("trackio", init=kind, AlertLevel=SimpleNamespace(INFO="info"))
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    with WandB(module=trackio, project="p") as board:
+        for step in STEPS:
+            board(step)
+    assert [(step, values["gapt/compression"]) for step, values in board._run.records] == list(
+        enumerate((0, 0, 1, 1, 0), 1)
+    )
+    alerts = [
+        ("gapt: compression", "plateau: compression from step 3", "info"),
+        ("gapt: memorization", "compressed: memorization from step 5", "info"),
+    ]
+    assert board._run.alerts == (alerts if kind is TrackioRun else [])
+    assert board._run.finished
+
+
+class MlflowStore:
+    """What a server of MLflow keeps, with its limits: 1,000 metrics a request, 5,000 characters a tag."""
+
+    def __init__(self, *experiments: str) -> None:
+        self.experiments = {name: str(number) for number, name in enumerate(experiments)}
+        self.runs: dict[str, SimpleNamespace] = {}
+        self.active: str | None = None
+
+    def installed(self, monkeypatch: pytest.MonkeyPatch) -> MlflowStore:
+        metric = lambda key, value, timestamp, step: SimpleNamespace(**locals())  # noqa: E731
+        named = lambda run: SimpleNamespace(info=SimpleNamespace(run_id=run))  # noqa: E731
+        mlflow = module(
+            "mlflow",
+            MlflowClient=self.client,
+            active_run=lambda: self.active and named(self.active),
+            entities=SimpleNamespace(Metric=metric),
+        )
+        monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+        return self
+
+    def client(self, tracking_uri: str | None) -> MlflowStore:
+        self.uri = tracking_uri
+        return self
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id=self.experiments[name]) if name in self.experiments else None
+
+    def create_experiment(self, name: str) -> str:
+        return self.experiments.setdefault(name, str(len(self.experiments)))
+
+    def create_run(self, experiment_id: str, run_name: str | None) -> Any:
+        run = f"run {len(self.runs)}"
+        self.runs[run] = SimpleNamespace(
+            experiment=experiment_id, name=run_name, status="RUNNING", tags={}, metrics=[], requests=0
+        )
+        return SimpleNamespace(info=SimpleNamespace(run_id=run))
+
+    def log_batch(self, run: str, metrics: list[Any]) -> None:
+        assert 0 < len(metrics) <= 1000
+        assert not any(re.search(r"[^\w\-. /:]", each.key) for each in metrics)
+        self.runs[run].metrics += metrics
+        self.runs[run].requests += 1
+
+    def set_tag(self, run: str, key: str, value: str) -> None:
+        assert len(value) <= 5000
+        self.runs[run].tags[key] = value
+
+    def set_terminated(self, run: str) -> None:
+        self.runs[run].status = "FINISHED"
+
+
+@pytest.mark.parametrize("experiments", [(), ("Default",), ("Default", "gapt")])
+def test_mlflow_begins_a_run_in_an_experiment_that_it_makes_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, experiments: tuple[str, ...]
+) -> None:
+    store = MlflowStore(*experiments).installed(monkeypatch)
+    with MLflow(experiment="gapt", name="first", tracking_uri="sqlite:///x", prefix="x") as board:
+        for step in STEPS:
+            board(step)
+    (run,) = store.runs.values()
+    assert (store.uri, run.experiment, run.name, run.status) == (
+        "sqlite:///x", store.experiments["gapt"], "first", "FINISHED",
+    )  # fmt: skip
+    assert list(store.experiments) == [*(name for name in experiments if name != "gapt"), "gapt"]
+    assert [(each.step, each.value) for each in run.metrics if each.key == "x/switch"] == [(2, 1), (4, 0)]
+    assert len([each for each in run.metrics if each.key == "x/layers/entropy/h.0"]) == 5
+    reasons = "plateau: compression from step 3; compressed: memorization from step 5"
+    assert run.tags == {"x.switches": reasons}
+
+
+def test_mlflow_joins_the_active_run_or_the_one_that_is_named_and_leaves_it_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MlflowStore("Default").installed(monkeypatch)
+    first, second = (store.create_run("0", name).info.run_id for name in ("a", "b"))
+    store.active = first
+    for board in (MLflow(), MLflow(second)):
+        board(STEPS[0])
+        board.close()
+    new = MLflow(name="c")  # more is said than "the active one"
+    new.close()
+    assert [(run.name, run.status, run.requests) for run in store.runs.values()] == [
+        ("a", "RUNNING", 1), ("b", "RUNNING", 1), ("c", "FINISHED", 0),
+    ]  # fmt: skip
+    with pytest.raises(TypeError, match="run_id names a run that was begun already; leave out experiment and name"):
+        MLflow(second, experiment="gapt")
+
+
+def test_mlflow_keeps_to_the_limits_of_a_request_and_of_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MlflowStore().installed(monkeypatch)
+    board = MLflow()
+    board(metrics(layer_entropy={f"layer {number}": 1.0 for number in range(2500)}))
+    run = store.runs[board.run_id]
+    assert (run.requests, len({each.key for each in run.metrics})) == (3, len(run.metrics))
+    switches = [f"plateau: compression from step {2 * number}" for number in range(1, 301)]
+    for number in range(1, 301):
+        board(metrics(2 * number - 1, next_phase="compression", reason="plateau"))
+    kept = run.tags["gapt.switches"].split("; ")
+    assert len(kept) > 100
+    assert kept == switches[-len(kept) :]
+
+
+@pytest.mark.parametrize(
+    ("package", "make", "message"),
+    [
+        ("torch.utils.tensorboard", lambda: TensorBoard("x"), "TensorBoard needs tensorboard: pip install tensorboard"),
+        ("wandb", WandB, r"WandB needs wandb: pip install wandb \(or module=trackio\)"),
+        ("mlflow", MLflow, r"MLflow needs mlflow: pip install mlflow \(or mlflow-skinny\)"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, package: str, make: Any, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=message):
+        make()
 
 
 def test_mlflow_names() -> None:
