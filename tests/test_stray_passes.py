@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim._capture import store
 from gapt_optim._capture.store import MOST_WAITING
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
@@ -91,6 +92,18 @@ def test_passes_without_a_loss_are_not_kept_forever() -> None:
     assert kept_after(0) == {1}
     assert kept_after(MOST_WAITING - 1) == {MOST_WAITING}
     assert kept_after(1) == {1}  # of which nothing is said again
+
+
+@pytest.mark.parametrize(("layers", "named"), [(["1"], r'"1", whose'), (["1", "3"], r'"1" \(and 1 more\), whose')])
+def test_branches_that_ddp_leaves_out_are_counted(
+    layers: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build()
+    loss = loss_of(model)
+    taken = {name: optimizer.hook._store.calls[name] for name in layers}
+    monkeypatch.setattr(store, "nodes_averaged_by_ddp", lambda loss: set())
+    with pytest.raises(RuntimeError, match=named):
+        store._refuse_branches_that_ddp_leaves_out(loss, taken)
 
 
 def test_passes_that_were_differentiated_past_the_wrapper_are_not_kept() -> None:
