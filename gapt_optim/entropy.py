@@ -246,6 +246,7 @@ class KernelMatrix:
             matrix = (gram * self.scale).mul_(self.scale.unsqueeze(1))
         self.uncentered = matrix
         if kernel.center:
+            assert self.live is not None  # a kernel that centers is not the plain one
             whole = self.live if kernel.cosine else matrix.diagonal().sum(-1)  # a live row of cosine has 1 there
             self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp_(min=_least(gram))
             matrix = self._centered(matrix)
@@ -458,7 +459,7 @@ def _entropy_of(
 
 def _no_trace(rho: Tensor, alpha: int) -> float:
     """tr(rho^alpha) is at least m^(1 - alpha), with m rows; below this there was no trace to normalize by."""
-    return 0.5 * max(len(rho), 1) ** (1 - alpha)
+    return 0.5 * float(max(len(rho), 1)) ** (1 - alpha)
 
 
 def _slope(power: Tensor, total: Tensor, alpha: int) -> Tensor:

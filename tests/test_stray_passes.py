@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim._capture import store
 from gapt_optim._capture.store import MOST_WAITING
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
@@ -93,6 +94,18 @@ def test_passes_without_a_loss_are_not_kept_forever() -> None:
     assert kept_after(1) == {1}  # of which nothing is said again
 
 
+@pytest.mark.parametrize(("layers", "named"), [(["1"], r'"1", whose'), (["1", "3"], r'"1" \(and 1 more\), whose')])
+def test_branches_that_ddp_leaves_out_are_counted(
+    layers: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build()
+    loss = loss_of(model)
+    taken = {name: optimizer.hook._store.calls[name] for name in layers}
+    monkeypatch.setattr(store, "nodes_averaged_by_ddp", lambda loss: set())
+    with pytest.raises(RuntimeError, match=named):
+        store._refuse_branches_that_ddp_leaves_out(loss, taken)
+
+
 def test_passes_that_were_differentiated_past_the_wrapper_are_not_kept() -> None:
     model, optimizer = build()
     for _ in range(3):
@@ -116,7 +129,8 @@ def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:
 def test_layers_above_frozen_parameters_alone_are_measured_and_not_pushed() -> None:
     model, optimizer = build(frozen=True)
     plain, _ = build(frozen=True)
-    optimizer.backward(loss_of(model))
+    with pytest.warns(UserWarning, match='the entropy of layer "1" has no gradient, as everything below is frozen'):
+        optimizer.backward(loss_of(model))
     loss_of(plain).backward()
     pairs = zip(model.parameters(), plain.parameters(), strict=True)
     assert all(p.grad is q.grad is None or torch.equal(p.grad, q.grad) for p, q in pairs)

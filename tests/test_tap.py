@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
-from gapt_optim._capture.tap import WITH_LOSS, Tap
+from gapt_optim._capture.tap import Tap
 from tests.loops import assert_same
 from tests.memory import Live
 from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations
@@ -229,7 +229,7 @@ def test_an_entropy_gradient_that_is_not_finite_is_left_out(infinity: float) -> 
     options = (None, 2.0, False, False, None, True, True, "sum", "layer")
     tapped, gram, carrier = Tap.apply(h, torch.zeros(3, requires_grad=True), *options)
     given = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
-    factor, carried = torch.tensor([[[infinity, 0.0], [0.0, 1.0]]]), torch.tensor([1.0, WITH_LOSS])
+    factor, carried = torch.tensor([[[infinity, 0.0], [0.0, 1.0]]]), torch.tensor([1.0, 1.0])
     (found,) = torch.autograd.grad((tapped, gram, carrier), h, (given, factor, carried))
     assert found.tolist() == [[5.0, 6.0], [10.0, 12.0]]
 
@@ -521,14 +521,14 @@ def test_recomputing_the_whole_model_keeps_its_mask() -> None:
 
 def test_a_pass_without_gradients_leaves_the_mask_of_the_one_before() -> None:
     """Of which a backward is still to come, and recomputes what the mask is of."""
-    case = CASES["gpt2 masked"]
-    model, inputs = replace(case, build=checkpointed_gpt2).model(torch.float64), case.inputs(torch.float64)
-    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT})
+    case, entropy = CASES["tied masked"], {"kernel": "linear", "center": False}
+    model, inputs = replace(case, build=recomputing_lm).model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT}, entropy=entropy)
     loss = case.loss(model, inputs)
     with torch.no_grad():
         model(**(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}))
     optimizer.backward(loss)
-    assert distance(gradients(model), reference_gradients(case, torch.float64)) < 1e-10
+    assert distance(gradients(model), reference_gradients(case, torch.float64, **entropy)) < 1e-10
 
 
 def test_recomputing_two_masked_batches_at_once_is_refused() -> None:

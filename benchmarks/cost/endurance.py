@@ -113,7 +113,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         announce=False,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=1000)
-    kept = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    kept: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     rows: list[dict[str, float]] = []
     ours: list[float] = []
     others: list[float] = []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
-from benchmarks.cost.endurance import tenths
-from benchmarks.cost.figures import RESULTS
+from .cost import RESULTS
+
+ROOT = Path(__file__).parents[2]
 
 ROWS = {
     "time of a step, bare AdamW = 1": ("ratio", "{:.2f}"),
@@ -20,6 +23,10 @@ ROWS = {
 
 def endurance() -> str:
     """Medians over the second and the last tenth of the run."""
+    if str(ROOT) not in sys.path:  # a script has its own folder there
+        sys.path.append(str(ROOT))
+    from benchmarks.cost.endurance import tenths
+
     figures: dict[str, Any] = json.loads((RESULTS / "endurance.json").read_text(encoding="utf-8"))
     found, size = tenths(figures), figures["steps"] // 10
     lines = [f"| | steps {size + 1:,} to {2 * size:,} | steps {9 * size + 1:,} to {10 * size:,} | change |"]

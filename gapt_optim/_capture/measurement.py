@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Measurement:
     """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module.
 
+    >>> import torch
     >>> from gapt_optim import RepresentationHook
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
     >>> hook = RepresentationHook(model, "1")

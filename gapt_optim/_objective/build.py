@@ -87,7 +87,7 @@ def check_loss(loss: Tensor, scaled_by: float) -> None:
 
 def _means_of_calls(numbers: Tensor, factors: list[Factors], times: list[int]) -> tuple[Tensor, list[Factors]]:
     """Per layer, the mean of the numbers over its calls, ``times`` many; and the factors of these means."""
-    of_layers = torch.stack([of_layer.mean(0) for of_layer in numbers.split(times)])
+    of_layers = torch.stack([of_layer.mean(0) for of_layer in torch.split(numbers, times)])
     of_call = [n for n in times for _ in range(n)]
     return of_layers, [
         Factors(members, torch.stack([m / of_call[i] for i, m in zip(members, matrices.unbind(), strict=True)]))

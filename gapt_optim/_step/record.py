@@ -157,4 +157,7 @@ def _per_column(counts: list[int]) -> list[int]:
 
 def mean_or_nan(values: list[float]) -> float:
     """Mean of ``values``, nan for none."""
-    return math.fsum(values) / len(values) if values else math.nan
+    try:
+        return math.fsum(values) / len(values) if values else math.nan
+    except OverflowError:  # the sum is no float, the mean is
+        return math.fsum(value / len(values) for value in values)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 
 AS_IT_WAS = "nothing was changed. Load a state_dict that the same optimizer has saved"
 _SHAPE = (2, 3, 5, 7, 11, 13)
@@ -109,7 +109,10 @@ def _problem(kind: type[Optimizer], live: dict[str, Any], settings: dict[str, An
                 raise TypeError(f"{key} is a {type(value).__name__}")
             if value is None and not isinstance(live[key], bool | str | None):
                 raise TypeError(f"{key} is None")
-        _tried(kind, live["params"][0], settings)
+        tried, parameter = _tried(kind, live["params"][0], settings)
+        if not issubclass(kind, LBFGS | SparseAdam):  # which want a closure, or sparse gradients
+            parameter.grad = torch.zeros_like(parameter)
+            tried.step()
     except Exception as problem:
         return problem
     return None
@@ -157,7 +160,10 @@ def _refuse_states(
             typical[at] = _state_after_a_step(base, base.param_groups[number] | dict(groups[number]), parameter)
         for key, made in typical[at].items():
             if key not in saved:
-                raise ValueError(f"{where}state_dict: {path}.{key} is missing; {AS_IT_WAS}")
+                live, given = base.param_groups[number], groups[number]
+                other = [k for k in live if k != "params" and k in given and not _equal(given[k], live[k])]
+                asked = f", and the saved group has another {', '.join(other)} than this one" if other else ""
+                raise ValueError(f"{where}state_dict: {path}.{key} is missing{asked}; {AS_IT_WAS}")
             found = saved[key]
             if not _as_made(made, found, parameter):
                 raise ValueError(where + malformed(f"{path}.{key}", _expected(made, parameter), found))

@@ -25,6 +25,30 @@ def test_some_hostile_dictionaries(kind: str, fresh: bool) -> None:
     assert walk.counts["accepted"] > 0
 
 
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        (("param_groups", 0, "amsgrad"), "= True"),  # a step would ask for moments that were not saved
+        (("param_groups", 0, "capturable"), "= True"),  # not on a CPU
+        (("param_groups", 0, "foreach"), "= tensor([])"),
+        (("param_groups", 0, "betas", 0), "= True"),
+        (("param_groups", 0, "weight_decay"), "= None"),
+        (("param_groups", 0, "eps"), f"= {str(10**400)[:60]}"),
+        (("state", 3, "step"), "= -1"),
+        (("state", 3, "exp_avg"), "= None"),
+        (("state", 3, "exp_avg"), "removed"),
+        (("state", 3, "exp_avg"), "another shape"),
+        (("gapt", "unjudged_validation"), "= [1e+308, 1e+308]"),  # whose sum is no float
+    ],
+)
+@pytest.mark.parametrize("fresh", [False, True], ids=["used", "fresh"])
+def test_what_was_once_taken_and_failed_later(path: tuple[str | int, ...], how: str, fresh: bool) -> None:
+    walk = Walk("memorization", fresh=fresh, steps=3)
+    (case,) = (case for case in cases(walk.saved) if case.path == path and case.how == how)
+    walk.load(case)
+    assert walk.faults == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True], ids=["used", "fresh"])
 @pytest.mark.parametrize("kind", RUNS)

@@ -178,9 +178,9 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     made = []
     for (corpus, size), found in group(records, "corpus", "train_bytes").items():
         by_method: dict[str, list[Record]] = {}
-        for record in found:
-            if not record.settings["ema"]:
-                by_method.setdefault(record.settings["method"], []).append(record)
+        for (method, *_, ema), of_setting in group(found, "method", *TUNED, "ema").items():
+            if not ema:
+                by_method.setdefault(method, of_setting)  # its tuned setting, which is the first
         series = {
             label: {m: [r.result["curve"][name] for r in records_] for m, records_ in by_method.items()}
             for name, label in (("loss", "held-out loss (nats)"), ("centred_cosine", "centred cosine entropy (nats)"))
