@@ -13,6 +13,11 @@ def tell(message: str) -> None:
     between.
     """
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "gapt_optim"):
+    while frame.f_back is not None and _is_within(frame.f_globals.get("__name__")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _is_within(module: str | None) -> bool:
+    """Code that torch.fx generates has no module."""
+    return not module or module.split(".")[0] in ("torch", "gapt_optim")

@@ -435,13 +435,18 @@ def untouched(optimizer: Optimizer) -> None:
     pass
 
 
+def as_on_a_gpu(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group.update(capturable=True, lr=torch.tensor(1e-3))
+
+
 VALID: dict[str, tuple[Any, Any, torch.dtype, float, Callable[[Optimizer], None]]] = {
     "a parameter that is a number": (torch.optim.AdamW, torch.optim.AdamW, torch.float32, -1.0, untouched),
     "its momentum": (
         functools.partial(torch.optim.SGD, momentum=0.9),
         functools.partial(torch.optim.SGD, momentum=0.9),
         torch.float32,
-        1.0,
+        -1.0,
         untouched,
     ),
     "an infinite second moment": (
@@ -458,6 +463,7 @@ VALID: dict[str, tuple[Any, Any, torch.dtype, float, Callable[[Optimizer], None]
         1.0,
         at_the_end_of_a_schedule,
     ),
+    "how a GPU computes a step": (torch.optim.AdamW, torch.optim.AdamW, torch.float32, 1.0, as_on_a_gpu),
     "a setting that is None by default": (
         torch.optim.Adafactor,
         functools.partial(torch.optim.Adafactor, eps=(1e-8, 1e-3)),

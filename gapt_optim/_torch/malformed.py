@@ -26,6 +26,8 @@ _SHAPE = (2, 3, 5, 7, 11, 13)
 """Of a parameter to try an optimizer on: sizes by which its state tells which tensors have the parameter's shape."""
 
 _ROUNDING = 1e-12
+_HOW = {"capturable": False, "fused": None, "foreach": False, "differentiable": False}
+"""Settings of how a step is computed, as it is tried: what was saved on a GPU may be loaded where there is none."""
 
 
 def malformed(path: str, expected: str, found: Any) -> str:
@@ -109,10 +111,7 @@ def _problem(kind: type[Optimizer], live: dict[str, Any], settings: dict[str, An
                 raise TypeError(f"{key} is a {type(value).__name__}")
             if value is None and not isinstance(live[key], bool | str | None):
                 raise TypeError(f"{key} is None")
-        tried, parameter = _tried(kind, live["params"][0], settings)
-        if not issubclass(kind, LBFGS | SparseAdam):  # which want a closure, or sparse gradients
-            parameter.grad = torch.zeros_like(parameter)
-            tried.step()
+        _state_after_a_step(kind, live["params"][0], settings)
     except Exception as problem:
         return problem
     return None
@@ -123,11 +122,18 @@ def _real(live: dict[str, Any]) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype if dtype.is_floating_point else torch.float32
 
 
-def _tried(kind: type[Optimizer], like: Tensor, settings: dict[str, Any]) -> tuple[Optimizer, Tensor]:
-    """An optimizer of one small parameter, with a dimension at least: without, its moments would look like counts."""
+def _state_after_a_step(kind: type[Optimizer], like: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``kind`` keeps of one small parameter; empty for those that want a closure, or sparse gradients."""
     make: Callable[..., Optimizer] = kind
+    # With a dimension at least: without one, moments would look like counts.
     parameter = nn.Parameter(torch.zeros(_SHAPE[: max(like.ndim, 1)], dtype=like.dtype, device=like.device))
-    return make([parameter], **settings), parameter
+    how = {key: _HOW[key] for key in _HOW.keys() & settings.keys() if isinstance(settings[key], bool | None)}
+    tried = make([parameter], **{**settings, **how})
+    if not isinstance(tried, LBFGS | SparseAdam):
+        parameter.grad = torch.zeros_like(parameter)
+        with torch.no_grad():
+            inspect.unwrap(kind.step)(tried)  # it is no step of the user's: hooks on all optimizers do not see it
+    return dict(tried.state[parameter])
 
 
 # State
@@ -157,7 +163,7 @@ def _refuse_states(
             continue
         at = (number, parameter.ndim)
         if at not in typical:
-            typical[at] = _state_after_a_step(base, base.param_groups[number] | dict(groups[number]), parameter)
+            typical[at] = _typical(base, base.param_groups[number] | dict(groups[number]), parameter)
         for key, made in typical[at].items():
             if key not in saved:
                 live, given = base.param_groups[number], groups[number]
@@ -172,20 +178,14 @@ def _refuse_states(
                 raise ValueError(where + malformed(f"{path}.{key}", "of the same type for all parameters", found))
 
 
-def _state_after_a_step(base: Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+def _typical(base: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """What ``base`` keeps of a parameter; empty where that cannot be tried."""
-    if isinstance(base, LBFGS):  # keeps it of the first alone, and as many steps of it as it has taken
-        return {}
     taken = inspect.signature(type(base)).parameters
-    plain = {"capturable": False, "fused": None, "foreach": False, "differentiable": False}
-    settings = {key: plain.get(key, value) for key, value in group.items() if key in taken and key != "params"}
     try:
-        tried, small = _tried(type(base), parameter, settings)
-        small.grad = torch.zeros_like(small)
-        with torch.no_grad():
-            inspect.unwrap(type(base).step)(tried)  # no step of the user's, so no hook on all optimizers sees it
-        return dict(tried.state[small])
-    except Exception:  # sparse gradients only, or settings that are told of elsewhere
+        return _state_after_a_step(
+            type(base), parameter, {k: v for k, v in group.items() if k in taken and k != "params"}
+        )
+    except Exception:  # settings that are told of elsewhere
         return {}
 
 

@@ -139,6 +139,8 @@ def cases(saved: dict[str, Any]) -> Iterator[Case]:
 
 
 OWN = ("param_groups", 0, "gapt")
+HOW = ("capturable", "fused", "foreach", "differentiable")
+"""Settings of how a step is computed. A state from a GPU may be loaded, and these set, before a step is taken."""
 
 
 def with_own(saved: dict[str, Any], text: str) -> dict[str, Any]:
@@ -209,7 +211,9 @@ class Walk:
                 self._goes_on()
             except Exception as error:
                 self._anew()
-                if case.path[0] == "param_groups" and self._bare_diverges(case):
+                if case.path[-1] in HOW and case.how == "= True":
+                    self.counts["left to torch"] += 1  # as on a GPU
+                elif case.path[0] in ("param_groups", "state") and self._bare_diverges(case):
                     self.counts["diverged as without us"] += 1
                 else:
                     self._fault("accepted and failed later", case, error)

@@ -29,7 +29,6 @@ def test_some_hostile_dictionaries(kind: str, fresh: bool) -> None:
     ("path", "how"),
     [
         (("param_groups", 0, "amsgrad"), "= True"),  # a step would ask for moments that were not saved
-        (("param_groups", 0, "capturable"), "= True"),  # not on a CPU
         (("param_groups", 0, "foreach"), "= tensor([])"),
         (("param_groups", 0, "betas", 0), "= True"),
         (("param_groups", 0, "weight_decay"), "= None"),
