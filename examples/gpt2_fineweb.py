@@ -247,7 +247,7 @@ def train(
     return final
 
 
-def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
+def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, runs.RunFolder, str]:
     """Refuses what cannot work before anything is computed or replaced, and makes tokens of the text."""
     # A gate on validations compresses shortly and strongly, to undo what was learned by heart.
     strong = GAPTConfig(gate=GateConfig.validation(), objective=ObjectiveConfig(weight=30.0))
@@ -280,13 +280,12 @@ def begin(argv: Sequence[str]) -> tuple[Config, GAPTConfig, str]:
     free = {f"config.{name}" for name in FREE.split()[: -2 if gapt.gate.signal == "validation" else None]}
     settings = {"config": config.model_dump(), "gapt": gapt.model_dump(), "corpus": place}
     folder.begin(settings, free=free, children=config.methods, replace=config.overwrite, keep=place)
-    return config, gapt, place
+    return config, gapt, folder, place
 
 
 def main() -> None:
-    config, gapt, place = runs.on_first_rank(lambda: begin(sys.argv[1:]))
+    config, gapt, folder, place = runs.on_first_rank(lambda: begin(sys.argv[1:]))
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    folder = runs.RunFolder(config.out)
     corpus = text.load(folder.path / place, config.context, config.train_tokens)
     with runs.stopping() as stop:
         for method in config.methods:

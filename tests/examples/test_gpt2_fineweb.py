@@ -69,6 +69,24 @@ def begin(argv: list[str], out: Path) -> tuple[Config, GAPTConfig]:
     return gpt2_fineweb.begin([*argv, "--out", str(out)])[:2]
 
 
+def test_another_process_is_kept_out_while_it_trains(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    claim = "import sys; from gapt_optim.runs import RunFolder; RunFolder.claim(sys.argv[1], overwrite=True)"
+
+    def train(*args: Any) -> None:
+        command = [sys.executable, "-c", claim, str(tmp_path / "run")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        said.append(subprocess.run(command, capture_output=True, text=True, env=environment).stderr)
+        raise CommandError("enough")
+
+    monkeypatch.setattr(gpt2_fineweb, "train", train)
+    with pytest.raises(CommandError, match="enough"):
+        run([*tiny, "--methods", "plain", "--out", str(tmp_path / "run")])
+    assert "another process is writing to it" in said[0]
+
+
 # What a run leaves
 
 
