@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -128,3 +129,19 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or (a != a and b != b), f"{where}: {a!r} != {b!r}"
+
+
+def assert_refused_and_unchanged(
+    damage: Callable[[dict[str, Any]], Any], named: str, make: Callable[[nn.Module], Any] = adamw
+) -> None:
+    """A state dict of an earlier step, once damaged, is refused by an error that matches, and changes nothing."""
+    model = make_net()
+    optimizer = wrap(model, make)
+    run(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(2, 4))
+    before = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match=named):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)

@@ -12,7 +12,17 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from gapt_optim._torch.bases import Bases
 
-from .loops import adamw, assert_same, loss_of, make_net, matrices_and_rest, run, sgd, wrap
+from .loops import (
+    adamw,
+    assert_refused_and_unchanged,
+    assert_same,
+    loss_of,
+    make_net,
+    matrices_and_rest,
+    run,
+    sgd,
+    wrap,
+)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "adam", nn.Linear(2, 2), AdamW])
@@ -300,16 +310,7 @@ def _strings(optimizer: Optimizer) -> dict[str, Any]:
     ],
 )
 def test_what_is_damaged_in_the_parts_is_named(damage: Any, named: str) -> None:
-    model = make_net()
-    optimizer = wrap(model, two_that_keep)
-    run(model, optimizer, range(2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    run(model, optimizer, range(2, 4))
-    before = copy.deepcopy(optimizer.state_dict())
-    damage(saved)
-    with pytest.raises(ValueError, match=named):
-        optimizer.load_state_dict(saved)
-    assert_same(optimizer.state_dict(), before)
+    assert_refused_and_unchanged(damage, named, two_that_keep)
 
 
 def test_state_takes_keys_that_are_no_parameters() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,20 @@ from gapt_optim import (
 )
 from gapt_optim._torch import Bases
 
-from .loops import RESTLESS, Net, adamw, assert_same, loss_of, make_net, matrices_and_rest, run, sgd, weights, wrap
+from .loops import (
+    RESTLESS,
+    Net,
+    adamw,
+    assert_refused_and_unchanged,
+    assert_same,
+    loss_of,
+    make_net,
+    matrices_and_rest,
+    run,
+    sgd,
+    weights,
+    wrap,
+)
 
 CONFIGS = {
     "default": GAPTConfig(),
@@ -409,17 +423,7 @@ OF_THE_BASE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.mark.parametrize("what", OF_THE_BASE)
 def test_what_is_damaged_in_the_part_of_the_base_is_named(what: str) -> None:
     """torch would load most of it, and fail in a step to come."""
-    damage, named = OF_THE_BASE[what]
-    model = make_net()
-    optimizer = wrap(model)
-    run(model, optimizer, range(2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    run(model, optimizer, range(2, 4))
-    before = copy.deepcopy(optimizer.state_dict())
-    damage(saved)
-    with pytest.raises(ValueError, match=named):
-        optimizer.load_state_dict(saved)
-    assert_same(optimizer.state_dict(), before)
+    assert_refused_and_unchanged(*OF_THE_BASE[what])
 
 
 def at_the_end_of_a_schedule(optimizer: Optimizer) -> None:
@@ -440,36 +444,30 @@ def as_on_a_gpu(optimizer: Optimizer) -> None:
         group.update(capturable=True, lr=torch.tensor(1e-3))
 
 
-VALID: dict[str, tuple[Any, Any, torch.dtype, float, Callable[[Optimizer], None]]] = {
-    "a parameter that is a number": (torch.optim.AdamW, torch.optim.AdamW, torch.float32, -1.0, untouched),
-    "its momentum": (
-        functools.partial(torch.optim.SGD, momentum=0.9),
-        functools.partial(torch.optim.SGD, momentum=0.9),
-        torch.float32,
-        -1.0,
-        untouched,
+@dataclass
+class Valid:
+    """What an optimizer has saved, and how it came to be."""
+
+    kind: Callable[..., Optimizer]
+    gradient: float = 1.0
+    dtype: torch.dtype = torch.float32
+    then: Callable[[Optimizer], None] = untouched
+    loading: Callable[..., Optimizer] | None = None
+    """The optimizer that loads it; None for the same kind."""
+
+
+VALID = {
+    "a parameter that is a number": Valid(torch.optim.AdamW, gradient=-1.0),
+    "its momentum": Valid(functools.partial(torch.optim.SGD, momentum=0.9), gradient=-1.0),
+    "an infinite second moment": Valid(
+        functools.partial(torch.optim.Adam, eps=1e-4), gradient=3e4, dtype=torch.float16
     ),
-    "an infinite second moment": (
-        functools.partial(torch.optim.Adam, eps=1e-4),
-        functools.partial(torch.optim.Adam, eps=1e-4),
-        torch.float16,
-        3e4,
-        untouched,
+    "a learning rate that has reached 0": Valid(
+        functools.partial(torch.optim.AdamW, lr=3e-4), then=at_the_end_of_a_schedule
     ),
-    "a learning rate that has reached 0": (
-        functools.partial(torch.optim.AdamW, lr=3e-4),
-        functools.partial(torch.optim.AdamW, lr=3e-4),
-        torch.float32,
-        1.0,
-        at_the_end_of_a_schedule,
-    ),
-    "how a GPU computes a step": (torch.optim.AdamW, torch.optim.AdamW, torch.float32, 1.0, as_on_a_gpu),
-    "a setting that is None by default": (
-        torch.optim.Adafactor,
-        functools.partial(torch.optim.Adafactor, eps=(1e-8, 1e-3)),
-        torch.float32,
-        1.0,
-        untouched,
+    "how a GPU computes a step": Valid(torch.optim.AdamW, then=as_on_a_gpu),
+    "a setting that is None by default": Valid(
+        torch.optim.Adafactor, loading=functools.partial(torch.optim.Adafactor, eps=(1e-8, 1e-3))
     ),
 }
 
@@ -478,21 +476,21 @@ VALID: dict[str, tuple[Any, Any, torch.dtype, float, Callable[[Optimizer], None]
 @pytest.mark.parametrize("rolled_back", [False, True], ids=["fresh", "back"])
 def test_what_torch_has_saved_is_loaded(what: str, rolled_back: bool) -> None:
     """States that look odd, and with which the wrapped optimizer goes on."""
-    saving, loading, dtype, gradient, then = VALID[what]
+    case = VALID[what]
 
     def trained(kind: Any, steps: int) -> Optimizer:
-        parameters = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((), (4, 6), (6,))]
+        parameters = [nn.Parameter(torch.ones(shape, dtype=case.dtype)) for shape in ((), (4, 6), (6,))]
         optimizer = kind(parameters)
         for _ in range(steps):
             for p in parameters:
-                p.grad = torch.full_like(p, gradient)
+                p.grad = torch.full_like(p, case.gradient)
             optimizer.step()
         return optimizer
 
-    optimizer = trained(saving, 3)
-    then(optimizer)
+    optimizer = trained(case.kind, 3)
+    case.then(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
-    bases = Bases(trained(loading, 5 if rolled_back else 0))
+    bases = Bases(trained(case.loading or case.kind, 5 if rolled_back else 0))
     bases.load_state_dict(copy.deepcopy(saved))
     assert_same(bases.state_dict(), saved)
 

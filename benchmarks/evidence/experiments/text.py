@@ -88,15 +88,14 @@ def tuning_runs(first_look: bool, seeds: Sequence[int] = TUNING_SEEDS) -> list[R
     return found
 
 
-def _tuned_points(first_look: bool, folder: Path | None = None) -> list[Record]:
+def _tuned_points(first_look: bool) -> list[Record]:
     name = "text-tuning" + ("-first-look" if first_look else "")
-    there = ((folder or harness.RESULTS) / f"{name}.json").exists()
-    return harness.read_results(name, folder) if there else []
+    return harness.read_results(name) if (harness.RESULTS / f"{name}.json").exists() else []
 
 
-def best_settings(first_look: bool, folder: Path | None = None) -> dict[str, dict[str, Any]] | None:
+def best_settings(first_look: bool) -> dict[str, dict[str, Any]] | None:
     """Of each method, the point with the lowest final loss on the tuning seeds; None before tuning."""
-    records = _tuned_points(first_look, folder)
+    records = _tuned_points(first_look)
     return {method: _best(found) for (method,), found in group(records, "method").items()} or None
 
 

@@ -99,8 +99,7 @@ def _added(found: list[Record], plain: dict[int, Record] | None, operation: str)
     ours, theirs = at_equal_loss(found, plain, operation)
     if len(ours) > 1:
         c = compare(ours, theirs)
-        p = p_cell(c.p_t)
-        return cell + f" ({_signed(c.difference.mean)}, p {p})"
+        return cell + f" ({_signed(c.difference.mean)}, p {p_cell(c.p_t)})"
     return cell + (f" ({_signed(ours[0] - theirs[0])})" if ours else "")
 
 

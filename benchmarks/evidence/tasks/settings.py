@@ -21,6 +21,8 @@ class TaskSettings:
     steps: int = 700
     kernel: str = "cosine"
     center: bool = True
+    alpha: float = 2.0
+    """Order of the entropy."""
     weight: float = 0.0
     """Of the entropy, per nat."""
     window: int = 8
@@ -52,7 +54,7 @@ class TaskSettings:
 
     def kernel_settings(self) -> dict[str, Any]:
         """Keywords of `matrix_entropy` and `EntropyConfig`."""
-        return {"kernel": self.kernel, "center": self.center}
+        return {"kernel": self.kernel, "center": self.center, "alpha": self.alpha}
 
 
 def method_settings(method: str, weight: float, **more: Any) -> dict[str, Any]:

@@ -25,12 +25,6 @@ class Settings(text.Settings):
     """Those of the text task; every evaluation measures everything, so plain can be read at any loss."""
 
     evaluate_every: int = 70
-    alpha: float = 2.0
-    """Order of the entropy."""
-
-    def kernel_settings(self) -> dict[str, Any]:
-        """With the order."""
-        return super().kernel_settings() | {"alpha": self.alpha}
 
 
 def train(s: Settings) -> dict[str, Any]:
