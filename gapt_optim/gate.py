@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .config import GateConfig
+import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
 
 
 class Phase(str, Enum):
@@ -86,10 +85,8 @@ class PhaseGate:
             memorization starts). None when it did not switch.
     """
 
-    def __init__(self, config: GateConfig | None = None) -> None:
-        from .config import GateConfig
-
-        self.config = config if config is not None else GateConfig()
+    def __init__(self, config: gapt_optim.GateConfig | None = None) -> None:
+        self.config = config if config is not None else gapt_optim.GateConfig()
         self.reason: str | None = None
         self._state = _State(phase=self.config.initial_phase)
 

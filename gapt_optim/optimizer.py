@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+
+import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
 
 from ._capture import RepresentationHook, store_of
 from ._objective import check_loss
@@ -16,9 +18,6 @@ from ._step import StepState, notify, warn_of_another_model
 from ._torch import Bases, OptimizerWrapper
 from .gate import Phase
 from .metrics import Observer, StepMetrics
-
-if TYPE_CHECKING:  # pydantic takes longer to import than all the rest: it comes with the first configuration
-    from .config import GAPTConfig
 
 
 class GAPTOptimizer(OptimizerWrapper):
@@ -59,20 +58,18 @@ class GAPTOptimizer(OptimizerWrapper):
         self,
         optimizer: Optimizer | Sequence[Optimizer],
         hook: RepresentationHook,
-        config: GAPTConfig | None = None,
+        config: gapt_optim.GAPTConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
         observers: Sequence[Observer] = (),
         announce: bool = True,
     ) -> None:
-        from .config import GAPTConfig
-
         if not isinstance(hook, RepresentationHook):
             raise TypeError(
                 f"hook must be a RepresentationHook, found {type(hook).__name__}; one hook watches any number of "
                 "layers: RepresentationHook(model, [...])"
             )
-        if not isinstance(config, GAPTConfig | None):
+        if not isinstance(config, gapt_optim.GAPTConfig | None):
             raise TypeError(f"config must be a GAPTConfig, found {type(config).__name__}: GAPTConfig(...)")
         bases = Bases(optimizer)
         if any(isinstance(base, GAPTOptimizer) for base in bases.all):
@@ -83,14 +80,15 @@ class GAPTOptimizer(OptimizerWrapper):
             raise ValueError("hook was removed; make a new RepresentationHook")
         if store_of(hook).plan is not None:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
-        self._build(bases, hook, config if config is not None else GAPTConfig(), process_group, observers, announce)
+        config = config if config is not None else gapt_optim.GAPTConfig()
+        self._build(bases, hook, config, process_group, observers, announce)
         warn_of_another_model(store_of(hook).model(), self.param_groups, bases.all)
 
     def _build(
         self,
         bases: Bases,
         hook: RepresentationHook,
-        config: GAPTConfig,
+        config: gapt_optim.GAPTConfig,
         process_group: dist.ProcessGroup | None,
         observers: Sequence[Observer],
         announce: bool,
@@ -114,7 +112,7 @@ class GAPTOptimizer(OptimizerWrapper):
         return self._state.metrics
 
     @property
-    def config(self) -> GAPTConfig:
+    def config(self) -> gapt_optim.GAPTConfig:
         """The settings. To change them, make a new optimizer."""
         return self._config
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from ..metrics import Measures
+import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
 
-if TYPE_CHECKING:
-    from ..config import EntropyConfig
+from ..metrics import Measures
 
 
 class Measurement:
@@ -25,7 +22,7 @@ class Measurement:
     (['1'], True)
     """
 
-    def __init__(self, config: EntropyConfig) -> None:
+    def __init__(self, config: gapt_optim.EntropyConfig) -> None:
         self.config = config
         self._sums: dict[str, Tensor] = {}  # (5,): the entropy, then its measures
         self._calls: dict[str, int] = {}

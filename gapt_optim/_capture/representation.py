@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
 
 from .masks import ModelCall, ModelReturn, argument_names, masked_modules
 from .measurement import Measurement
@@ -17,9 +19,6 @@ from .outputs import puts_sequence_first
 from .selection import Layers, select_layers
 from .store import CaptureStore
 from .unsaved import leave_out
-
-if TYPE_CHECKING:
-    from ..config import EntropyConfig
 
 
 class RepresentationHook:
@@ -107,7 +106,7 @@ class RepresentationHook:
         self.remove()
 
     @contextmanager
-    def measuring(self, entropy: EntropyConfig | None = None) -> Iterator[Measurement]:
+    def measuring(self, entropy: gapt_optim.EntropyConfig | None = None) -> Iterator[Measurement]:
         """Read entropies in evaluation, with gradients off or on, in any mode.
 
         ``with hook.measuring() as m: model(x)`` and then ``m.entropies``. Inside, nothing is captured for the
@@ -117,16 +116,14 @@ class RepresentationHook:
             TypeError: ``entropy`` is not an EntropyConfig.
             RuntimeError: the hook was removed, or is already measuring.
         """
-        from ..config import EntropyConfig
-
         if self.removed:
             raise RuntimeError("this RepresentationHook was removed; make a new one to measure")
         if self._store.measurement is not None:
             raise RuntimeError("hook.measuring() is already open; use the measurement of the outer with block")
-        if not isinstance(entropy, EntropyConfig | None):
+        if not isinstance(entropy, gapt_optim.EntropyConfig | None):
             raise TypeError(f"entropy must be an EntropyConfig, found {type(entropy).__name__}: EntropyConfig(...)")
         plan = self._store.plan
-        config = entropy if entropy is not None else plan.entropy if plan is not None else EntropyConfig()
+        config = entropy if entropy is not None else plan.entropy if plan is not None else gapt_optim.EntropyConfig()
         self._store.measurement = Measurement(config)
         try:
             yield self._store.measurement

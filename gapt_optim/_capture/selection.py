@@ -12,7 +12,7 @@ from torch import nn
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_PROPOSED = 6
 
-Layers: TypeAlias = "str | nn.Module | Iterable[str | nn.Module] | None"
+Layers: TypeAlias = str | nn.Module | Iterable[str | nn.Module] | None
 
 
 def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -54,6 +54,16 @@ def modules() -> Iterator[str]:
 @pytest.mark.parametrize("name", sorted(public()))
 def test_public_name_has_an_example(name: str) -> None:
     assert ">>> " in (inspect.getdoc(public()[name]) or ""), f"{name} has no example in its docstring"
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_hints_of_a_public_name_resolve(name: str) -> None:
+    """For tools that read them at run time, such as a command line made of a signature."""
+    value = public()[name]
+    for member in [value, *(vars(value).values() if inspect.isclass(value) else ())]:
+        called = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if inspect.isclass(called) or inspect.isfunction(called):
+            get_type_hints(called)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
