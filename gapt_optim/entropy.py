@@ -364,6 +364,21 @@ def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1))).mT, live
 
 
+def window_weights(live: Tensor, dtype: torch.dtype, fewest: int | Tensor) -> Tensor:
+    """What each window counts for in the mean of a layer.
+
+    Those with ``fewest`` rows that count have a weight of 1, the others next to nothing, which vanishes beside it: they
+    say nothing, as one row has one direction, and so have two about their mean, whatever they are. Where all windows
+    are such, those a single row short of it are taken, and those without any row only where no other is.
+
+    Args:
+        live: rows that count, from :func:`entropy_of_gram` or :func:`measures_of_gram`.
+        dtype: of the weights.
+        fewest: 2, and 3 for a centered kernel.
+    """
+    return (live.to(dtype) - (fewest - 1 - torch.finfo(dtype).eps)).clamp_(min=1e-30, max=1)
+
+
 def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
     """Largest over median norm of the rows that count, (...,), from squared norms (..., n); 1 where none counts."""
     n = squares.shape[-1]

@@ -70,13 +70,17 @@ def reference_measures(z: Tensor, mask: Tensor | None = None) -> list[float]:
 
 
 def reference_layer_measures(h: Tensor, window: int | None = 8, mask: Tensor | None = None) -> list[float]:
-    """Means over the windows of one hidden tensor that have a row that is not zero."""
-    found = [
-        reference_measures(z, live)
-        for z, live in reference_windows(h, window, mask)
-        if len(reference_rows(z, live, "cosine", False))
-    ]
-    return [statistics.fmean(column) for column in zip(*found, strict=True)]
+    """Means over the windows of one hidden tensor that say something: of the centered entropy those with three rows
+    that are not zero, of the rest those with two; where there are none, those with one fewer.
+    """
+    windows = list(reference_windows(h, window, mask))
+    counts = [len(reference_rows(z, live, "cosine", False)) for z, live in windows]
+    found = [reference_measures(z, live) if n else [] for (z, live), n in zip(windows, counts, strict=True)]
+    means = []
+    for column, fewest in enumerate((2, 3, 2, 2)):
+        least = min(fewest, max(counts))
+        means.append(statistics.fmean(m[column] for m, n in zip(found, counts, strict=True) if n >= least))
+    return means
 
 
 PLAIN_AND_CENTERED = (("linear", False), ("cosine", True))
@@ -114,12 +118,14 @@ def reference_layer_entropy(
     kernel: str = "cosine",
     center: bool = True,
 ) -> Tensor:
-    """Mean entropy over the windows of one hidden tensor that have a row that counts."""
-    plain = kernel == "linear" and not center
+    """Mean entropy over the windows of one hidden tensor that have two rows that count, or three for a centered kernel.
+
+    The entropy of all others is 0, whatever their rows are.
+    """
     values = [
         reference_entropy(z, alpha, live, normalize, kernel, center)
         for z, live in reference_windows(h, window, mask)
-        if plain or len(reference_rows(z, live, "cosine", False))
+        if len(reference_rows(z, live, kernel, center)) >= 2 + center
     ]
     return torch.stack(values).mean() if values else h.sum() * 0
 

@@ -522,7 +522,11 @@ def test_a_mask_serves_its_own_call_only() -> None:
     with optimizer.hook.measuring() as measured:
         model(**batch)
         model.blocks[0](h)
-    assert 2 * measured.entropies["blocks.0"] - masked.entropies["blocks.0"] == pytest.approx(expected, rel=1e-5)
+    # Windows with three tokens that count, masked; and two of each of the four sequences.
+    m, n = int((batch["attention_mask"].split(8, 1)[0].sum(1) > 2).sum()), 8
+    m += int((batch["attention_mask"].split(8, 1)[1].sum(1) > 2).sum())
+    found = ((m + n) * measured.entropies["blocks.0"] - m * masked.entropies["blocks.0"]) / n
+    assert found == pytest.approx(expected, rel=1e-5)
     assert masked.entropies["blocks.0"] != pytest.approx(expected, rel=1e-2)
 
 
@@ -898,17 +902,18 @@ def test_measuring_between_forward_and_backward_changes_no_step() -> None:
     assert distance(found[1][1], found[0][1]) == 0
 
 
-def test_measuring_averages_over_calls_and_takes_its_own_settings() -> None:
+def test_measuring_averages_over_windows_and_takes_its_own_settings() -> None:
     model = MLP(depth=1)
     hook = RepresentationHook(model, "blocks.*")
     first, second = torch.randn(9, 6), torch.randn(2, 12, 6)
     settings = EntropyConfig(alpha=1.0, window=None, normalize=True)
     with hook.measuring(settings) as measured:
         outputs = [model.blocks[0](first), model.blocks[0](second)]
-    expected = sum(float(reference_layer_entropy(h.detach(), 1.0, None, normalize=True)) for h in outputs) / 2
+    one, other = (float(reference_layer_entropy(h.detach(), 1.0, None, normalize=True)) for h in outputs)
+    expected = (one + 2 * other) / 3  # a sequence, and two
     assert measured.entropies["blocks.0"] == pytest.approx(expected, rel=1e-5)
     alone = []
-    for h in (first, second):
+    for h in (first, second, second):
         with hook.measuring(settings) as once:
             model.blocks[0](h)
         alone.append(once.measures["blocks.0"])
@@ -960,6 +965,17 @@ def test_measuring_the_packed_sequences_of_an_encoder(picked: str | None) -> Non
     with hook.measuring() as measured, torch.no_grad():
         encoder(x, src_key_padding_mask=padding)
     assert list(measured.entropies.values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_packed_sequences_are_refused() -> None:
+    """Their rows are those of all sequences at a time step, which windows would mix."""
+    model = nn.ModuleDict({"lstm": nn.LSTM(4, 8, batch_first=True)})
+    hook = RepresentationHook(model, "lstm")
+    with (
+        hook.measuring(),
+        pytest.raises(TypeError, match=r'"lstm" returned a PackedSequence.*pad_packed.*mask='),
+    ):
+        model["lstm"](nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 4), [3, 2], batch_first=True))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -20,6 +20,7 @@ from .training import wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # of torch, on create_graph=True
 
+PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
 ZOO = ["mlp", "sequence mlp", "deep", "cnn", "tied", "tied masked"]
 PLAIN = GAPTConfig(alignment=AlignmentConfig(activation=False))
 MEASURED = GAPTConfig(alignment=AlignmentConfig(activation=True))
@@ -45,6 +46,32 @@ def test_derivatives_in_memorization(name: str, activation: bool, order: int) ->
     expected = products(case.loss(twin, inputs), list(twin.parameters()), order)
     assert any(bool(value.any()) for value in expected)
     assert_same(found, expected)
+
+
+@PHASES
+def test_transforms_of_torch_func_work_as_without_us(phase: str) -> None:
+    """Their gradients are no part of a step, so nothing is captured for one: not in compression either."""
+    case = CASES["mlp"]
+    model, twin, inputs = case.model(torch.float64), case.model(torch.float64), case.inputs(torch.float64)
+    optimizer = wrapped(model, case.layers, phase)
+
+    def transforms(of: nn.Module) -> list[Tensor]:
+        def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            found: Tensor = functional_call(of, parameters, (x,)).square().mean()
+            return found
+
+        parameters = {name: p.detach() for name, p in of.named_parameters()}
+        (x,) = inputs.values() if isinstance(inputs, dict) else (inputs,)
+        last = list(parameters)[-1]
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+        second = torch.func.jacrev(torch.func.grad(lambda p: loss({**parameters, last: p}, x)))(parameters[last])
+        return [*torch.func.grad(loss)(parameters, x).values(), *each.values(), second]
+
+    assert_same(transforms(model), transforms(twin))
+    with pytest.raises(RuntimeError, match=r'"blocks\.0".* ran inside a transform of torch\.func'):
+        optimizer.objective(torch.ones((), requires_grad=True))
+    optimizer.backward(case.loss(model, inputs))  # and a step goes on as if nothing had been
+    optimizer.step()
 
 
 @pytest.mark.parametrize("config", [PLAIN, MEASURED], ids=["plain", "measured"])

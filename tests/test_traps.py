@@ -43,6 +43,27 @@ from .training import config, wrapped
 
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
 
+# Steps of the wrapped optimizer
+
+
+@pytest.mark.parametrize("stepped", ["base", "scaler of the base", "wrapper", "scaler", "at times"])
+def test_a_step_of_the_base_alone_is_told_once(stepped: str) -> None:
+    model = make_net()
+    optimizer = wrap(model, announce=False)
+    scaler = torch.amp.GradScaler("cpu", enabled="scaler" in stepped)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(50):
+            scaler.scale(optimizer.objective(loss_of(model, i))).backward()
+            ours = stepped in ("wrapper", "scaler") or (stepped == "at times" and i % 20 == 19)
+            scaler.step(optimizer if ours else optimizer.base)
+            scaler.update()
+            optimizer.zero_grad()
+    told = [str(w.message) for w in caught]
+    assert len(told) == (stepped.endswith("base"))
+    assert all("without optimizer.step(): the gate does not move" in message for message in told)
+
+
 # In-place activations
 
 

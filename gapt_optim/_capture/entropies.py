@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..entropy import entropy_of_gram, kernel_matrix, measures_of_gram, windows_first, windows_last
+from ..entropy import (
+    entropy_of_gram,
+    kernel_matrix,
+    measures_of_gram,
+    window_weights,
+    windows_first,
+    windows_last,
+)
 from .grams import Grams, kernel_of
 
 if TYPE_CHECKING:
@@ -15,7 +22,7 @@ if TYPE_CHECKING:
 
 NUMBERS = 5
 """Of a call: its entropy, then the four measures of what can hide in it (:func:`gapt_optim.entropy.measures_of_gram`).
-Each is a mean over the windows with a row that counts."""
+Each is a mean over windows with weights (:func:`gapt_optim.entropy.window_weights`)."""
 
 
 class Factors(NamedTuple):
@@ -69,6 +76,25 @@ def _mean_entropies(
     calls: Grams, config: EntropyConfig, count: int, with_factors: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Means over windows: numbers (calls, 5), and factors (calls, windows, m, m)."""
+    numbers, weights, factors = _of_windows(calls, config, with_factors)
+    windows = len(numbers) // count
+    weights = weights.reshape(count, windows, NUMBERS)
+    shares = weights / weights.sum(1, keepdim=True)
+    means = (numbers.reshape(shares.shape) * shares).sum(1)
+    if factors is not None:
+        factors = windows_first(factors.mul_(shares[..., 0].reshape(-1))).reshape(count, windows, *factors.shape[:2])
+    return means, factors
+
+
+def sums_of(call: Grams, config: EntropyConfig) -> tuple[Tensor, Tensor]:
+    """Of the windows of a call, the weighted sum of each number, (5,), and the sum of its weights, (5,)."""
+    with torch.no_grad():
+        numbers, weights, _ = _of_windows(_batch([call]), config, with_factors=False)
+        return (numbers * weights).sum(0), weights.sum(0)
+
+
+def _of_windows(calls: Grams, config: EntropyConfig, with_factors: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each window its numbers (windows, 5) and their weights (windows, 5), and factors (m, m, windows)."""
     kernel = kernel_of(config)
     gram = kernel_matrix(calls.matrices, kernel, calls.shape)
     measures, alive = calls.measures if calls.measures is not None else measures_of_gram(calls.matrices, gram)
@@ -82,23 +108,9 @@ def _mean_entropies(
         config.normalize,
         with_gradient=with_factors,
     )
-    windows = values.shape[0] // count
-    measure_shares = _shares(alive.reshape(count, windows), values.dtype)
-    if live is None:
-        shares = values.new_full((count, windows), 1 / max(windows, 1))  # an empty batch has no window
+    two, three = window_weights(alive, values.dtype, 2), window_weights(alive, values.dtype, 3)
+    if live is alive:
+        own = three if kernel.center else two
     else:
-        shares = measure_shares if live is alive else _shares(live.reshape(count, windows), values.dtype)
-    entropy = (values.reshape(count, windows) * shares).sum(-1, keepdim=True)
-    measured = (measures.reshape(count, windows, NUMBERS - 1) * measure_shares.unsqueeze(-1)).sum(-2)
-    if factors is not None:
-        factors = windows_first(factors.mul_(shares.reshape(-1))).reshape(count, windows, *factors.shape[:2])
-    return torch.cat((entropy, measured), -1), factors
-
-
-def _shares(live: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each window counts for in a mean: those with a row that counts alike, the others nothing.
-
-    Where no window has one, all count: their entropy is 0, and the longest of no rows is as long as the others.
-    """
-    counts = live.to(dtype).clamp(min=1e-30, max=1)  # next to 1 it vanishes, next to its like it does not
-    return counts / counts.sum(-1, keepdim=True)
+        own = torch.ones_like(values) if live is None else window_weights(live, values.dtype, 2 + kernel.center)
+    return torch.cat((values.unsqueeze(-1), measures), -1), torch.stack((own, two, three, two, two), -1), factors

@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .store import CaptureStore
+from .store import CaptureStore, TokenMask
 from .unsaved import Unsaved
+
+_PADDING = {
+    nn.TransformerEncoder: "src_key_padding_mask",
+    nn.TransformerEncoderLayer: "src_key_padding_mask",
+    nn.TransformerDecoder: "tgt_key_padding_mask",
+    nn.TransformerDecoderLayer: "tgt_key_padding_mask",
+}
+"""What torch's own modules call the mask of padding, which is true where a token does not count."""
 
 
 class ModelCall(Unsaved):
-    """Forward pre-hook of the model, or of a module around the taps that takes an attention_mask: keeps the mask."""
+    """Forward pre-hook of the model, or of a module around the taps that takes a mask of tokens: keeps the mask."""
 
-    def __init__(self, store: CaptureStore, parameters: list[str], *, is_model: bool) -> None:
-        self.store, self.parameters, self.is_model = store, parameters, is_model
+    def __init__(self, store: CaptureStore, parameters: list[str], padding: str | None, *, is_model: bool) -> None:
+        self.store, self.parameters, self.padding, self.is_model = store, parameters, padding, is_model
         self.kept: list[bool] = []  # of the calls under way: it brought a mask, or is the model's own
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -25,8 +33,10 @@ class ModelCall(Unsaved):
         self.kept.append(False)
         listening = store.plan is not None and torch.is_grad_enabled()
         # Where nothing is captured, a backward to come may need the mask of the call before.
-        mask = self.token_mask(args, kwargs) if listening or store.measurement is not None else None
-        if mask is None and not self.is_model:
+        mask, own = None, self.is_model
+        if listening or store.measurement is not None:
+            mask, own = self.token_mask(args, kwargs)
+        if not own:
             return  # that of the call around it holds
         masked_already = any(outer is not None for outer in store.masks)
         store.masks.append(mask)
@@ -39,16 +49,30 @@ class ModelCall(Unsaved):
                 store.masked_calls = 1 if store.recomputed else store.masked_calls + 1
                 store.recomputed = False
 
-    def token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TokenMask, bool]:
+        """The mask of this call, and whether it has one of its own: otherwise that of the call around it holds."""
         # As Dynamo of torch 2.6 knows it: neither strict= nor a union of dictionaries.
         keywords = {**dict(zip(self.parameters, args)), **kwargs}  # noqa: B905
-        if self.store.pick_mask is None:
-            mask = keywords.get("attention_mask")
-            return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        mask = self.store.pick_mask(keywords)
-        if not isinstance(mask, Tensor | None):
-            raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
-        return mask
+        picked = self.store.pick_mask
+        if isinstance(picked, dict):
+            return {layers: self.checked(pick(keywords)) for layers, pick in picked.items()}, True
+        if picked is not None:
+            return self.checked(picked(keywords)), True
+        mask = keywords.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return counted(mask), True
+        padding = None if self.padding is None else keywords.get(self.padding)
+        if isinstance(padding, Tensor) and padding.ndim == 2:  # between torch's modules it is 0, and -inf for padding
+            return ~padding if padding.dtype == torch.bool else padding >= 0, True
+        # The mask around a decoder that reads an encoder's output is that of the tokens which the encoder has.
+        decodes = self.padding == "tgt_key_padding_mask" or keywords.get("encoder_hidden_states") is not None
+        return None, self.is_model or (mask is None and decodes)
+
+    @staticmethod
+    def checked(mask: Any) -> Tensor | None:
+        if isinstance(mask, Tensor) or mask is None:
+            return mask
+        raise TypeError(f"mask= must give a tensor (batch, seq) or None, found {type(mask).__name__}")
 
 
 class ModelReturn(Unsaved):
@@ -63,6 +87,18 @@ class ModelReturn(Unsaved):
             masks.pop()
 
 
+def counted(mask: Tensor) -> Tensor:
+    """True where a token counts: where an attention_mask is not 0, or is 0 if it is one that is added to scores."""
+    if not mask.is_floating_point():
+        return mask.to(torch.bool)
+    return torch.where((mask < 0).any(), mask >= 0, mask != 0)
+
+
+def padding_argument(module: nn.Module) -> str | None:
+    """What ``module`` calls its mask of padding, if it is one of torch's."""
+    return next((name for kind, name in _PADDING.items() if isinstance(module, kind)), None)
+
+
 def argument_names(model: nn.Module) -> list[str]:
     """Names of the arguments of the model's call, which DDP and torch.compile hide behind *args."""
     parameters = inspect.signature(model.forward).parameters
@@ -73,7 +109,7 @@ def argument_names(model: nn.Module) -> list[str]:
 
 
 def masked_modules(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """The model, and the modules around or at the named ones whose call takes an attention_mask."""
+    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
     around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
     modules = [module for name, module in model.named_modules() if name in around and module is not model]
-    return [model, *(module for module in modules if "attention_mask" in argument_names(module))]
+    return [model, *(m for m in modules if padding_argument(m) or "attention_mask" in argument_names(m))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
@@ -10,7 +11,8 @@ from ..metrics import Measures
 
 
 class Measurement:
-    """Entropies read by :meth:`RepresentationHook.measuring`, averaged over the calls of each module.
+    """Entropies read by :meth:`RepresentationHook.measuring`, averaged over all windows: how data is cut into batches
+    does not matter, if batches are cut between windows.
 
     >>> import torch
     >>> from gapt_optim import RepresentationHook
@@ -24,25 +26,25 @@ class Measurement:
 
     def __init__(self, config: gapt_optim.EntropyConfig) -> None:
         self.config = config
-        self._sums: dict[str, Tensor] = {}  # (5,): the entropy, then its measures
-        self._calls: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}  # (2, 5): of the entropy and its measures, and of the weights of windows
 
-    def add(self, name: str, numbers: Tensor) -> None:
-        self._sums[name] = self._sums[name] + numbers if name in self._sums else numbers
-        self._calls[name] = self._calls.get(name, 0) + 1
+    def add(self, name: str, numbers: Tensor, weights: Tensor) -> None:
+        sums = torch.stack((numbers, weights))
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     @property
     def entropies(self) -> dict[str, float]:
         """Entropy per layer, in nats (or in [0, 1] with ``normalize``); waits for the device."""
-        return {name: float(total[0]) / self._calls[name] for name, total in self._sums.items()}
+        return {name: numbers[0] for name, numbers in self._means().items()}
 
     @property
     def measures(self) -> dict[str, Measures]:
         """Per layer, whether its entropy is that of fewer directions; waits for the device."""
-        return {
-            name: Measures(*(value / self._calls[name] for value in total[1:].tolist()))
-            for name, total in self._sums.items()
-        }
+        return {name: Measures(*numbers[1:]) for name, numbers in self._means().items()}
+
+    def _means(self) -> dict[str, list[float]]:
+        # Nothing but empty batches weighs nothing, and has entropy 0.
+        return {name: (total / weights.clamp(min=1e-37)).tolist() for name, (total, weights) in self._sums.items()}
 
     @property
     def mean(self) -> float:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .._plan import StepPlan
-from .entropies import entropies_of
+from .entropies import sums_of
 from .grams import captured, grams_of, kernel_of
 from .graph import unspent
 from .measurement import Measurement
 from .outputs import batch_first, checked_hidden, hidden_rows, replace_tensor
-from .store import CaptureStore
+from .store import CaptureStore, TokenMask
 from .tap import Tap
 from .unsaved import Unsaved
 
@@ -26,9 +26,16 @@ class ModuleTap(Unsaved):
     """Forward hook of one tapped module."""
 
     def __init__(
-        self, name: str, store: CaptureStore, output: Callable[[Any], Tensor] | None, *, sequence_first: bool = False
+        self,
+        name: str,
+        store: CaptureStore,
+        output: Callable[[Any], Tensor] | None,
+        *,
+        sequence_first: bool = False,
+        mask_of: str | None = None,
     ) -> None:
         self.name, self.store, self.output, self.sequence_first = name, store, output, sequence_first
+        self.mask_of = mask_of  # which of the functions of mask= picks it, where there is one for each glob
         # Autograd puts a Function's name into the message about an in-place operation on its output, as that of the
         # ReLU behind nearly every BatchNorm.
         advice = "what follows it works in place: tap that module instead, or give it inplace=False"
@@ -46,19 +53,20 @@ class ModuleTap(Unsaved):
         if not (module.training and torch.is_grad_enabled()):
             (store.without_grad if module.training else store.evaluated).add(self.name)
             return None
+        if _transformed():  # by torch.func, whose gradients are no part of a step
+            store.transformed.add(self.name)
+            return None
         return self._capture(store.plan, output)
 
     def _measure(self, measurement: Measurement, output: Any) -> None:
         """Add the entropy of ``output`` to an open measurement."""
         with torch.no_grad():
-            picked = self.store.masks[-1] if self.store.masks else None
+            picked = self._own(self.store.masks[-1]) if self.store.masks else None
             length = picked.shape[1] if picked is not None and picked.ndim == 2 else 0
             h, mask = hidden_rows(self.name, output, self.output, self.sequence_first, length)
             given = self.mask_for(h, False)
             mask = given if mask is None else mask if given is None else mask & given
-            grams = grams_of(h, mask, measurement.config)
-            numbers, _ = entropies_of([grams], measurement.config, h.device, with_factors=False)
-            measurement.add(self.name, numbers[0])
+            measurement.add(self.name, *sums_of(grams_of(h, mask, measurement.config), measurement.config))
 
     def _capture(self, plan: StepPlan, output: Any) -> Any:
         """Leave the Gram matrices of ``output`` for the optimizer; returns the output with the tap in its graph."""
@@ -97,10 +105,15 @@ class ModuleTap(Unsaved):
             calls.append(captured(h, mask, plan.entropy, gram, carrier, beside))
         return replace_tensor(output, found, tapped if h is found else tapped.transpose(0, 1), self.name)
 
+    def _own(self, mask: TokenMask) -> Tensor | None:
+        if isinstance(mask, dict):
+            return None if self.mask_of is None else mask[self.mask_of]
+        return mask
+
     def mask_for(self, h: Tensor, recomputing: bool) -> Tensor | None:
         """The token mask of the model call that ``h`` belongs to, where it has one that fits."""
         store = self.store
-        mask = store.masks[-1] if store.masks else store.mask if recomputing else None
+        mask = self._own(store.masks[-1] if store.masks else store.mask if recomputing else None)
         if mask is None or h.ndim > 3:
             return None
         rows = h.shape[:2] if h.ndim == 3 else (1, len(h))
@@ -125,6 +138,10 @@ class ModuleTap(Unsaved):
                 + "; return a mask of that shape, or None"
             )
         return mask.to(device=h.device, dtype=torch.bool)
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def _in_backward() -> bool:

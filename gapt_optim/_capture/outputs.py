@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 _TRANSFORMERS = (
     nn.Transformer,
@@ -66,6 +67,11 @@ def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None)
         ValueError: it has fewer than two dimensions.
     """
     h = hidden_tensor(output) if pick is None else pick(output)
+    if isinstance(h, PackedSequence):
+        raise TypeError(
+            f'module "{name}" returned a PackedSequence, in which the rows of all sequences are mixed; tap a module '
+            "behind torch.nn.utils.rnn.pad_packed_sequence(..., batch_first=True), and pass mask= for its padding"
+        )
     if not isinstance(h, Tensor):
         what = "its default choice" if pick is None else "output="
         raise TypeError(

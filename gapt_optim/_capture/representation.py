@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
 
-from .masks import ModelCall, ModelReturn, argument_names, masked_modules
+from .masks import ModelCall, ModelReturn, argument_names, masked_modules, padding_argument
 from .measurement import Measurement
 from .module_tap import ModuleTap
 from .outputs import puts_sequence_first
 from .selection import Layers, select_layers
-from .store import CaptureStore
+from .store import CaptureStore, PickMask
 from .unsaved import leave_out
 
 
@@ -42,8 +43,10 @@ class RepresentationHook:
             a tuple or list, or ``last_hidden_state``. Shapes: (batch, d), (batch, seq, d), or
             ``(batch, channels, *positions)``.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, from the arguments of the
-            model's call, given by name. By default ``attention_mask``, if the call has one of that shape. For an
-            output (batch * seq, d) it masks rows; an output with one vector per sequence has nothing to mask.
+            model's call, given by name. Layers of several sequences, as of an encoder and a decoder, take a mapping
+            from globs to such functions. By default the ``attention_mask`` of the model's call or of the module around
+            a layer, if it has that shape, or the mask of padding of torch's own transformers. For an output
+            (batch * seq, d) it masks rows; an output with one vector per sequence has nothing to mask.
         batch_first: False where outputs of three dimensions are (seq, batch, d). By default each module's own
             ``batch_first``, where it has one, as ``nn.LSTM`` and the parts of ``nn.Transformer`` do, else True.
 
@@ -61,12 +64,13 @@ class RepresentationHook:
         layers: Layers = None,
         *,
         output: Callable[[Any], Tensor] | None = None,
-        mask: Callable[[dict[str, Any]], Tensor | None] | None = None,
+        mask: PickMask | Mapping[str, PickMask] | None = None,
         batch_first: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-        for argument, value in (("output", output), ("mask", mask)):
+        picks = {"mask": mask} if not isinstance(mask, Mapping) else {f"mask[{key!r}]": mask[key] for key in mask}
+        for argument, value in ({"output": output} | picks).items():
             if value is not None and not callable(value):
                 raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
         if not isinstance(batch_first, bool | None):
@@ -74,15 +78,16 @@ class RepresentationHook:
         modules = select_layers(model, layers)
         self.names: list[str] = list(modules)
         self._output, self._mask, self._batch_first = output, mask, batch_first
-        self._store = store = CaptureStore(model, self.names, mask)
+        mask_of = _matched(mask, self.names) if isinstance(mask, Mapping) else {}
+        self._store = store = CaptureStore(model, self.names, dict(mask) if isinstance(mask, Mapping) else mask)
         handles: list[RemovableHandle | leave_out] = [leave_out(module) for module in modules.values()]
         for name, module in modules.items():
             sequence_first = puts_sequence_first(model, name) if batch_first is None else not batch_first
-            tap = ModuleTap(name, store, output, sequence_first=sequence_first)
+            tap = ModuleTap(name, store, output, sequence_first=sequence_first, mask_of=mask_of.get(name))
             handles.append(module.register_forward_hook(tap))
         for module in masked_modules(model, modules) if mask is None else [model]:
             handles.append(leave_out(module))
-            call = ModelCall(store, argument_names(module), is_model=module is model)
+            call = ModelCall(store, argument_names(module), padding_argument(module), is_model=module is model)
             handles.append(module.register_forward_pre_hook(call, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(ModelReturn(call), always_call=True))
         # Also runs when the hook is garbage: a model outlives the hooks placed on it.
@@ -144,6 +149,19 @@ class RepresentationHook:
 def store_of(hook: RepresentationHook) -> CaptureStore:
     """What stands between ``hook`` and its optimizer."""
     return hook._store
+
+
+def _matched(masks: Mapping[str, PickMask], names: list[str]) -> dict[str, str]:
+    """The first glob of ``masks`` that matches each layer; a layer that none matches has no mask.
+
+    Raises:
+        ValueError: a glob matches no layer.
+    """
+    found = {name: glob for glob in reversed(list(masks)) for name in names if fnmatchcase(name, glob)}
+    unused = [glob for glob in masks if not any(fnmatchcase(name, glob) for name in names)]
+    if unused:
+        raise ValueError(f"mask has a key {unused[0]!r} that matches none of the layers {', '.join(names)}")
+    return found
 
 
 def _remove(handles: list[RemovableHandle | leave_out]) -> None:

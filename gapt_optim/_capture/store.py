@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,11 @@ from .grams import Grams
 from .graph import belongs_to, nodes_averaged_by_ddp, nodes_behind, unspent
 from .measurement import Measurement
 from .tap import PROBE_SIZE
+
+PickMask: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
+"""From the arguments of the model's call, by name, to a mask (batch, seq)."""
+TokenMask: TypeAlias = Tensor | dict[str, Tensor | None] | None
+"""That of a call: one for all layers, or one for each glob of ``mask=``."""
 
 MOST_WAITING = 64
 """Calls of a model that are kept for a loss to come."""
@@ -43,9 +48,7 @@ class CaptureStore:
         pick_mask: the hook's ``mask=``.
     """
 
-    def __init__(
-        self, model: nn.Module, names: list[str], pick_mask: Callable[[dict[str, Any]], Tensor | None] | None
-    ) -> None:
+    def __init__(self, model: nn.Module, names: list[str], pick_mask: PickMask | dict[str, PickMask] | None) -> None:
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)
         self.names = names
         self.pick_mask = pick_mask
@@ -61,12 +64,14 @@ class CaptureStore:
         """Modules that ran in training mode with gradients off."""
         self.evaluated: set[str] = set()
         """Modules that ran in evaluation mode."""
+        self.transformed: set[str] = set()
+        """Modules that ran inside a transform of torch.func."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._probes = {name: _make_probe(device) for name in names}
         # Masks
-        self.masks: list[Tensor | None] = []
+        self.masks: list[TokenMask] = []
         """Of the model calls under way, the innermost last."""
-        self.mask: Tensor | None = None
+        self.mask: TokenMask = None
         """The last one, for recomputation."""
         self.masked_calls = 0
         """Calls of the model with a mask, since a backward last recomputed one."""
@@ -139,6 +144,7 @@ class CaptureStore:
         self.masks.clear()
         self.without_grad.clear()
         self.evaluated.clear()
+        self.transformed.clear()
 
     # For the taps
 
@@ -192,9 +198,15 @@ class CaptureStore:
             return f'tapped module "{name}"{more} {WITHOUT_GRAD}'
         if name in self.evaluated:
             return f'tapped module "{name}"{more} ran in evaluation mode; {MEASURE_ONLY}'
+        if name in self.transformed:
+            return (
+                f'tapped module "{name}"{more} ran inside a transform of torch.func, which captures nothing; give the '
+                "loss of a call of the model outside of it"
+            )
         return (
             f'tapped module "{name}"{more} did not run before objective(loss); call the model in training mode first, '
-            "or leave the module out of layers. If the model was compiled, place the hook before its first call"
+            "or leave the module out of layers. If the model was compiled, place the hook before its first call, and "
+            "call torch._dynamo.reset() before that if another model of its class was compiled in this process"
         )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..config import GAPTConfig
 
 _SILENT_STEPS = 10
+_UNSTEPPED = 20
 
 
 class StepState:
@@ -64,6 +65,7 @@ class StepState:
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
         self._silent_steps = 0
+        self._unstepped = 0  # times in a row that gradients were made and zeroed without a step
         self._warned_uncompared = False
         self._ranks_compared = False
         self.plan = self._next_plan()
@@ -160,6 +162,12 @@ class StepState:
             self.record.clear()
             self._divided.forget()
             self.begin()
+            self._unstepped += 1
+            if self._unstepped == _UNSTEPPED:
+                tell(
+                    f"{_UNSTEPPED} times in a row gradients were made and zeroed without optimizer.step(): the gate "
+                    "does not move. Step this optimizer, not its base: optimizer.step(), or scaler.step(optimizer)"
+                )
 
     def forget(self) -> None:
         """The step is over: what was captured and recorded for it goes."""
@@ -206,7 +214,7 @@ class StepState:
         """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""
         plan, progress = self.plan, self.progress
         judged = judged_layers(self.counted, reading)
-        self._silent_steps = 0
+        self._silent_steps = self._unstepped = 0
         entropy = mean_entropy(judged, reading)
         reason = progress.advance(reading.loss, entropy, reading.validation, largest_learning_rate(groups))
         compared = self._comparison.finish() if self._comparison is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._capture import Layers, hidden_rows, puts_sequence_first, select_layers
-from ..entropy import Kernel, KernelMatrix, entropy_of_gram, windows_last
+from ..entropy import Kernel, KernelMatrix, entropy_of_gram, window_weights, windows_last
 
 __all__ = [
     "Kernel",
@@ -13,5 +13,6 @@ __all__ = [
     "hidden_rows",
     "puts_sequence_first",
     "select_layers",
+    "window_weights",
     "windows_last",
 ]

@@ -25,7 +25,7 @@ DEFAULT_WINDOWS: tuple[int | None, ...] = (8, None)
 
 @dataclass(frozen=True)
 class EntropyValue:
-    """One entropy of one layer, a mean over the windows with a live row."""
+    """One entropy of one layer, a mean over the windows whose rows can have one."""
 
     kernel: str
     """"linear" or "cosine"."""
@@ -256,6 +256,9 @@ def profile(
     modules = select_layers(model, layers)
     sequence_first = {name for name in modules if puts_sequence_first(model, name)}
     collector = _Collector(list(modules), what, output, sequence_first)
+    # The attention_mask of a batch is then that of the tokens which the encoder has.
+    decodes = mask is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    collector.decoder = {name for name in modules if decodes and "decoder" in name.split(".")}
     handles = [module.register_forward_hook(collector.tap(name)) for name, module in modules.items()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -270,6 +273,7 @@ def profile(
                 for part in parts:
                     batch = _moved(part, where, dtype)
                     collector.mask = _mask_of(batch, mask)
+                    collector.decoder_mask = _mask_of(batch, _decoder_mask) if collector.decoder else None
                     collector.calls = dict.fromkeys(collector.sums, 0)
                     run(model, batch)
                     collector.end_of_call()
@@ -316,6 +320,8 @@ class _Collector:
         self.sums = {name: LayerSums(what) for name in names}
         self.output, self.sequence_first = output, sequence_first
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
+        self.decoder: set[str] = set()  # layers that have the latter
         self.calls = dict.fromkeys(names, 0)
         self.embeddings: dict[str, list[Tensor]] = {name: [] for name in names}  # of the views of an item
         self.latest: dict[str, Tensor] = {}
@@ -339,9 +345,9 @@ class _Collector:
         return hook
 
     def _hidden(self, name: str, output: Any) -> tuple[Tensor, Tensor | None]:
-        length = 0 if self.mask is None else self.mask.shape[1]
+        mask = self.decoder_mask if name in self.decoder else self.mask
+        length = 0 if mask is None else mask.shape[1]
         h, inside = hidden_rows(name, output, self.output, name in self.sequence_first, length)
-        mask = self.mask
         if mask is not None and (h.ndim != 3 or mask.shape != h.shape[:2]):
             mask = None
         if mask is not None:
@@ -428,6 +434,10 @@ def _mask_of(batch: Any, pick: Callable[[Any], Tensor | None] | None) -> Tensor 
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask= must give a tensor (batch, seq) or None, found {found}")
     return mask
+
+
+def _decoder_mask(batch: Any) -> Tensor | None:
+    return batch.get("decoder_attention_mask") if isinstance(batch, Mapping) else None
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

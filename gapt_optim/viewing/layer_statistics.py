@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._core import Kernel, KernelMatrix, entropy_of_gram, windows_last
+from ._core import Kernel, KernelMatrix, entropy_of_gram, window_weights, windows_last
 from .large_windows import collisions
 
 KERNELS = ("linear", "cosine")
@@ -69,19 +69,19 @@ class What:
 
 
 class _Mean:
-    """A sum and a count per column, in float64, on the device of what is added."""
+    """A weighted sum and its weight per column, in float64, on the device of what is added."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
 
-    def add(self, values: Tensor, counts: Tensor) -> None:
-        """``values`` (columns, items), of which those with ``counts`` (items) or (columns, items) true are added.
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        """``values`` (columns, items) with ``weights`` (items) or (columns, items), numbers or true for 1.
 
         Values that are not finite are left out.
         """
-        counts = counts.expand_as(values) & values.isfinite()
-        pair = torch.stack([torch.where(counts, values, 0).sum(-1, dtype=_wide(values)), counts.sum(-1)])
-        pair = pair.to(_wide(values))
+        wide = _wide(values)
+        weights = torch.where(values.isfinite(), weights, 0).to(wide)
+        pair = torch.stack([(torch.where(weights > 0, values, 0) * weights).sum(-1), weights.sum(-1)])
         self.sums = pair if self.sums is None else self.sums + pair
 
     def means(self) -> list[float | None]:
@@ -98,12 +98,12 @@ class WindowValues(NamedTuple):
     """(kinds, windows), in nats."""
     limits: Tensor
     """(kinds, windows), the largest that each can be."""
-    rows: Tensor
-    """(kinds, windows), rows that count: with the cosine kernel and with centring, those that are not zero."""
-    nonzero: Tensor
-    """(windows,), rows that are neither masked nor zero."""
+    weights: Tensor
+    """(kinds, windows), what each counts for in a mean; 0 where no row counts."""
     norm_ratio: Tensor
     mean_share: Tensor
+    shape_weights: Tensor
+    """(windows,), the weights of the last two."""
 
     def of(self, windows: Tensor) -> WindowValues:
         """Those windows alone."""
@@ -117,10 +117,9 @@ class WindowSums:
         self.entropies, self.normalized, self.shape = _Mean(), _Mean(), _Mean()
 
     def add(self, found: WindowValues) -> None:
-        counts = found.rows > 0
-        self.entropies.add(found.entropies, counts)
-        self.normalized.add(torch.where(found.limits > 0, found.entropies / found.limits, 0), counts)
-        self.shape.add(torch.stack([found.norm_ratio, found.mean_share]), found.nonzero > 0)
+        self.entropies.add(found.entropies, found.weights)
+        self.normalized.add(torch.where(found.limits > 0, found.entropies / found.limits, 0), found.weights)
+        self.shape.add(torch.stack([found.norm_ratio, found.mean_share]), found.shape_weights)
 
 
 class LayerSums:
@@ -415,7 +414,13 @@ def _gathered(
     ratio = torch.where(nonzero > 0, ordered[..., 0].sqrt() / torch.where(nonzero > 0, median, 1), 1)
     total = norms.sum(-1)
     share = torch.where(nonzero > 0, resultant / (torch.where(nonzero > 0, total, 1) * last), 0).clamp(0, 1)
-    return WindowValues(torch.stack(entropies), torch.stack(limits), torch.stack(counts), nonzero, ratio, share)
+    weights = torch.stack([_weights(rows, 2 + kind.center) for kind, rows in zip(kinds, counts, strict=True)])
+    return WindowValues(torch.stack(entropies), torch.stack(limits), weights, ratio, share, _weights(nonzero, 2))
+
+
+def _weights(rows: Tensor, fewest: int) -> Tensor:
+    """Those of the library's means, but 0 for windows in which no row counts."""
+    return torch.where(rows > 0, window_weights(rows, _wide(rows), fewest), 0)
 
 
 def by_products(order: float) -> bool:

@@ -1,0 +1,249 @@
+"""Which tokens count: the masks that a call brings, and those that mask= picks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim.viewing import profile
+
+from .reference import reference_layer_entropy
+
+TOKENS = 11
+LIVE = torch.arange(TOKENS) < torch.tensor([11, 4, 9])[:, None]
+ADDED = torch.zeros(LIVE.shape).masked_fill(~LIVE, -torch.inf)
+TARGET = torch.arange(TOKENS) < torch.tensor([7, 11, 5])[:, None]
+COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
+
+
+class Recorder:
+    """What modules returned."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.outputs: dict[nn.Module, Tensor] = {}
+        for module in modules:
+            module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.outputs[module] = output[0] if isinstance(output, tuple) else output
+
+
+def in_training(model: nn.Module, hook: RepresentationHook, *args: Any, **kwargs: Any) -> dict[str, float]:
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook, COMPRESSION, announce=False)
+    out = model(*args, **kwargs)
+    loss = out if isinstance(out, Tensor) else out.logits
+    optimizer.backward(loss.square().mean())
+    optimizer.step()
+    assert optimizer.metrics is not None
+    return dict(optimizer.metrics.layer_entropy)
+
+
+def measured(model: nn.Module, hook: RepresentationHook, *args: Any, **kwargs: Any) -> dict[str, float]:
+    with torch.no_grad(), hook.measuring() as found:
+        model(*args, **kwargs)
+    return found.entropies
+
+
+def encoder_decoder(kind: str) -> tuple[nn.Module, list[str]]:
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    if kind == "t5":
+        t5 = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+        t5.decoder_start_token_id = 0
+        return T5ForConditionalGeneration(t5), ["encoder.block.0", "decoder.block.0"]
+    bart = BartConfig(
+        vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, dropout=0.0,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    return BartForConditionalGeneration(bart), ["model.encoder.layers.0", "model.decoder.layers.0"]
+
+
+@pytest.mark.parametrize("decoder", [None, TARGET], ids=["without one", "with its own"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_mask_of_an_encoder_is_not_that_of_the_decoder(kind: str, decoder: Tensor | None) -> None:
+    """Not even where source and target have the same shape."""
+    torch.manual_seed(0)
+    model, layers = encoder_decoder(kind)
+    ids = torch.randint(1, 20, (3, TOKENS))
+    call: dict[str, Any] = {"input_ids": ids, "attention_mask": LIVE.long(), "labels": ids.flip(1)}
+    if decoder is not None:
+        call["decoder_attention_mask"] = decoder.long()
+    recorder = Recorder([model.get_submodule(name) for name in layers])
+    model(**call)
+    expected = {
+        name: float(reference_layer_entropy(recorder.outputs[model.get_submodule(name)].detach(), mask=mask))
+        for name, mask in zip(layers, (LIVE, decoder), strict=True)
+    }
+    hook = RepresentationHook(model, layers)
+    assert measured(model, hook, **call) == pytest.approx(expected, rel=1e-5)
+    assert in_training(model, hook, **call) == pytest.approx(expected, rel=1e-5)
+    found = {layer.name: layer.entropy().nats for layer in profile(model, [call], layers, windows=(8,)).layers}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+class Reading(nn.Module):
+    """Torch's own modules inside a model whose call names its padding in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        encoding = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(encoding, 2, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 1)
+
+    def forward(self, source: Tensor, target: Tensor, padding: Tensor, target_padding: Tensor | None = None) -> Tensor:
+        memory = self.encoder(source, src_key_padding_mask=padding)
+        out: Tensor = self.decoder(target, memory, tgt_key_padding_mask=target_padding, memory_key_padding_mask=padding)
+        return out
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("target", [None, TARGET], ids=["without one", "with its own"])
+def test_the_padding_of_torchs_transformers_does_not_count(target: Tensor | None, additive: bool) -> None:
+    torch.manual_seed(0)
+    model = Reading()
+    padding, target_padding = ~LIVE, None if target is None else ~target
+    if additive:
+        padding = ADDED
+        if target is not None:
+            target_padding = torch.zeros(target.shape).masked_fill(~target, -torch.inf)
+    call = (torch.randn(3, TOKENS, 8), torch.randn(3, TOKENS, 8), padding, target_padding)
+    masks = {"encoder.layers.0": LIVE, "encoder.layers.1": LIVE, "decoder.layers.0": target}
+    recorder = Recorder([model.get_submodule(name) for name in masks])
+    model(*call)
+    expected = {
+        name: float(reference_layer_entropy(recorder.outputs[model.get_submodule(name)].detach(), mask=mask))
+        for name, mask in masks.items()
+    }
+    hook = RepresentationHook(model, list(masks))
+    assert in_training(model, hook, *call) == pytest.approx(expected, rel=1e-5)
+    assert measured(model, hook, *call) == pytest.approx(expected, rel=1e-5)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [LIVE, LIVE.long(), LIVE.float(), 3.0 * LIVE, (~LIVE).float() * -1e9, ADDED],
+    ids=["bool", "long", "float", "weights", "added to scores", "-inf"],
+)  # fmt: skip
+def test_every_kind_of_attention_mask(mask: Tensor) -> None:
+    model, x = Masked(), torch.randn(3, TOKENS, 8)
+    expected = {"layer": float(reference_layer_entropy(model.layer(x).detach(), mask=LIVE))}
+    hook = RepresentationHook(model, "layer")
+    assert in_training(model, hook, x, attention_mask=mask) == pytest.approx(expected, rel=1e-5)
+
+
+# One function for each part of a model
+
+
+class Translator(nn.Module):
+    """Two sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target, self.rest = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor) -> Tensor:
+        out: Tensor = self.rest(self.source(x).mean(1, keepdim=True) + self.target(y))
+        return out
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_masks_of_several_sequences(checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Translator(), torch.randn(3, 16, 8), torch.randn(3, TOKENS, 8)
+    x_mask = torch.rand(3, 16) > 0.3
+    picks = {"so*": lambda call: call["x_mask"], "target": lambda call: call["y_mask"]}
+    hook = RepresentationHook(model, ["source", "target", "rest"], mask=picks)
+    layers = [(model.source, x, x_mask), (model.target, y, LIVE)]
+    expected = [float(reference_layer_entropy(layer(z).detach(), mask=mask)) for layer, z, mask in layers]
+    if checkpointed:
+        target = model.target
+        model.target = Checkpointed(target)  # type: ignore[assignment]
+        hook.remove()
+        picks["target.inner"] = picks.pop("target")
+        hook = RepresentationHook(model, ["source", "target.inner", "rest"], mask=picks)
+    found = in_training(model, hook, x, y, x_mask, LIVE)
+    assert list(found.values())[:2] == pytest.approx(expected, rel=1e-5)
+    whole = float(reference_layer_entropy(model(x, y, x_mask, LIVE).detach()))
+    assert found["rest"] == pytest.approx(whole, rel=1e-5)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        out: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return out
+
+
+def test_masks_of_several_sequences_are_checked() -> None:
+    model = Translator()
+    with pytest.raises(ValueError, match=r"mask has a key 'decoder' that matches none of the layers source, target"):
+        RepresentationHook(model, ["source", "target"], mask=dict.fromkeys(("source", "decoder"), lambda call: None))
+    with pytest.raises(TypeError, match=r"mask\['source'\] must be a function or None, found Tensor"):
+        RepresentationHook(model, ["source"], mask={"source": LIVE})  # type: ignore[dict-item]
+    hook = RepresentationHook(model, ["source"], mask={"source": lambda call: 3})  # type: ignore[dict-item, return-value]
+    with pytest.raises(TypeError, match=r"mask= must give a tensor \(batch, seq\) or None, found int"):
+        measured(model, hook, torch.randn(3, 16, 8), torch.randn(3, TOKENS, 8), None, LIVE)
+
+
+# What a window with too few rows counts for
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("length", range(8, 17))
+def test_a_window_without_directions_changes_nothing(length: int, center: bool) -> None:
+    """Neither the entropy of a layer nor where its gradient goes."""
+    torch.manual_seed(length)
+    model, config = nn.Sequential(nn.Linear(6, 12)), EntropyConfig(center=center)
+    x, hook = torch.randn(4, length, 6), RepresentationHook(model, "0")
+
+    def entropy(part: Tensor) -> float:
+        with torch.no_grad(), hook.measuring(config) as found:
+            model(part)
+        return found.mean
+
+    says = length % 8 >= 2 + center
+    whole, first = entropy(x), entropy(x[:, :8])
+    if length == 16 or says:
+        assert whole != pytest.approx(first, rel=1e-4)
+    else:
+        assert whole == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("cut", [(65,), (64, 1), (32, 32, 1), (16, 49), (8, 8, 40, 9)])
+def test_how_data_is_cut_into_batches_does_not_matter(cut: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 12)), torch.randn(65, 6)
+    hook, parts = RepresentationHook(model, "0"), torch.split(x, cut)
+
+    def all_of(parts: Sequence[Tensor]) -> list[float]:
+        with torch.no_grad(), hook.measuring() as found:
+            for part in parts:
+                model(part)
+        m = found.measures["0"]
+        return [found.mean, m.linear_entropy, m.centered_cosine_entropy, m.norm_ratio, m.mean_share]
+
+    whole = all_of((x,))
+    assert all_of(parts) == pytest.approx(whole, rel=1e-5)
+    assert whole[0] == pytest.approx(float(reference_layer_entropy(model(x).detach())), rel=1e-5)
+    found = profile(model, parts, "0", windows=(8,)).layers[0]
+    assert found.entropy().nats == pytest.approx(whole[0], rel=1e-5)
