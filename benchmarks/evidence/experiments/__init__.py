@@ -19,6 +19,7 @@ NAMES = (
     "conflict",
     "cycle",
     "use",
+    "directions",
     "pressing",
     "barrier",
     "loops",
