@@ -23,6 +23,7 @@ NAMES = (
     "pressing",
     "barrier",
     "loops",
+    "example",
 )
 
 
