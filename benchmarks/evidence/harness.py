@@ -135,11 +135,16 @@ def train_run(run: Run) -> Record:
     keep_freed_memory()
     logging.getLogger("gapt_optim").setLevel(logging.WARNING)  # it tells of the first switch, in every run
     module = importlib.import_module(f".tasks.{run.task}", __package__)
-    started = time.process_time()
+    started = _cpu_seconds()
     result = module.train(run.settings)
     # In full: a gate of `{}` is the library's defaults, which change from one commit to another.
     result["gate"] = run.settings.config().gate.model_dump(mode="json")
-    return Record(run.task, run.described, result, round(time.process_time() - started, 2), commit())
+    return Record(run.task, run.described, result, round(_cpu_seconds() - started, 2), commit())
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the processes that it started and waited for."""
+    return sum(os.times()[:4])
 
 
 def estimate(runs: Sequence[Run], finished: Iterable[Record] = ()) -> float:

@@ -16,11 +16,12 @@ def group(records: Iterable[Record], *names: str) -> Groups:
     """Records by the values of some settings, each list in the order of seeds."""
     groups: Groups = {}
     for record in records:
-        groups.setdefault(tuple(_hashable(record.settings[name]) for name in names), []).append(record)
+        groups.setdefault(tuple(group_name(record.settings[name]) for name in names), []).append(record)
     return {key: sorted(found, key=lambda r: int(r.settings["seed"])) for key, found in groups.items()}
 
 
-def _hashable(value: Any) -> Any:
+def group_name(value: Any) -> Any:
+    """What stands for a setting's value in the keys of `group`: itself, or the fields of a dictionary as text."""
     if not isinstance(value, dict):
         return value
     return ", ".join(

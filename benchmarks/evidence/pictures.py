@@ -24,6 +24,7 @@ COLORS = {
     "published": "#2f9e77",
     "published often": "#1b6b50",
     "gapt": "#3b6fc4",
+    "gapt, short phases": "#8fb3e0",
 }
 NAMES = {
     "plain": "plain",
@@ -31,6 +32,7 @@ NAMES = {
     "published": "published gate",
     "published often": "published gate, per micro-batch",
     "gapt": "gate",
+    "gapt, short phases": "gate, short phases",
 }
 _KERNEL_COLORS = {"linear": "#b5483a", "linear, centred": "#dca03c", "cosine": "#6a51a3", "cosine, centred": "#3b6fc4"}
 

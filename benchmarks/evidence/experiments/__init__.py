@@ -19,9 +19,11 @@ NAMES = (
     "conflict",
     "cycle",
     "use",
+    "directions",
     "pressing",
     "barrier",
     "loops",
+    "example",
 )
 
 

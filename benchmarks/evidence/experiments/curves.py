@@ -1,4 +1,4 @@
-"""Gate against penalty as curves: loss over centred cosine entropy, five weights each, on text."""
+"""Gate against penalty as curves: loss over centred cosine entropy, five weights or more each, on text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..markdown import (
     compression_cell,
     difference_cell,
     group,
+    group_name,
     mean_cell,
     p_cell,
     seeds_line,
@@ -23,28 +24,35 @@ from ..stats import Interval, at_equal, compare
 from ..tasks import text
 
 WEIGHTS = {"penalty": (0.005, 0.01, 0.02, 0.05, 0.1), "gapt": (0.01, 0.02, 0.035, 0.05, 0.1, 0.2)}
+SHORT_PHASES = {"patience_memorization": 8, "patience_compression": 12}
+"""The way to press that came out best on the tuning seeds of `pressing`."""
+WEIGHTS_OF_SHORT_PHASES = (0.02, 0.035, 0.05, 0.1, 0.2)
+GATES = {"": "gapt", group_name(SHORT_PHASES): "gapt, short phases"}
+"""Names of the gates, by their settings as `group` has them."""
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Plain, and both methods at five weights; seed by seed."""
+    """Plain, the penalty and two gates at their weights; seed by seed."""
     base = text.SMALL if first_look else text.PAPER
     found = []
     for seed in seeds or range(300, 305):
-        found.append(Run("text", replace(base, seed=seed)))
+        of_seed = replace(base, seed=seed)
+        found.append(Run("text", of_seed))
         for method, weights in WEIGHTS.items():
-            found += [Run("text", replace(base, method=method, weight=w, seed=seed)) for w in weights]
+            found += [Run("text", replace(of_seed, method=method, weight=w)) for w in weights]
+        for w in WEIGHTS_OF_SHORT_PHASES:
+            found.append(Run("text", replace(of_seed, method="gapt", weight=w, gate=SHORT_PHASES)))
     return found
 
 
 def tables(records: list[Record]) -> dict[str, str]:
     """The points of both curves, and the penalty's loss at the gate's entropy."""
-    plain = [r for r in records if r.settings["method"] == "plain"]
-    gate = {w: g for (w,), g in group([r for r in records if r.settings["method"] == "gapt"], "weight").items()}
-    penalty = {w: g for (w,), g in group([r for r in records if r.settings["method"] == "penalty"], "weight").items()}
+    by_method = _by_method(records)
+    plain, penalty = by_method["plain"][0.0], by_method["penalty"]
     header = ["method", "weight", "seeds", "loss", "change", "centred cosine", "change", "cosine", "linear",
               "norm ratio", "mean share", "compression", "switches"]  # fmt: skip
     rows = []
-    for method, groups in (("plain", {0.0: plain}), ("penalty", penalty), ("gapt", gate)):
+    for method, groups in by_method.items():
         for weight, found in sorted(groups.items()):
             rows.append(
                 [
@@ -65,26 +73,29 @@ def tables(records: list[Record]) -> dict[str, str]:
             )
     first = f"Bytes of text, {seeds_line(records)}, {records[0].settings['steps']} steps.\n\n" + table(header, rows)
     lead = []
-    for weight, found in sorted(gate.items()):
-        ours, theirs = at_equal_entropy(found, [r for g in (penalty | {0.0: plain}).values() for r in g])
-        if len(ours) > 1:
-            c = compare(ours, theirs)
-            lead.append(
-                [
-                    f"{weight:g}",
-                    f"{len(ours)}",
-                    difference_cell(c),
-                    p_cell(c.p_t),
-                ]
-            )
+    constant = [r for found in (penalty | {0.0: plain}).values() for r in found]
+    for name, gate in by_method.items():
+        for weight, found in sorted(gate.items()) if name in GATES.values() else ():
+            ours, theirs = at_equal_entropy(found, constant)
+            if len(ours) > 1:
+                c = compare(ours, theirs)
+                lead.append([name, f"{weight:g}", f"{len(ours)}", difference_cell(c), p_cell(c.p_t)])
     second = (
         "Loss of the gate less that of a penalty (plain being one of weight 0) at the same centred cosine entropy, by "
         "straight lines between its weights, seed by seed. Negative: the gate's curve lies beyond.\n\n"
     )
     return {
         "curves": first,
-        "curves-lead": second + table(["gate's weight", "seeds", "difference (nats)", "p"], lead),
+        "curves-lead": second + table(["gate", "weight", "seeds", "difference (nats)", "p"], lead),
     }
+
+
+def _by_method(records: list[Record]) -> dict[str, dict[float, list[Record]]]:
+    """The records of each method, by weight: plain, penalty, and the gates."""
+    methods: dict[str, dict[float, list[Record]]] = {}
+    for (method, gate, weight), found in group(records, "method", "gate", "weight").items():
+        methods.setdefault(GATES[gate] if method == "gapt" else method, {})[weight] = found
+    return {name: methods[name] for name in ("plain", "penalty", *GATES.values()) if name in methods}
 
 
 def at_equal_entropy(gate: list[Record], penalty: list[Record]) -> tuple[list[float], list[float]]:
@@ -106,13 +117,13 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     from ..pictures import curves_of_methods, percent
 
     points: dict[str, list[tuple[Interval, Interval]]] = {}
-    plain = [r for r in records if r.settings["method"] == "plain"]
-    for (method, _), found in group(
-        [r for r in records if r.settings["method"] != "plain"], "method", "weight"
-    ).items():
-        x, y = versus(found, plain, "centred_cosine"), versus(found, plain, "loss")
-        if x is not None and y is not None:
-            points.setdefault(method, []).append((percent(x.change, of_whole=True), percent(y.change)))
+    by_method = _by_method(records)
+    plain = by_method.pop("plain")[0.0]
+    for name, weights in by_method.items():
+        for found in weights.values():
+            x, y = versus(found, plain, "centred_cosine"), versus(found, plain, "loss")
+            if x is not None and y is not None:
+                points.setdefault(name, []).append((percent(x.change, of_whole=True), percent(y.change)))
     return [
         curves_of_methods(
             points,

@@ -41,24 +41,30 @@ SHOWN = (
 """In the tables; the others change next to nothing for any model."""
 
 
+def settings(first_look: bool) -> use.Settings:
+    """Those of the text experiments, with ten evaluations, each of which measures every operation."""
+    base = text.SMALL if first_look else text.PAPER
+    shared = {f.name: getattr(base, f.name) for f in fields(base) if f.name != "evaluate_every"}
+    return use.Settings(**shared, evaluate_every=base.steps // 10)
+
+
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     """Plain, also with more weight decay; gate and penalty on the default kernel, gate and published gate on the linear
     one; and order 1/2 over whole sequences, beside what changes only the order and only the window."""
-    base = text.SMALL if first_look else text.PAPER
-    shared = {f.name: getattr(base, f.name) for f in fields(base) if f.name != "evaluate_every"}
+    base = settings(first_look)
     found = []
     for seed in seeds or range(300, 305):
-        s = replace(use.Settings(**shared), seed=seed, evaluate_every=base.steps // 10)
+        s = replace(base, seed=seed)
         found.append(Run("use", s))
         for changes in (
             method_settings("gapt", 0.05),
             method_settings("penalty", 0.02),
             method_settings("gapt", 0.1, kernel="linear", center=False),
             method_settings("published", 1.0),
-            method_settings("gapt", 0.1, alpha=0.5, window=base.context),
-            method_settings("penalty", 0.02, alpha=0.5, window=base.context),
-            method_settings("gapt", 0.05, alpha=0.5, window=base.context),
-            method_settings("gapt", 0.2, window=base.context),
+            method_settings("gapt", 0.1, alpha=0.5, window=s.context),
+            method_settings("penalty", 0.02, alpha=0.5, window=s.context),
+            method_settings("gapt", 0.05, alpha=0.5, window=s.context),
+            method_settings("gapt", 0.2, window=s.context),
             method_settings("gapt", 0.1, alpha=0.5),
             {"weight_decay": 1.0},
         ):
