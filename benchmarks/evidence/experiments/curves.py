@@ -130,8 +130,8 @@ def _strong(records: list[Record], confirming: list[Record]) -> str:
         )
     weights = f"{max(WEIGHTS['penalty']):g} and {max(WEIGHTS_OF_SHORT_PHASES):g}"
     title = (
-        f"Where nearly all of the entropy goes: a penalty and a gate of short phases, of weights {weights}, at about the "
-        "same entropy. The first row is where the lead was seen, the second a test of it alone.\n\n"
+        f"Where nearly all of the entropy goes: a penalty and a gate of short phases, of weights {weights}, at about "
+        "the same entropy. The first row is where the lead was seen, the second a test of it alone.\n\n"
     )
     return title + table(header, rows)
 
