@@ -200,6 +200,8 @@ def _read_table(path: Path, notes: list[str]) -> Record:
     if not isinstance(table, dict) or _is_deep(table):
         notes.append(f"{path.name} could not be read")
         return {}
+    if not table:
+        notes.append(f"{path.name} is empty")
     return table
 
 
