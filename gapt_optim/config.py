@@ -67,8 +67,8 @@ class GateConfig(_Section):
     minibatches against their minimum over the whole run, as the paper does."""
 
     patience_memorization: int = Field(15, ge=1)
-    """Updates without improvement of the loss before compression starts. `smoothed` does not count those of a warm-up,
-    in which the largest learning rate of the wrapped optimizer is higher than at the step before."""
+    """Updates without improvement of the loss before compression starts. Steps at which the largest learning
+    rate of the wrapped optimizer has just risen (a warm-up) are not counted (`smoothed` only)."""
 
     patience_compression: int = Field(25, ge=1)
     """Updates without improvement of the entropy before memorization starts."""

@@ -292,12 +292,12 @@ def _watch(flags: WatchCommand) -> int:
 
 
 def _doctor(flags: DoctorCommand) -> int:
-    from .doctor import diagnose, verdict
+    from .doctor import diagnose, judged_by, verdict
 
     for name, seeds in _given(flags.runs).items():
         for i, run in enumerate(seeds):
             print(f"{name}{f', seed {i + 1}' if len(seeds) > 1 else ''}")
-            for note in run.notes:
+            for note in (*judged_by(run), *run.notes):
                 print(f"  note: {note}")
             found = diagnose(run)
             if not found:

@@ -12,11 +12,16 @@ from ..config import GAPTConfig, GateConfig
 from .findings import (
     CONSTANT_PENALTY,
     FINDINGS,
+    GATE_UNKNOWN,
+    MAYBE_FROZEN,
+    NO_SETTINGS,
     NO_STEPS,
     NOT_ALL_SEEN,
     NOTHING_FOUND,
     PLAIN_RUN,
+    SETTINGS_FOREIGN,
     SETTINGS_UNKNOWN,
+    SETTINGS_UNUSED,
     Diagnosis,
 )
 from .history import Record, RunHistory, compression_spans, switches_of, values_of
@@ -55,6 +60,35 @@ def verdict(run: RunHistory, found: Sequence[Diagnosis]) -> str:
     return NOT_ALL_SEEN.format(missing=" and no ".join(missing)) if missing else NOTHING_FOUND
 
 
+def judged_by(run: RunHistory) -> list[str]:
+    """Where a run is judged by default settings instead of its own, in a sentence each; empty where its own are known.
+
+    >>> judged_by(RunHistory([{"step": 1}]))
+    ['No settings.json: judged by the defaults']
+    """
+    if not run.steps:
+        return []
+    settings, case = run.settings, _Case(run)
+    if not settings:
+        # The note that it is empty or could not be read is shown beside this.
+        useless = any(note.startswith("settings.json") for note in run.notes)
+        return [SETTINGS_UNKNOWN if useless else NO_SETTINGS]
+    held = {section: table for section in case.defaults if (table := find_section(settings, section))}
+    if not (held or case.gate_known):
+        return [SETTINGS_FOREIGN.format(found=_listed(list(settings)))]
+    said = [] if case.gate_known else [GATE_UNKNOWN]
+    unused = [
+        f"{section}.{name}"
+        for section, table in held.items()
+        for name, value in table.items()
+        if name not in case.defaults[section] or (section == "gate" and not _fits(value, case.defaults[section][name]))
+    ]
+    if unused:
+        are, their = ("is", "its") if len(unused) == 1 else ("are", "their")
+        said.append(SETTINGS_UNUSED.format(found=_listed(unused), are=are, their=their))
+    return said
+
+
 # What the methods of a comparison are, besides the one whose gate its settings hold.
 _GATES = {
     "plain": GateConfig(frozen=True),
@@ -81,17 +115,21 @@ class _Case:
         self.spans = compression_spans(run.steps)
         self.switches = switches_of(run.steps)
         self.losses = values_of(run.steps, "loss")
+        self.method = str(run.settings.get("method"))
         self.defaults = GAPTConfig().model_dump()
 
     def setting(self, section: str, name: str) -> Any:
         """A setting of the run; the library's default where the run does not say."""
         table = find_section(self.run.settings, section)
-        if section == "gate" and self.run.settings.get("method") in _GATES:
-            table = _GATES[self.run.settings["method"]].model_dump()  # its own, not that of the method beside it
+        if section == "gate" and self.method in _GATES:
+            table = _GATES[self.method].model_dump()  # its own, not that of the method beside it
         value, default = table.get(name), self.defaults[section][name]
-        if isinstance(default, bool) or not isinstance(default, int | float):
-            return value if isinstance(value, type(default)) else default
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else default
+        return value if _fits(value, default) else default
+
+    @property
+    def gate_known(self) -> bool:
+        """The run says how its gate was set."""
+        return bool(find_section(self.run.settings, "gate")) or self.method in _GATES
 
     def gate(self) -> list[Diagnosis]:
         if self.setting("gate", "frozen"):
@@ -157,8 +195,7 @@ class _Case:
         found = _diagnosis(
             "never_compressed", steps=self.n, first=head, last=last, patience=patience, improvement=improvement
         )
-        known = find_section(self.run.settings, "gate") or self.run.settings.get("method") in _GATES
-        return [found if known else replace(found, what=f"{found.what} {SETTINGS_UNKNOWN}")]
+        return [found if self.gate_known else replace(found, what=f"{found.what} {MAYBE_FROZEN}")]
 
     def _overfits(self) -> Diagnosis | None:
         held_out = values_of(self.run.validations, "loss")
@@ -258,6 +295,17 @@ def find_section(settings: Record, section: str) -> Record:
         if isinstance(inner, dict) and (found := find_section(inner, section)):
             return found
     return {}
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """A value is of the kind of a setting's default."""
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return isinstance(value, type(default))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _diagnosis(key: str, **figures: Any) -> Diagnosis:

@@ -236,8 +236,10 @@ NOT_ALL_SEEN = (
 )
 NO_STEPS = "The run has no steps yet, so there is nothing to judge."
 PLAIN_RUN = "The gate is frozen in memorization, so this is plain training: there is no compression to judge."
-SETTINGS_UNKNOWN = (
-    "The run does not say how its gate was set, so the defaults are assumed. If it was frozen, this is plain training, "
-    "and nothing is wrong."
-)
+MAYBE_FROZEN = "If the gate was frozen, this is plain training, and nothing is wrong."
+NO_SETTINGS = "No settings.json: judged by the defaults"
+SETTINGS_UNKNOWN = "Settings unknown: judged by the defaults"
+SETTINGS_FOREIGN = "settings.json holds no settings of gapt_optim, found {found}: judged by the defaults"
+GATE_UNKNOWN = "settings.json does not say how the gate was set: judged by its defaults"
+SETTINGS_UNUSED = "settings.json: {found} could not be used and {are} left out; the defaults are in {their} place"
 CONSTANT_PENALTY = "The gate is frozen in compression: a constant entropy penalty, without phases to judge."

@@ -45,8 +45,8 @@ class RunHistory:
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a JSON-lines file in order of step.
 
-    A line that a kill cut short is left out. A step that was taken twice, because the run went on from an
-    earlier checkpoint, counts as the later one.
+    A line that a kill cut short is left out. Where the run went on from an earlier checkpoint, so that a step comes
+    again, what was written before from that step on is left out.
 
     >>> written = Path("metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\\n')
     >>> read_metrics("metrics.jsonl")
@@ -101,24 +101,27 @@ def read_run(folder: str | os.PathLike[str]) -> RunHistory:
 
 
 def _read(path: Path) -> tuple[list[Record], list[str]]:
-    records: dict[int, Record] = {}
-    lines = broken = repeated = odd = 0
+    records: list[Record] = []
+    resumed: list[int] = []
+    lines = broken = replaced = odd = 0
     every, ended = _thinning(path), True
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             lines += bool(line.strip())
             ended = line.endswith("\n")
             try:
-                record, dropped = read_record(line)
+                record, unusable = read_record(line)
             except ValueError:
                 broken += bool(line.strip())
                 continue
             step = record["step"]
-            odd += dropped
+            odd += unusable
             if every > 1 and step % every:
                 _without_layers(record)
-            repeated += step in records
-            records[step] = record
+            if dropped := drop_from(records, step):
+                replaced += dropped
+                resumed.append(step)
+            records.append(record)
     name = path.name
     # One unreadable line may be all that a run killed in its first step has written.
     if lines > 1 and not records:
@@ -132,27 +135,45 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
         notes.append(f"{name}: the last line is cut off and left out; the run is still writing, or was ended")
     if broken > cut:
         notes.append(f"{name}: {_count(broken - cut, 'line')} could not be read and {_are(broken - cut)} left out")
-    if repeated:
-        notes.append(f"{name}: {_count(repeated, 'step')} {_are(repeated)} there twice; the later one counts")
+    if resumed:
+        times = "" if len(resumed) == 1 else f"{len(resumed):,} times, last "
+        notes.append(
+            f"{name}: the run was resumed {times}at step {resumed[-1]:,}; {_count(replaced, 'record')} that "
+            f"{'was' if replaced == 1 else 'were'} written before, from there on, {_are(replaced)} left out"
+        )
     if odd:
         notes.append(f"{name}: {_count(odd, 'value')} {_are(odd)} left out: not finite, or of an unexpected kind")
     if every > 1:
         notes.append(f"{name} is large: what is shown per layer is of every {every}th step")
-    ordered = [records[step] for step in sorted(records)]
-    missing = ordered[-1]["step"] - ordered[0]["step"] + 1 - len(ordered) if name == "metrics.jsonl" and ordered else 0
+    missing = records[-1]["step"] - records[0]["step"] + 1 - len(records) if name == "metrics.jsonl" and records else 0
     if missing:
         notes.append(f"{name}: {_count(missing, 'step')} {_are(missing)} missing between the first and the last")
-    phaseless = sum("phase" not in record for record in ordered) if name == "metrics.jsonl" else 0
+    phaseless = sum("phase" not in record for record in records) if name == "metrics.jsonl" else 0
     if phaseless:
         notes.append(f"{name}: {_count(phaseless, 'record')} without a phase {_are(phaseless)} shown as memorization")
-    measured = sum(bool(record.get("layer_measures")) for record in ordered)
-    entropies = sum(bool(record.get("layer_entropy")) for record in ordered)
+    measured = sum(bool(record.get("layer_measures")) for record in records)
+    entropies = sum(bool(record.get("layer_entropy")) for record in records)
     if name == "metrics.jsonl" and 0 < measured < entropies:
         notes.append(
             f"{name}: {entropies - measured} of {entropies} steps do not hold the other kernel's entropies; they were "
             "written by another version"
         )
-    return ordered, notes
+    return records, notes
+
+
+def drop_from(records: list[Record], step: int) -> int:
+    """Take the records at or after a step off the end of a list in order of step; how many those were.
+
+    A record of that step comes next: the run went on from an earlier checkpoint, and they are of a branch that ended.
+
+    >>> read = [{"step": 1}, {"step": 2}, {"step": 3}]
+    >>> drop_from(read, 2), read
+    (2, [{'step': 1}])
+    """
+    before = len(records)
+    while records and records[-1]["step"] >= step:
+        records.pop()
+    return before - len(records)
 
 
 def read_record(line: str | bytes) -> tuple[Record, int]:
@@ -179,6 +200,8 @@ def _read_table(path: Path, notes: list[str]) -> Record:
     if not isinstance(table, dict) or _is_deep(table):
         notes.append(f"{path.name} could not be read")
         return {}
+    if not table:
+        notes.append(f"{path.name} is empty")
     return table
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
@@ -220,8 +221,8 @@ def profile(
 
     Args:
         model: any module.
-        batches: what to run it on. A mapping is passed as keywords, of a tuple or list the first item (inputs,
-            targets), anything else as it is.
+        batches: what to run it on. A mapping is passed as keywords, of a tuple or list only the first item (inputs,
+            targets), anything else as it is. For a model with several arguments give a dict of them.
         layers: as for :class:`gapt_optim.RepresentationHook`; None = the longest ``nn.ModuleList`` of one class.
         orders: orders of the entropy, each in (0, inf]. Orders other than 2 to 8 need eigenvalues, which takes long
             for whole sequences.
@@ -421,9 +422,18 @@ def _default_call(model: nn.Module) -> Callable[[nn.Module, Any], Any]:
 def _called(model: nn.Module, batch: Any, **more: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**{**more, **batch})
-    if isinstance(batch, tuple | list):
+    if not isinstance(batch, tuple | list):
+        return model(batch, **more)
+    try:
         return model(batch[0], **more)
-    return model(batch, **more)
+    except TypeError as error:
+        # The words of Python. The signature would not do: a wrapper of the model takes any arguments.
+        if not re.search(r"missing \d+ required positional argument", str(error)):
+            raise
+        raise TypeError(
+            f"{error}; of a {type(batch).__name__} in batches only the first item is passed to the model; for several "
+            "arguments give a dict, with their names as keys"
+        ) from error
 
 
 def _mask_of(batch: Any, pick: Callable[[Any], Tensor | None] | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from .charts import color_of
-from .doctor import diagnose, verdict
+from .doctor import diagnose, judged_by, verdict
 from .history import (
     RunHistory,
     compression_spans,
@@ -175,7 +175,8 @@ class _Report:
                     for one in found
                 )
                 text = f'<ul class="findings">{items}</ul>' if items else f"<p>{escaped(verdict(run, found))}</p>"
-                parts.append(f"<h3>{escaped(name)}{of_seed}</h3>{text}")
+                basis = "".join(f"<p>{escaped(sentence)}.</p>" for sentence in judged_by(run))
+                parts.append(f"<h3>{escaped(name)}{of_seed}</h3>{basis}{text}")
         return "".join(parts)
 
     def _settings(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs import CommandError
-from .history import Record, read_record, switches_of, values_of
+from .history import Record, drop_from, read_record, switches_of, values_of
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -39,14 +39,14 @@ class Follower:
                 self._start_over()
             with self.path.open("rb") as file:
                 file.seek(self._place)
-                new = file.read()
+                text = file.read()
         except FileNotFoundError:
             return 0
         except OSError as error:
             raise CommandError(f"{self.path} cannot be read ({error.strerror})") from error
-        self._place += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        before = len(self.records)
+        self._place += len(text)
+        *lines, self._rest = (self._rest + text).split(b"\n")
+        new = 0
         for line in lines:
             if not line.strip():
                 continue
@@ -58,10 +58,10 @@ class Follower:
             # Only what is drawn: a run's layers need not fit into memory.
             kept = ("step", "phase", "next_phase", "reason", "loss", "entropy", "validation_loss", "measures")
             record = {key: record[key] for key in kept if key in record}
-            while self.records and self.records[-1]["step"] >= record["step"]:
-                self.records.pop()  # the run went on from an earlier checkpoint
+            drop_from(self.records, record["step"])
             self.records.append(record)
-        return max(0, len(self.records) - before)
+            new += 1
+        return new
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import endurance, gpu, page, profiling, scaling, table
+from benchmarks.cost import endurance, gpu, narrow, page, profiling, scaling, table
 from benchmarks.cost.workloads import (
     BARE,
     STEPS,
@@ -109,6 +109,23 @@ def test_scaling_measures_each_size() -> None:
     rows = scaling.measure("layers", (1, 2), 2, TINY)
     assert [row["layers"] for row in rows] == [1, 2]
     assert all(row["bare"] > 0 for row in rows)
+
+
+def test_narrow_models_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert narrow.main(["--rounds", "2", "--repeats", "2", "--json", str(tmp_path / "n.json")]) == 0
+    figures = json.loads((tmp_path / "n.json").read_text())
+    assert list(figures) == [f"{name}, {row}" for name in narrow.MODELS for row in (BARE, *narrow.PHASES)]
+    assert all(figures[f"{name}, {BARE}"]["cpu"] == 1.0 for name in narrow.MODELS)
+    assert "| MLP of width 64, memorization |" in capsys.readouterr().out
+
+
+def test_the_cost_page_has_what_was_measured_of_narrow_models() -> None:
+    root = Path(__file__).parents[2]
+    figures = json.loads((root / "benchmarks" / "cost" / "results" / "narrow.json").read_text())
+    cnn, mlp = (figures[f"{name}, memorization"]["cpu"] for name in narrow.MODELS)
+    page = (root / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert f"takes {cnn:.1f} times the CPU time of the bare one in a CNN" in page
+    assert f"and {mlp:.1f} times in an MLP" in page
 
 
 def test_the_script_for_gpus_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

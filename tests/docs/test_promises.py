@@ -29,6 +29,8 @@ def test_page_holds_the_promises() -> None:
     shown = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines()[2:] if "**" not in line]
     assert shown == [promise.text for promise in promises()], "run python docs/promises.py"
     assert "| 0 |" not in page
+    headings = [line for line in page.splitlines() if "**" in line]
+    assert len(set(headings)) == len(headings)
 
 
 def test_outcomes_of_a_run_are_counted(tmp_path: Path) -> None:

@@ -46,12 +46,40 @@ def test_lines_that_are_no_records_are_counted(tmp_path: Path) -> None:
     assert read_run(tmp_path).notes == ("metrics.jsonl: 2 lines could not be read and are left out",)
 
 
+def test_a_resumed_run_loses_the_branch_that_ended(tmp_path: Path) -> None:
+    before, after = records(20), records(13, seed=1)[10:]
+    for record in before[4::5]:
+        record["validation_loss"] = 3.0
+    after[-1]["validation_loss"] = 2.0
+    write_lines(tmp_path / "metrics.jsonl", before + after)
+    note = "the run was resumed at step {}; {} that were written before, from there on, are left out"
+    run = read_run(tmp_path)
+    assert run.steps == before[:10] + after
+    assert [(record["step"], record["loss"]) for record in run.validations] == [(4, 3.0), (9, 3.0), (12, 2.0)]
+    assert run.notes == ("metrics.jsonl: " + note.format(11, "10 records"),)
+    assert "All 20 steps" not in " ".join(found.what for found in diagnose(run))
+    write_lines(tmp_path / "validation.jsonl", [{"step": step, "loss": 3.0} for step in (5, 10, 15, 20, 15)])
+    run = read_run(tmp_path)
+    assert [record["step"] for record in run.validations] == [5, 10, 15]
+    assert run.notes[1] == "validation.jsonl: " + note.format(15, "2 records")
+
+
+def test_a_run_that_was_resumed_several_times(tmp_path: Path) -> None:
+    rows = records(20)
+    path = write_lines(tmp_path / "metrics.jsonl", [*rows[:10], *rows[5:8], *rows[7:20], *rows[19:]])
+    assert read_metrics(path) == rows
+    assert read_run(tmp_path).notes == (
+        "metrics.jsonl: the run was resumed 3 times, last at step 20; 7 records that were written before, from there "
+        "on, are left out",
+    )
+
+
 def test_steps_twice_missing_and_without_phase_are_said(tmp_path: Path) -> None:
     rows = records(4)
     del rows[1]["phase"]
     write_lines(tmp_path / "metrics.jsonl", [rows[0], rows[1], rows[1], rows[3]])
     assert read_run(tmp_path).notes == (
-        "metrics.jsonl: 1 step is there twice; the later one counts",
+        "metrics.jsonl: the run was resumed at step 2; 1 record that was written before, from there on, is left out",
         "metrics.jsonl: 1 step is missing between the first and the last",
         "metrics.jsonl: 1 record without a phase is shown as memorization",
     )
@@ -77,7 +105,7 @@ def test_validations_that_are_broken_are_said(tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text("no\nmetrics\n")
     run = read_run(tmp_path)
     assert run.validations == []
-    assert "holds no metrics" in run.notes[0]
+    assert "holds no metrics" in run.notes[-1]
 
 
 json_values = st.recursive(

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from gapt_optim.viewing import diagnose, read_run
+from gapt_optim import EntropyConfig, GAPTConfig
+from gapt_optim.viewing import RunHistory, diagnose, read_run
 from gapt_optim.viewing.command import main
-from gapt_optim.viewing.doctor import verdict
+from gapt_optim.viewing.doctor import judged_by, verdict
 from gapt_optim.viewing.page import render
 from gapt_optim.viewing.report import report_page
 
@@ -72,8 +73,8 @@ RUNS: dict[str, tuple[str | bytes, str]] = {
     "byte order mark": (b"\xef\xbb\xbf" + text(STEPS).encode(), ""),
     "Windows lines": (text(STEPS).replace("\n", "\r\n"), ""),
     "gaps": (text(STEPS[::7]), "30 steps are missing"),
-    "backwards": (text(STEPS[::-1]), ""),
-    "twice": (text(STEPS * 2), "40 steps are there twice"),
+    "backwards": (text(STEPS[::-1]), "resumed 39 times, last at step 1;"),
+    "twice": (text(STEPS * 2), "the run was resumed at step 1; 40 records"),
     "two versions": (text(records(20, measures=False) + STEPS[20:]), "20 of 40 steps do not hold the other kernel's"),
     "other layers": (text(STEPS[:20] + records(40, layers=5, period=20)[20:]), ""),
     "steps as text": (each(lambda r: r.update(step=str(r["step"]))), ""),
@@ -134,11 +135,15 @@ def test_what_is_no_run_is_one_clear_line(name: str, tmp_path: Path, capsys: pyt
         ("null", "settings.json could not be read"),
         ('{"a":' * 90_000 + "1" + "}" * 90_000, "settings.json could not be read"),
         ('{"a":' * 400 + "1" + "}" * 400, "settings.json could not be read"),
-        ('{"gate": null}', "does not say how its gate was set"),
+        ("{}", "settings.json is empty"),
+        ('{"gate": null}', "settings.json holds no settings of gapt_optim, found gate: judged by the defaults"),
         ('{"gate": {"frozen": "yes", "patience_memorization": "x", "min_improvement": null}}', "15 updates"),
-        ('{"methods": 3, "config": {"methods": [1, null]}}', "does not say how its gate was set"),
+        ('{"methods": 3, "config": {"methods": [1, null]}}', "found methods, config: judged by the defaults"),
+        ('{"foo": 3}', "settings.json holds no settings of gapt_optim, found foo: judged by the defaults"),
+        ('{"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}', "found a, b, c and 2 more: judged by the defaults"),
+        ('{"method": ["plain"]}', "found method: judged by the defaults"),
     ],
-    ids=range(8),
+    ids=range(12),
 )
 def test_odd_settings(settings: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path, text(records(40, plain=True)))
@@ -146,6 +151,36 @@ def test_odd_settings(settings: str, expected: str, tmp_path: Path, capsys: pyte
     assert main(["doctor", str(folder)]) == 0
     assert expected in capsys.readouterr().out
     assert "Settings" in render(report_page({"run": read_run(folder)}))
+
+
+def test_settings_that_are_not_used_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, text(records(40, plain=True)))
+
+    def notes(settings: str | None = None) -> list[str]:
+        if settings is not None:
+            (folder / "settings.json").write_text(settings)
+        assert main(["doctor", str(folder)]) == 0
+        said = capsys.readouterr().out
+        basis = [line.removeprefix("  note: ") for line in said.splitlines() if line.startswith("  note: ")]
+        assert "".join(basis).count("default") == said.count("default")
+        assert ("If the gate was frozen" in said) == (not any(name in (settings or "") for name in ('"gate"', "plain")))
+        page = render(report_page({"run": read_run(folder)}))
+        assert all(sentence in page for sentence in basis)
+        return basis
+
+    assert notes() == ["No settings.json: judged by the defaults"]
+    assert notes("{") == ["Settings unknown: judged by the defaults", "settings.json could not be read"]
+    assert notes('{"config": {"entropy": {"alpha": 1}}}') == [
+        "settings.json does not say how the gate was set: judged by its defaults"
+    ]
+    left_out = "settings.json: {} could not be used and {} left out; the defaults are in {} place"
+    assert notes('{"gate": {"patience": 10}}') == [left_out.format("gate.patience", "is", "its")]
+    assert notes('{"lr": 1, "gapt": {"gate": {"frozen": "no", "rule": "published"}, "entropy": {"of": 1}}}') == [
+        left_out.format("entropy.of, gate.frozen", "are", "their")
+    ]
+    assert notes(GAPTConfig(entropy=EntropyConfig(window=None)).model_dump_json()) == []
+    assert notes('{"method": "plain"}') == []
+    assert judged_by(RunHistory([])) == []
 
 
 def test_odd_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +210,8 @@ def test_a_frozen_gate_of_a_comparison_is_no_fault(method: str, expected: str, t
     found = diagnose(run)
     if method == "gapt":
         assert [one.key for one in found] == ["never_compressed"]
-        assert "does not say how its gate was set" not in found[0].what
+        assert "If the gate was frozen" not in found[0].what
+        assert judged_by(run) == []
     else:
         assert found == []
         assert expected in verdict(run, found)

@@ -526,3 +526,50 @@ def test_errors_name_what_to_change(change: dict[str, Any], error: type[Exceptio
         profile(arguments.pop("model"), arguments.pop("batches"), arguments.pop("layers"), **arguments)
     with pytest.raises(KeyError, match="no entropy of"):
         profile(nn.Sequential(nn.Identity()), [torch.randn(2, 3)], "0").layers[0].entropy(window=4)
+
+
+class Scaled(nn.Module):
+    """Two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) * scale
+        return out
+
+
+class Around(nn.Module):
+    """Passes on what it is given, as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_tuple_for_a_model_with_several_arguments_says_to_give_a_dict(kind: type[Any]) -> None:
+    x, scale = torch.randn(8, 4), torch.randn(8, 4)
+    message = (
+        rf"missing 1 required positional argument: 'scale'; of a {kind.__name__} in batches only the first item is "
+        "passed to the model; for several arguments give a dict"
+    )
+    with pytest.raises(TypeError, match=message):
+        profile(Scaled(), [kind([x, scale])], "linear")
+    with pytest.raises(TypeError, match=message):
+        profile(Around(Scaled()), [kind([x, scale])], "module.linear")
+    assert profile(Scaled(), [{"x": x, "scale": scale}], "linear").rows == 8
+
+
+def test_other_type_errors_of_a_model_stay_as_they_are() -> None:
+    x = torch.randn(8, 4)
+    with pytest.raises(TypeError) as raised:
+        profile(nn.Sequential(nn.Linear(4, 4)), [(x, 0)], "0", output=lambda out: torch.ones(2, 3).long())
+    assert "give a dict" not in str(raised.value)
+    with pytest.raises(TypeError) as raised:
+        profile(Scaled(), [x], "linear")
+    assert "give a dict" not in str(raised.value)
