@@ -24,6 +24,7 @@ TINY: dict[str, dict[str, Any]] = {
                        "evaluate_every": 2, "evaluate_tokens": 600},
     "conflict": {"steps": 4},
     "loops": {"steps": 2},
+    "example": {"steps": 2},
 }  # fmt: skip
 TINY["use"] = TINY["barrier"] = TINY["text"]
 TINY["cycle"] = {**TINY["text"], "steps": 12, "measure_every": 1, "micro_batches": 4}

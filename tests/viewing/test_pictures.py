@@ -79,9 +79,9 @@ def test_cut_line_is_left_out_wherever_it_is(tmp_path: Path) -> None:
     assert read_metrics(path) == []
 
 
-def test_repeated_step_counts_as_the_later_one(tmp_path: Path) -> None:
+def test_a_step_that_comes_again_takes_the_place_of_all_from_there_on(tmp_path: Path) -> None:
     write(tmp_path / "m.jsonl", [{"step": 1}, {"step": 2, "a": 0}, {"step": 3}, {"step": 2, "a": 1}])
-    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2, "a": 1}, {"step": 3}]
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2, "a": 1}]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -108,10 +108,9 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     for axis, cut in zip(axes, ("project_8", "rank_8"), strict=True):
         for method in ("penalty", "gapt"):
             curve = [r for r in records if r.settings["method"] in ("plain", method)]
-            points = sorted(
-                (mean_interval(values(found, "loss")).mean, mean_interval(values(found, cut)))
-                for (_,), found in group(curve, "weight").items()
-            )
+            found = group(curve, "weight").values()
+            points = [(mean_interval(values(g, "loss")).mean, mean_interval(values(g, cut))) for g in found]
+            points.sort(key=lambda point: point[0])
             x, y = [x for x, _ in points], [y.mean for _, y in points]
             errors = [[i.mean - i.low for _, i in points], [i.high - i.mean for _, i in points]]
             axis.errorbar(x, y, yerr=errors, color=COLORS[method], marker="o", ms=4, lw=1.4, elinewidth=0.8,
