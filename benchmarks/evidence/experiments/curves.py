@@ -144,15 +144,20 @@ def _by_method(records: list[Record]) -> dict[str, dict[float, list[Record]]]:
 
 def at_equal_entropy(gate: list[Record], penalty: list[Record]) -> tuple[list[float], list[float]]:
     """The gate's losses, and those of penalties of the same seed at the same entropy where they reach it."""
+    return where_equal(gate, penalty, "centred_cosine", "loss")
+
+
+def where_equal(gate: list[Record], penalty: list[Record], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The gate's ``y``, and those of penalties of the same seed at the same ``x`` where they reach it."""
     ours, theirs = [], []
     for record in gate:
         same = [r for r in penalty if r.settings["seed"] == record.settings["seed"]]
         if len(same) < 2:
             continue
-        loss = at_equal(record.result["final"]["centred_cosine"], values(same, "centred_cosine"), values(same, "loss"))
-        if loss == loss:  # not nan: within the curve
-            ours.append(record.result["final"]["loss"])
-            theirs.append(loss)
+        found = at_equal(record.result["final"][x], values(same, x), values(same, y))
+        if found == found:  # not nan: within the curve
+            ours.append(record.result["final"][y])
+            theirs.append(found)
     return ours, theirs
 
 

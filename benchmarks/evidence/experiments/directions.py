@@ -22,7 +22,8 @@ from ..markdown import (
     values,
     versus,
 )
-from ..stats import at_equal, compare
+from ..stats import compare
+from .curves import where_equal
 from .use import OPERATIONS, settings
 
 WEIGHTS = {"gapt": (0.02, 0.035, 0.05, 0.1, 0.2), "penalty": (0.005, 0.01, 0.02, 0.035, 0.05)}
@@ -65,7 +66,7 @@ def tables(records: list[Record]) -> dict[str, str]:
     lead = []
     for (method, weight), found in sorted(groups.items()):
         for cut in CUTS if method == "gapt" else ():
-            ours, theirs = at_equal_loss(found, [r for r in records if r.settings["method"] != "gapt"], cut)
+            ours, theirs = where_equal(found, [r for r in records if r.settings["method"] != "gapt"], "loss", cut)
             if len(ours) > 1:
                 c = compare(ours, theirs)
                 lead.append([f"{weight:g}", OPERATIONS[cut], f"{len(ours)}", difference_cell(c), p_cell(c.p_t)])
@@ -83,20 +84,6 @@ def tables(records: list[Record]) -> dict[str, str]:
 def _cell(found: list[Record], plain: list[Record], name: str) -> str:
     change = "" if found == plain else f" ({change_cell(versus(found, plain, name))})"
     return mean_cell(found, name) + change
-
-
-def at_equal_loss(gate: list[Record], penalty: list[Record], cut: str) -> tuple[list[float], list[float]]:
-    """The gate's losses after a cut, and those of penalties of the same seed that had the same loss before it."""
-    ours, theirs = [], []
-    for record in gate:
-        same = [r for r in penalty if r.settings["seed"] == record.settings["seed"]]
-        if len(same) < 2:
-            continue
-        loss = at_equal(record.result["final"]["loss"], values(same, "loss"), values(same, cut))
-        if loss == loss:  # not nan: within the curve
-            ours.append(record.result["final"][cut])
-            theirs.append(loss)
-    return ours, theirs
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
