@@ -15,9 +15,9 @@ import gapt_optim  # for its configurations: pydantic, which is slow to import, 
 from ._capture import RepresentationHook, store_of
 from ._objective import check_loss
 from ._step import StepState, notify, warn_of_another_model
-from ._torch import Bases, OptimizerWrapper
 from .gate import Phase
 from .metrics import Observer, StepMetrics
+from .several import OptimizerWrapper, Several
 
 
 class GAPTOptimizer(OptimizerWrapper):
@@ -71,8 +71,8 @@ class GAPTOptimizer(OptimizerWrapper):
             )
         if not isinstance(config, gapt_optim.GAPTConfig | None):
             raise TypeError(f"config must be a GAPTConfig, found {type(config).__name__}: GAPTConfig(...)")
-        bases = Bases(optimizer)
-        if any(isinstance(base, GAPTOptimizer) for base in bases.all):
+        several = Several(optimizer)
+        if any(isinstance(base, GAPTOptimizer) for base in several.all):
             raise TypeError("optimizer is a GAPTOptimizer already; wrap its .base, with one hook for all layers")
         if not isinstance(observers, Sequence) or not all(map(callable, observers)):
             raise TypeError(f"observers must be a sequence of callables, found {observers!r}")
@@ -81,19 +81,19 @@ class GAPTOptimizer(OptimizerWrapper):
         if store_of(hook).plan is not None:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
         config = config if config is not None else gapt_optim.GAPTConfig()
-        self._build(bases, hook, config, process_group, observers, announce)
-        warn_of_another_model(store_of(hook).model(), self.param_groups, bases.all)
+        self._build(several, hook, config, process_group, observers, announce)
+        warn_of_another_model(store_of(hook).model(), self.param_groups, several.all)
 
     def _build(
         self,
-        bases: Bases,
+        several: Several,
         hook: RepresentationHook,
         config: gapt_optim.GAPTConfig,
         process_group: dist.ProcessGroup | None,
         observers: Sequence[Observer],
         announce: bool,
     ) -> None:
-        self._wrap(bases)
+        self._wrap(several)
         self._config, self._hook, self._observers = config, hook, list(observers)
         store = store_of(hook)
         self._state = StepState(config, store, process_group, announce=announce)
@@ -236,7 +236,7 @@ class GAPTOptimizer(OptimizerWrapper):
         return {"base": self.base, "hook": self._hook, "config": self.config, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._build(Bases(state["base"]), state["hook"], state["config"], None, (), state.get("announce", True))
+        self._build(Several(state["base"]), state["hook"], state["config"], None, (), state.get("announce", True))
         self._load_own_state(state["own"])
 
     def __copy__(self) -> GAPTOptimizer:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .._torch import START_FRESH, STATE_KEY
 from .._version import __version__
 from ..config import GAPTConfig
+from ..several import START_FRESH, STATE_KEY
 from .progress import flattened
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
