@@ -169,7 +169,7 @@ class GAPTOptimizer(OptimizerWrapper):
         Args:
             closure: evaluates the model, calls :meth:`backward` and returns the loss. It runs once, with
                 gradients on (LBFGS runs it as often as it needs).
-            options: passed to the wrapped optimizer; of several, to those that accept them.
+            options: passed to the wrapped optimizer, or to each of several.
 
         Returns:
             The closure's result, or that of the wrapped optimizer's ``step``.

@@ -10,7 +10,6 @@ Nothing is copied: parameter groups, state and defaults are those of the wrapped
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 from abc import abstractmethod
 from collections import defaultdict
@@ -108,26 +107,22 @@ class Several:
         first, *rest = (base.defaults for base in self.all)
         return {key: value for key, value in first.items() if all(key in other for other in rest)}
 
-    def step(self, closure: Callable[[], Any] | None, **options: Any) -> Any:
-        """Step each once. ``options`` go to those whose ``step`` takes them.
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        for base in self.all:
+            base.defaults = defaults if self.single else base.defaults | defaults
 
-        Raises:
-            TypeError: none takes an option.
-        """
+    def step(self, closure: Callable[[], Any] | None, **options: Any) -> Any:
+        """Step each once, with the same options. Several share one evaluation of the closure."""
         if self.single:
             step: Callable[..., Any] = self.all[0].step
             return step(**options) if closure is None else step(closure, **options)
-        taken = [{name: value for name, value in options.items() if _takes(base.step, name)} for base in self.all]
-        for name in options:
-            if not any(name in each for each in taken):
-                kinds = ", ".join(type(base).__name__ for base in self.all)
-                raise TypeError(f'step() got "{name}", which none of {kinds} takes')
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for base, own in zip(self.all, taken, strict=True):
-            base.step(**own)
+        for base in self.all:
+            base.step(**options)
         return loss
 
     def zero_grad(self, set_to_none: bool) -> None:
@@ -262,7 +257,7 @@ class OptimizerWrapper(Optimizer):
       on the wrapper are called with the wrapper, before and after.
     - Names that loggers make of a class, such as Lightning's ``LearningRateMonitor``, say ``GAPTOptimizer``; ``repr``
       shows the wrapped optimizers within.
-    - ``step(**options)`` hands its options to the wrapped optimizer; of several, to those that take them.
+    - ``step(**options)`` hands its options to the wrapped optimizers.
     - ``param_groups`` of several is a new list at every access: groups are changed in place, and added to one of
       ``base``.
     """
@@ -330,9 +325,13 @@ class OptimizerWrapper(Optimizer):
         self._wrapped.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's own defaults; of several, what all of them have."""
         return {} if self._several is None else self._several.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._wrapped.defaults = defaults
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -363,9 +362,9 @@ class OptimizerWrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with the gate and counters in its parameter groups.
 
-        Holds plain values and tensors only, so it loads with ``torch.load(weights_only=True)``. What is the wrapper's
-        own is one JSON string: checkpoint tools of ranks take nested values apart and lose some of them. Every group
-        has it: a flattened checkpoint that is loaded on another split of the model is read at any one parameter.
+        Plain values and tensors only: it loads with ``torch.load(weights_only=True)``. Our part is one JSON string, as
+        checkpoint tools of ranks take nested values apart and lose some of them, and it is in every group: a flattened
+        checkpoint is read at the first parameter, and on another split of the model that may be any.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -383,12 +382,11 @@ class OptimizerWrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, or from that of a bare optimizer, with a fresh gate and a warning.
 
-        What is the wrapper's own is checked whole before anything is touched. The wrapped optimizer's own part is
-        loaded by it, with its errors, as without the wrapper.
+        Our part is checked whole before anything is touched. The rest is the wrapped optimizer's to load or to refuse.
 
         Raises:
             ValueError: our part is damaged, or of other layers or settings; the message names the field, what was
-                found and what to do. Or the parameter groups of several optimizers are not as many.
+                found and what to do. Or several optimizers have other parameter groups.
 
         Warns:
             UserWarning: the gate starts fresh, or settings differ that may; the message lists old and new values.
@@ -427,7 +425,7 @@ class OptimizerWrapper(Optimizer):
         return self._check_own_state(own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As on the wrapped optimizer; with several, add to one of ``base`` instead."""
+        """As on the wrapped optimizer; of several, add to one of ``base``."""
         self._wrapped.add_param_group(param_group)
 
     def _step_bases(self, closure: Callable[[], Any] | None, **options: Any) -> Any:
@@ -469,11 +467,6 @@ def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     hooked.hooked = True  # type: ignore[attr-defined]  # torch hooks what is not
     return hooked
-
-
-def _takes(step: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(step).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _cut(groups: list[dict[str, Any]], counts: Iterable[int]) -> list[list[dict[str, Any]]]:
