@@ -179,7 +179,11 @@ class GAPTOptimizer(OptimizerWrapper):
         """
         state = self._state
         reading = state.start_reading() if closure is None else None
-        result = self._step_bases(closure, **options)
+        state.within_step = True
+        try:
+            result = self._step_bases(closure, **options)
+        finally:
+            state.within_step = False
         if self._skipped_by_scaler():
             self.discard_step()
             return result

@@ -230,8 +230,6 @@ def test_public_attributes_of_a_single_base_are_found() -> None:
     for name in ("is_third_order", "_private"):
         with pytest.raises(AttributeError, match=f"'GAPTOptimizer' object has no attribute '{name}'$"):
             getattr(optimizer, name)
-    for _, copied in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
-        assert copied.is_second_order is True
 
 
 def test_a_method_that_steps_by_itself_does_so_past_us() -> None:

@@ -65,6 +65,7 @@ class StepState:
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
         self._silent_steps = 0
+        self.within_step = False  # LBFGS evaluates its closure, and zeroes gradients in it, as often as it likes
         self._unstepped = 0  # times in a row that gradients were made and zeroed without a step
         self._warned_uncompared = False
         self._ranks_compared = False
@@ -162,7 +163,7 @@ class StepState:
             self.record.clear()
             self._divided.forget()
             self.begin()
-            self._unstepped += 1
+            self._unstepped += not self.within_step
             if self._unstepped == _UNSTEPPED:
                 tell(
                     f"{_UNSTEPPED} times in a row gradients were made and zeroed without optimizer.step(): the gate "

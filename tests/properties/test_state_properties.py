@@ -47,6 +47,10 @@ HOSTILE = st.one_of(
 )
 
 
+NOT_NONE = HOSTILE.filter(lambda value: value is not None)
+"""None is what the groups of a wrapped optimizer have: the state dict is of that one alone."""
+
+
 def paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a nest of dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -129,7 +133,7 @@ def test_any_change_of_our_part(base: str, config: str, data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("base", BASES)
-@given(text=st.one_of(HOSTILE, st.binary(max_size=9), st.just("[" * 200_000), st.just("9" * 10_000)))
+@given(text=st.one_of(NOT_NONE, st.binary(max_size=9), st.just("[" * 200_000), st.just("9" * 10_000)))
 def test_our_part_of_another_kind(base: str, text: Any) -> None:
     model, optimizer = trained(base, "smoothed")
     saved = copy.deepcopy(optimizer.state_dict())
