@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUPS: dict[str, list[str]] = {
     "entropy": ["gapt_optim/entropy.py"],
     "gate": ["gapt_optim/gate.py"],
-    "several": ["gapt_optim/several.py"],
     "alignment": ["gapt_optim/alignment.py"],
     "capture": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gapt_optim" / "_capture").glob("*.py")),
     "objective": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gapt_optim" / "_objective").glob("*.py")),
