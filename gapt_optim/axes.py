@@ -1,10 +1,9 @@
-"""Which axis is what: from ``layout=``, the module's type and weights, what was followed, and the sizes of the tokens."""
+"""Which axis is what: from ``layout=``, the type and weights of a module, what was followed, the sizes of the tokens."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .following import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, POSITION, Axes, Trace
@@ -148,6 +147,8 @@ def _of_two(h: Tensor, kind: Kind, axes: Axes | None, sizes: list[tuple[int, int
         if any(batch * length == len(h) for batch, length in sizes):
             return (axes[0], FEATURES), "followed through the operations before it", None
         return (BATCH, FEATURES), "rows of several sequences", None
+    if axes is not None and axes[0] == FEATURES and axes[1] is not None:
+        return axes, "followed through the operations before it", None
     if axes is not None and axes[0] == LENGTH:
         return (LENGTH, FEATURES), "followed through the operations before it", None
     return (BATCH, FEATURES), "two dimensions", None
@@ -216,8 +217,8 @@ def _of_sizes(h: Tensor, kind: Kind, sizes: list[tuple[int, int]]) -> Axes | Non
 def _of_width(name: str, h: Tensor, kind: Kind) -> tuple[Axes, str, str | None]:
     """By the axis that has the size of the module's last weight."""
     n = h.ndim
-    last = (BATCH, *((LENGTH,) if n == 3 else (POSITION,) * (n - 2)), FEATURES)
-    first = (BATCH, FEATURES, *(POSITION,) * (n - 2))
+    last: Axes = (BATCH, *((LENGTH,) if n == 3 else (POSITION,) * (n - 2)), FEATURES)
+    first: Axes = (BATCH, FEATURES, *(POSITION,) * (n - 2))
     if kind.features == "last" and (h.shape[-1] == kind.width or kind.width is None or h.shape[1] != kind.width):
         return last, f"its type {kind.typename}", None
     why = f"the size {kind.width} of its last weight"
@@ -283,13 +284,17 @@ def given(name: str, text: str, h: Tensor) -> Axes:
 
 def described(axes: Axes) -> str:
     """As ``layout=`` has it."""
-    words = {POSITION: "positions", LENGTH: "length", None: "features"}
-    if axes.count(POSITION) == 2:
-        names = iter(("height", "width"))
-        return " ".join(next(names) if axis == POSITION else words.get(axis, str(axis)) for axis in axes)
-    if axes.count(FEATURES) == 1 and POSITION in axes:
-        return " ".join("channels" if axis == FEATURES else words.get(axis, str(axis)) for axis in axes)
-    return " ".join(words.get(axis, str(axis)) for axis in axes)
+    positions = {1: ["length"], 2: ["height", "width"], 3: ["depth", "height", "width"]}.get(axes.count(POSITION), [])
+    image = axes.count(FEATURES) == 1 and POSITION in axes
+    words = []
+    for axis in axes:
+        if axis == POSITION:
+            words.append(positions.pop(0) if positions else "positions")
+        elif axis == FEATURES and image:
+            words.append("channels")
+        else:
+            words.append(str(axis))
+    return " ".join(words)
 
 
 # Rows

@@ -92,7 +92,11 @@ class Following(TorchFunctionMode):
             return
         out = result if isinstance(result, Tensor) else result[0]
         if isinstance(out, Tensor):
-            found = Trace(_spans(name, args, source, trace), _axes(name, args, kwargs, source, trace.axes, out))
+            axes = _axes(name, args, kwargs, source, trace.axes, out)
+            spans = _spans(name, args, source, trace)
+            if _pooled(source, trace.axes, out, axes):
+                spans = dict.fromkeys(spans)
+            found = Trace(spans, axes)
             for other in self._others(name, args, source):
                 found = _united(found, other, out.ndim)
             self._traces[out] = found
@@ -154,7 +158,7 @@ _ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "f
 _PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"}
 _UNITED = {
     *("add", "sub", "mul", "div", "true_divide", "where", "lerp", "maximum", "minimum", "addcmul"),
-    *("stack", "add_", "sub_", "mul_", "div_", "rsub", "masked_scatter", "index_add", "index_add_"),
+    *("add_", "sub_", "mul_", "div_", "rsub", "masked_scatter", "index_add", "index_add_"),
     *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__"),
     *("__truediv__", "copy_", "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_"),
 }
@@ -373,6 +377,15 @@ def _spans(name: str, args: list[Any], source: Tensor, trace: Trace) -> Mapping[
             if trace.axes[source.ndim - 1 - i] == LENGTH:
                 return _shifted(trace, args[1][2 * i], args[1][2 * i] + args[1][2 * i + 1])
     return trace.spans
+
+
+def _pooled(source: Tensor, before: Axes, out: Tensor, after: Axes) -> bool:
+    """The rows were made one, or one of them was taken."""
+    if LENGTH not in before or source.shape[before.index(LENGTH)] == 1:
+        return False
+    if LENGTH in after:
+        return out.shape[after.index(LENGTH)] == 1
+    return out.ndim < source.ndim and out.numel() < source.numel()
 
 
 def _shifted(trace: Trace, start: int, more: int) -> Mapping[Source, Span | None]:

@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     h: Tensor
     """The hidden tensor in it, as the module returned it."""
     rows: Tensor
-    """(batch, length, features): a view of ``h`` where its strides allow one. Rows without an order are one sequence."""
+    """(batch, length, features): a view of ``h`` where strides allow it. Rows without an order are one sequence."""
     live: Tensor | None
     """(batch, length) bool, true where a row counts; None where all do."""
     segments: Tensor | None

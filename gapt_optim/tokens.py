@@ -51,7 +51,8 @@ class Call:
         names = list(caller.parameters)
         names += [f"argument {i}" for i in range(len(names), len(args))]
         self.arguments: dict[str, Any] = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo of torch 2.6
-        self.tensors = tensors_of(self.arguments)
+        named = {name: self.arguments[name] for name in names if name in self.arguments}
+        self.tensors = tensors_of({**named, **self.arguments})  # in the order of the signature
         self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
@@ -72,7 +73,7 @@ class Call:
             return ["key"]
         ids = [name for name in fitting if not self.tensors[name].is_floating_point()]
         embedded = [name for name in fitting if name.endswith(("embeds", "hidden_states"))]
-        return ids + embedded if ids or embedded else fitting[:1]
+        return list(dict.fromkeys([*fitting[:1], *ids, *embedded]))
 
     def others(self, mask: str) -> list[str]:
         """Arguments of floating point that are not tokens of ``mask``."""
@@ -151,7 +152,7 @@ def sizes_of_mask(mask: Tensor) -> tuple[int, int]:
 
 def fits_tokens(tensor: Tensor, batch: int, length: int) -> bool:
     """``tensor`` has as many tokens as a mask (batch, length), or fewer where those before them are cached."""
-    if tensor.ndim < 2:
+    if tensor.ndim < 2 or tensor.dtype == torch.bool:
         return False
     if tensor.shape[0] != batch:
         return bool(tensor.ndim == 3 and tensor.shape[1] == batch and tensor.shape[0] == length)
