@@ -71,6 +71,8 @@ class Call:
         ]
         if mask == "key_padding_mask" and "key" in fitting:
             return ["key"]
+        exact = [name for name in fitting if {*self.tensors[name].shape[:2]} == {batch, length}]
+        fitting = exact or fitting  # before an image of as many pixels
         ids = [name for name in fitting if not self.tensors[name].is_floating_point()]
         embedded = [name for name in fitting if name.endswith(("embeds", "hidden_states"))]
         return list(dict.fromkeys([*fitting[:1], *ids, *embedded]))

@@ -28,11 +28,10 @@ class Watch:
                     lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs), with_kwargs=True, prepend=True
                 )
             )
-            self.handles.append(
-                module.register_forward_hook(lambda *_, calls=calls: calls.leave(), always_call=True),
-            )
         for name, module in modules.items():
             self.handles.append(module.register_forward_hook(lambda _, __, out, name=name: self._read(name, out)))
+        for module, calls in self.layout.callers():  # behind them: a watched module may be a caller
+            self.handles.append(module.register_forward_hook(lambda *_, calls=calls: calls.leave(), always_call=True))
 
     def _read(self, name: str, output: Any) -> None:
         reading = self.layout.read(name, output)
