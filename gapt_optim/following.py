@@ -77,7 +77,7 @@ class Following(TorchFunctionMode):
         if name == "__setitem__":
             target, value = args[0], self.of(args[2])
             if value is not None and isinstance(target, Tensor):
-                self._traces[target] = _united(self.of(target), value, target.ndim)
+                self._traces[target] = _united(self.of(target), value, target)
             return
         if name in _JOINED:
             self._note_joined(args, kwargs, result)
@@ -98,7 +98,7 @@ class Following(TorchFunctionMode):
                 spans = dict.fromkeys(spans)
             found = Trace(spans, axes)
             for other in self._others(name, args, source):
-                found = _united(found, other, out.ndim)
+                found = _united(found, other, out)
             self._traces[out] = found
 
     def _note_joined(self, args: list[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
@@ -109,7 +109,7 @@ class Following(TorchFunctionMode):
             if trace is not None:
                 if trace.axes[dim] == LENGTH:
                     trace = trace._replace(spans=_shifted(trace, before, out.shape[dim] - part.shape[dim]))
-                found = _united(found, trace, out.ndim)
+                found = _united(found, trace, out)
             before += part.shape[dim]
         if found is not None:
             self._traces[out] = found
@@ -390,6 +390,8 @@ def _pooled(source: Tensor, before: Axes, out: Tensor, after: Axes) -> bool:
 
 def _shifted(trace: Trace, start: int, more: int) -> Mapping[Source, Span | None]:
     """The spans with ``start`` rows more before the tokens, and ``more`` in all."""
+    if trace.axes.count(LENGTH) > 1 and (start or more):  # rows in blocks, each of which changed
+        return dict.fromkeys(trace.spans)
     return {
         source: None if span is None else Span(span.start + start, None if span.length is None else span.length + more)
         for source, span in trace.spans.items()
@@ -406,15 +408,18 @@ def _sliced(trace: Trace, part: slice, size: int) -> Mapping[Source, Span | None
 # Several tensors
 
 
-def _united(first: Trace | None, second: Trace, ndim: int) -> Trace:
-    """The trace of what two tensors made together: rows whose order is known count before those in another."""
+def _united(first: Trace | None, second: Trace, out: Tensor) -> Trace:
+    """The trace of what two tensors made together: the span that fits counts before one that does not, or is unknown."""
     if first is None:
-        return Trace(second.spans, _broadcast(second.axes, ndim))
+        return Trace(second.spans, _broadcast(second.axes, out.ndim))
+    axes = _merged(_broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim))
+    length = out.shape[axes.index(LENGTH)] if LENGTH in axes else None
     spans = dict(first.spans)
     for source, span in second.spans.items():
-        if spans.get(source) is None:
+        present = spans.get(source)
+        if present is None or (span is not None and present.length != length and span.length == length):
             spans[source] = span
-    return Trace(spans, _merged(_broadcast(first.axes, ndim), _broadcast(second.axes, ndim)))
+    return Trace(spans, axes)
 
 
 def _broadcast(axes: Axes, ndim: int) -> Axes:

@@ -124,7 +124,8 @@ def blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if any(name.startswith(outer + ".") for outer in found):
             continue
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(child) for child in module}) == 1:
+        nested = isinstance(module, nn.ModuleList) and any(isinstance(child, nn.ModuleList) for child in module)
+        if isinstance(module, nn.ModuleList) and not nested and len({type(child) for child in module}) == 1:
             found.append(name)
     return [f"{name}.{key}" for name in found for key, _ in model.get_submodule(name).named_children()]
 
