@@ -1,4 +1,4 @@
-"""Which axis is what: from ``layout=``, the type and weights of a module, what was followed, the sizes of the tokens."""
+"""Which axis is what: ``layout=``, a module's type and weights, what was followed, the sizes of the tokens."""
 
 from __future__ import annotations
 

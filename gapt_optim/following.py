@@ -409,7 +409,7 @@ def _sliced(trace: Trace, part: slice, size: int) -> Mapping[Source, Span | None
 
 
 def _united(first: Trace | None, second: Trace, out: Tensor) -> Trace:
-    """The trace of what two tensors made together: the span that fits counts before one that does not, or is unknown."""
+    """The trace of what two tensors made together: a span that fits counts before one that does not."""
     if first is None:
         return Trace(second.spans, _broadcast(second.axes, out.ndim))
     axes = _merged(_broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import _get_current_function_mode
 
 from . import axes as axes_
 from ._tell import tell
@@ -150,7 +151,7 @@ class Layout:
             return
         if len(self.calls) == 1 and self._following is None and self._is_new(call):
             self._following = Following()
-            self._following.__enter__()
+            self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
             for name, tensor in call.tensors.items():
                 self._following.begin(tensor, (call, name), axes_of(call, name))
@@ -175,8 +176,8 @@ class Layout:
 
     def _stop(self) -> None:
         following, self._following = self._following, None
-        if following is not None and torch.overrides._get_current_function_mode() is following:
-            following.__exit__(None, None, None)
+        if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
+            following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     # Outputs
 
@@ -360,11 +361,11 @@ class Layout:
     def _tell_bypassed(self, name: str, watched: Watched) -> None:
         """A module around the layer takes a mask, but did not run as a module: its forward was called."""
         under_way = {call.caller.number for call in self.calls}
-        past = [i for i in watched.inside if i not in under_way]
-        if past and self.calls:
-            inner = self._names[past[-1]]
+        innermost = watched.inside[-1] if watched.inside else 0
+        if self.calls and innermost not in under_way:
+            masks = self._callers[innermost][1].caller.masks
             self._tell_once(
-                f'module "{inner}" takes {self._callers[past[-1]][1].caller.masks[0]}, but its forward was called past '
+                f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
             )
 

@@ -220,7 +220,7 @@ def fits(mask: Tensor, span: Span | None, rows: tuple[int, int]) -> bool:
 
 
 def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choice | None, str | None, str | None]:
-    """The mask by nesting and shape alone, where rows were not followed; what does not fit; and what makes it a guess."""
+    """The mask by nesting and shape alone, where nothing was followed; what does not fit; what makes it a guess."""
     problem = None
     parts = layer.split(".")
     for position in reversed(range(len(calls))):

@@ -28,6 +28,7 @@ SIZES = [
     (r"(qk_nope_head_dim|qk_rope_head_dim)", 8),
     (r"(max_position_embeddings|n_positions|max_target_positions|max_seq_len|max_source_positions)", 128),
     (r"(sliding_window|attention_window)", 8),
+    (r"image_size", 48),
 ]
 """Names of sizes in configurations, and small ones for them."""
 
