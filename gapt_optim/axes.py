@@ -125,8 +125,8 @@ def decided(
     if kind.sequence_first and h.ndim == 3:
         return (LENGTH, BATCH, FEATURES), "batch_first=False", None
     if kind.features == "first" and (kind.spatial is None or h.ndim in (kind.spatial + 1, kind.spatial + 2)):
-        batch = () if kind.spatial == h.ndim - 1 else (BATCH,)
-        positions = (POSITION,) * (h.ndim - 1 - len(batch))
+        batch: Axes = () if kind.spatial == h.ndim - 1 else (BATCH,)
+        positions: Axes = (POSITION,) * (h.ndim - 1 - len(batch))
         if axes is not None and LENGTH in axes[-len(positions) :]:
             positions = axes[-len(positions) :]
         return (*batch, FEATURES, *(axis or POSITION for axis in positions)), f"its type {kind.typename}", None

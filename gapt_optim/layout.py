@@ -247,7 +247,7 @@ class Layout:
         batch, length = axes_.batch_and_length(h, axes)
         if axes[0] in ("batch * length", "length * batch"):
             batch, length = self._sizes_of_flat(len(h), None) or (1, len(h))
-        choice, problem = followed(self.calls, trace, (batch, length))
+        choice, problem = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
         return Decision(axes, why, choice, problem, guess, followed=True)
 
     def _sizes(self) -> list[tuple[int, int]]:

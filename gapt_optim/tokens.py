@@ -183,8 +183,14 @@ def axes_of(call: Call, name: str) -> Axes:
 # Which mask
 
 
-def followed(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> tuple[Choice | None, str | None]:
-    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit."""
+def followed(
+    calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool
+) -> tuple[Choice | None, str | None]:
+    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit.
+
+    Rows in another order have none where they are ``flat``, as those that were sent to an expert. In the shape of the
+    tokens they were put back.
+    """
     problem = None
     for two_dimensional in (True, False):
         for position in reversed(range(len(calls))):
@@ -196,6 +202,8 @@ def followed(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> tuple[Ch
                 if not spans:
                     continue
                 span = next((span for span in spans if span is not None), None)
+                if span is None and not flat:
+                    span = Span(0, call.tensors[name].shape[-1])
                 if fits(call.tensors[name], span, rows):
                     assert span is not None
                     return Choice(position, name, span.start, f"{name} of {call.caller.kind}"), None
