@@ -35,6 +35,10 @@ class Span(NamedTuple):
     """Rows that the tensor should have: another number tells that it was pooled or subsampled."""
 
 
+POOLED = Span(0, 0)
+"""Of rows that were made one."""
+
+
 class Trace(NamedTuple):
     """What is known of a tensor."""
 
@@ -95,7 +99,7 @@ class Following(TorchFunctionMode):
             axes = _axes(name, args, kwargs, source, trace.axes, out)
             spans = _spans(name, args, source, trace)
             if _pooled(source, trace.axes, out, axes):
-                spans = dict.fromkeys(spans)
+                spans = dict.fromkeys(spans, POOLED)
             found = Trace(spans, axes)
             for other in self._others(name, args, source):
                 found = _united(found, other, out)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .following import BATCH, FEATURES, LENGTH, Axes, Span, Trace
+from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
 
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
@@ -199,6 +199,7 @@ def followed(
                 if (call.tensors[name].ndim == 2) != two_dimensional:
                     continue
                 spans = [trace.spans[(call, token)] for token in call.tokens(name) if (call, token) in trace.spans]
+                spans = [span for span in spans if span != POOLED]
                 if not spans:
                     continue
                 span = next((span for span in spans if span is not None), None)
