@@ -17,7 +17,7 @@ from . import axes as axes_
 from ._tell import tell
 from .axes import Kind, kind_of
 from .following import Axes, Following, Trace, compiled_within
-from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows
+from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -285,8 +285,9 @@ class Layout:
         if choice is None:
             if problem is not None and not self._is_pooled(h, decision):
                 self._tell_misfit(name, problem, (rows.shape[0], rows.shape[1]))
-            elif not self.calls or all(not call.masks for call in self.calls):
+            elif all(not call.masks for call in self.calls):
                 self._tell_bypassed(name, watched)
+                self._tell_unknown(name, (rows.shape[0], rows.shape[1]))
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
         if guess is not None and not decision.followed and guess != decision.guess:
             self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
@@ -368,6 +369,17 @@ class Layout:
                 f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
             )
+
+    def _tell_unknown(self, name: str, rows: tuple[int, int]) -> None:
+        """A call was given what may be a mask of these rows."""
+        for call in self.calls:
+            for argument, value in call.tensors.items():
+                if may_mask(argument) and value.shape == rows and not value.is_floating_point():
+                    self._tell_once(
+                        f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
+                        "which of its values do is not known: all rows count. Pass mask=lambda call: "
+                        f'call["{argument}"] if it is true where a token counts, or lambda call: None'
+                    )
 
     def _tell_once(self, message: str) -> None:
         if torch.compiler.is_compiling() or message in self._told:

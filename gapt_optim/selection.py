@@ -85,13 +85,13 @@ class Candidates:
     def __init__(self, model: nn.Module) -> None:
         self._groups: dict[str, dict[str, nn.Module]] = {}
         for name, module in model.named_modules():
-            glob = _glob(name)
-            if glob != name and not isinstance(module, _CONTAINERS):
-                self._groups.setdefault(glob, {})[name] = module
+            for glob in _globs(name):
+                if not isinstance(module, _CONTAINERS):
+                    self._groups.setdefault(glob, {})[name] = module
         self._groups = {glob: group for glob, group in self._groups.items() if len(group) > 1}
-        self.modules = {name: module for group in self._groups.values() for name, module in group.items()}
+        grouped = {name for group in self._groups.values() for name in group}
+        self.modules = {name: module for name, module in model.named_modules() if name in grouped}
         """Where hooks belong, by name."""
-        self._glob_of = {name: glob for glob, group in self._groups.items() for name in group}
         self._ran: dict[str, list[str]] = {glob: [] for glob in self._groups}
         self._links: Counter[str] = Counter()
         self._last: dict[str, list[Tensor]] = {}
@@ -107,14 +107,15 @@ class Candidates:
 
     def ran(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         """A candidate ran: note whether it goes on with what the one before it gave."""
-        glob = self._glob_of[name]
-        given = list(_tensors([*args, *kwargs.values()]))
-        before = self._last.get(glob, [])
-        if name not in self._ran[glob]:
-            if any(_same(a, b) for a in given for b in before):
-                self._links[glob] += 1
-            self._ran[glob].append(name)
-        self._last[glob] = list(_tensors([output]))
+        given, gave = list(_tensors([*args, *kwargs.values()])), list(_tensors([output]))
+        for glob in _globs(name):
+            if glob not in self._groups:
+                continue
+            before = self._last.get(glob, [])
+            if name not in self._ran[glob]:
+                self._links[glob] += any(_same(a, b) for a in given for b in before)
+                self._ran[glob].append(name)
+            self._last[glob] = gave
 
     def chosen(self) -> dict[str, nn.Module]:
         """The blocks, after a forward pass.
@@ -130,7 +131,8 @@ class Candidates:
             ran = [glob for glob, names in self._ran.items() if len(names) > 1]
             globs = sorted(ran, key=lambda glob: (glob.count("."), -len(self._ran[glob])))[:_MOST_PROPOSED]
             raise ValueError(f"layers=None finds no blocks that follow each other in this model; {_pass(globs)}")
-        return {name: module for name, module in self.modules.items() if name in found}
+        inner = {name for name in found if any(name.startswith(other + ".") for other in found)}
+        return {name: module for name, module in self.modules.items() if name in found - inner}
 
     def _is_chain(self, glob: str, ran: list[str]) -> bool:
         """More than half go on with what the one before gave; between stages, something may stand."""
@@ -221,6 +223,15 @@ def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:
 def _glob(name: str) -> str:
     """``name`` with * for each number in it: for a part that is one, or also at the end of a word, as in ``fc1``."""
     return ".".join(re.sub(r"\d+$", "*", part) for part in name.split("."))
+
+
+def _globs(name: str) -> list[str]:
+    """``name`` with all of its numbers starred, and but the last, as of the third part of each block."""
+    glob = _glob(name)
+    if glob == name:
+        return []
+    head, _, last = name.rpartition(".")
+    return [glob] if _glob(head) == head or _glob(last) == last else [glob, f"{_glob(head)}.{last}"]
 
 
 def _pass(globs: list[str]) -> str:

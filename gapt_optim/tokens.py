@@ -16,6 +16,7 @@ from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
 _NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
+_OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
 _PADDING = {
     nn.MultiheadAttention: "key_padding_mask",
     nn.TransformerEncoder: "src_key_padding_mask",
@@ -132,6 +133,11 @@ def is_mask(name: str) -> bool:
     return name.endswith(_MASKS) and name not in _NOT_OF_TOKENS
 
 
+def may_mask(name: str) -> bool:
+    """An argument whose name says that it is a mask, of one kind or another."""
+    return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
+
+
 def prefix_of(mask: str) -> str:
     """``"decoder_"`` of ``decoder_attention_mask``."""
     return mask[: -len(next(end for end in _MASKS if mask.endswith(end)))]
@@ -183,9 +189,7 @@ def axes_of(call: Call, name: str) -> Axes:
 # Which mask
 
 
-def followed(
-    calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool
-) -> tuple[Choice | None, str | None]:
+def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool) -> tuple[Choice | None, str | None]:
     """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit.
 
     Rows in another order have none where they are ``flat``, as those that were sent to an expert. In the shape of the
