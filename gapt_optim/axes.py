@@ -173,7 +173,7 @@ def completed(axes: Axes, h: Tensor, kind: Kind) -> Axes | None:
             filled[rest[0]] = BATCH
         return tuple(filled)
     batch = axes.index(BATCH) if BATCH in axes else 0
-    if batch in places:
+    if batch in places or len(places) == h.ndim - 1:
         return None
     positions = LENGTH if h.ndim == 3 and places[-1] == 2 else POSITION
     return tuple(

@@ -98,7 +98,7 @@ class Following(TorchFunctionMode):
             return
         out = result if isinstance(result, Tensor) else result[0]
         if isinstance(out, Tensor):
-            axes = _axes(name, args, kwargs, source, trace.axes, out)
+            axes = _axes(name, args, kwargs, source, trace.axes, out, self._last_of_product(name, args, source))
             spans = _spans(name, args, source, trace)
             if _pooled(source, trace.axes, out, axes):
                 spans = dict.fromkeys(spans, POOLED)
@@ -152,6 +152,11 @@ class Following(TorchFunctionMode):
             traced.sort(key=lambda tensor: -tensor.ndim)
         return traced[0] if traced else None
 
+    def _last_of_product(self, name: str, args: list[Any], source: Tensor) -> str | None:
+        """The last axis of a product: features, but of scores it is that of keys."""
+        second = self.of(args[1]) if name in _PRODUCTS and len(args) == 2 and args[0] is source else None
+        return FEATURES if second is None else second.axes[-1]
+
     def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[Trace]:
         if name in _UNITED:
             for tensor in _tensors(args[1:] if name == "where" else args):
@@ -199,8 +204,10 @@ def _argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: s
 # Axes
 
 
-def _axes(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
-    """What the axes of the result ``out`` are, where those of ``source`` are ``axes``."""
+def _axes(
+    name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
+) -> Axes:
+    """What the axes of the result ``out`` are, where those of ``source`` are ``axes``; ``last`` is that of a product."""
     layer = _of_layer(name, args, source, axes, out)
     if layer is not None:
         return layer
@@ -215,7 +222,7 @@ def _axes(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor,
         dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
         return (*axes[:dim], None, *axes[dim:])
     if name in _PRODUCTS and out.ndim == len(axes):
-        return (*axes[:-1], FEATURES)
+        return (*axes[:-1], last)
     return _generic(name, args, kwargs, source, axes, out)
 
 

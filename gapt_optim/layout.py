@@ -240,13 +240,19 @@ class Layout:
             axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
         else:
             axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
-        if trace is None or not trace.spans:
+        if self._following is None:
             return Decision(axes, why, None, None, guess, followed=False)
         if self._picks_masks:
             return Decision(axes, why, None, None, guess, followed=True)
         batch, length = axes_.batch_and_length(h, axes)
         if axes[0] in ("batch * length", "length * batch"):
             batch, length = self._sizes_of_flat(len(h), None) or (1, len(h))
+        if trace is None or not trace.spans:  # it comes from no argument, or got lost
+            choice, _, _ = by_shape(self.calls, name, (batch, length))
+            if choice is not None and h.ndim > 2:
+                lost = "its rows could not be followed from the arguments of the call"
+                return Decision(axes, why, choice, None, guess or lost, followed=True)
+            return Decision(axes, why, None, None, guess, followed=True)
         choice, problem = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
         return Decision(axes, why, choice, problem, guess, followed=True)
 
@@ -289,7 +295,7 @@ class Layout:
                 self._tell_bypassed(name, watched)
                 self._tell_unknown(name, (rows.shape[0], rows.shape[1]))
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
-        if guess is not None and not decision.followed and guess != decision.guess:
+        if guess is not None and not guess.startswith("layout="):
             self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
         live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
         if live.shape[0] != batch:
@@ -378,13 +384,14 @@ class Layout:
                     self._tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
                         "which of its values do is not known: all rows count. Pass mask=lambda call: "
-                        f'call["{argument}"] if it is true where a token counts, or lambda call: None'
+                        f'call["{argument}"] if it is true where a token counts, or lambda call: None',
+                        subject=f"argument {argument}",
                     )
 
-    def _tell_once(self, message: str) -> None:
-        if torch.compiler.is_compiling() or message in self._told:
+    def _tell_once(self, message: str, subject: str | None = None) -> None:
+        if torch.compiler.is_compiling() or (subject or message) in self._told:
             return
-        self._told.add(message)
+        self._told.add(subject or message)
         tell(message)
 
 
