@@ -362,7 +362,8 @@ class Layout:
             )
         length = max((size[1] for size in self._sizes()), default=0)
         rows, live = padded(h, length)
-        return Reading(h, rows, live, None, "batch length features", "a nested tensor", "its own lengths", None, lambda _: rows)
+        why = "a nested tensor", "its own lengths"
+        return Reading(h, rows, live, None, "batch length features", *why, None, lambda _: rows)
 
     # Telling
 
