@@ -126,7 +126,8 @@ def blocks(model: nn.Module) -> list[str]:
         if any(name.startswith(outer + ".") for outer in found):
             continue
         nested = isinstance(module, nn.ModuleList) and any(isinstance(child, nn.ModuleList) for child in module)
-        if isinstance(module, nn.ModuleList) and not nested and len({type(child) for child in module}) == 1:
+        weights = any(True for _ in module.parameters())
+        if isinstance(module, nn.ModuleList) and weights and not nested and len({type(child) for child in module}) == 1:
             found.append(name)
     return [f"{name}.{key}" for name in found for key, _ in model.get_submodule(name).named_children()]
 
