@@ -58,7 +58,7 @@ class Call:
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
         self.documents: Tensor | None = None
-        self.picked: dict[str, Any] = {}
+        self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
         self.depth = 0
 
