@@ -18,7 +18,7 @@ from .alignment import Angles
 from .config import EntropyConfig
 from .entropy import Gram, Order, entropies, gram_of, measures_of, window_weights
 from .kernels import Kernel, measures_of_rows
-from .layout import Calls, Layout, Pick, Reading
+from .layout import Calls, Candidates, Layers, Layout, Pick, Reading, choose_layers, select_layers
 from .metrics import Measures
 from .objective import weighted_measures
 from .passes import (
@@ -32,7 +32,6 @@ from .passes import (
     recomputing,
     transformed,
 )
-from .selection import Candidates, Layers, choose_layers, select_layers
 from .windows import Windows, cut, windows_of
 
 Reader = Callable[[str, Reading], None]

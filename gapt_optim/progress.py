@@ -203,7 +203,9 @@ def _validated(saved: dict[str, Any]) -> SavedState:
     nested = {name: saved[name] for name in apart & saved.keys()}
     nested["counts"] = {name: value for name, value in saved.items() if name not in apart}
     try:
-        return SavedState.model_validate_json(json.dumps(nested), strict=True)  # strict Python takes no dict for a class
+        return SavedState.model_validate_json(
+            json.dumps(nested), strict=True
+        )  # strict Python takes no dict for a class
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, first["loc"])).removeprefix("")

@@ -238,6 +238,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "4-D": causal,
     "4-D additive": lambda padding: torch.zeros(causal(padding).shape).masked_fill(~causal(padding), -1e9),
+    "4-D hiding": lambda padding: ~causal(padding),
     "keys": lambda padding: ~padding[:, None, None, :],
     "3-D": lambda padding: ~padding[:, None, :],
 }

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from gapt_optim.layout import Layout, checked_hidden
+from gapt_optim.layout import Layout
+from gapt_optim.layout.outputs import checked_hidden
 
 timm = pytest.importorskip("timm") if "pytest" in sys.modules else __import__("timm")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 SIZES = [
+    (r"rotary_dim", 4),
     (r"(.*_)?(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|num_encoder_layers|depth)", 2),
     (r"(num_decoder_layers|decoder_num_layers|encoder_num_layers|num_blocks_per_stage|n_enc_layer|n_dec_layer)", 2),
     (r"(.*_)?(hidden_size|d_model|n_embd|embedding_size|emb_dim|model_dim|dim|embed_dim|width|n_embed)", 32),
@@ -45,8 +45,17 @@ FILLED = {
 """What some configurations leave open, or must have with these sizes."""
 
 
-def shrink(config: Any, depth: int = 0, fill: bool = False) -> Any:
-    """The configuration with small sizes where its names are known, and those within it."""
+HEADS = r"(.*_)?(head_dim|d_kv|d_head|attention_head_size|kv_channels|rotary_dim|q_lora_rank|kv_lora_rank)"
+
+
+def shrink(config: Any, depth: int = 0, fill: bool = False, heads: bool = True) -> Any:
+    """The configuration with small sizes where its names are known, and those within it; of heads too or not."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = getattr(config, name, None)
+        if isinstance(rope, dict) and heads:
+            rope["mrope_section"] = [2, 1, 1]
     for name in FILLED if fill else ():
         if name in vars(config) and (getattr(config, name) is None or isinstance(getattr(config, name), (tuple, list))):
             with contextlib.suppress(Exception):
@@ -54,7 +63,7 @@ def shrink(config: Any, depth: int = 0, fill: bool = False) -> Any:
     for name in sorted(set(vars(config)) | set(getattr(config, "attribute_map", {}))):
         value = vars(config).get(name)
         if type(value).__name__.endswith("Config") and depth < 3:
-            shrink(value, depth + 1, fill)
+            shrink(value, depth + 1, fill, heads)
             continue
         if isinstance(value, float) and "drop" in name:
             with contextlib.suppress(Exception):
@@ -62,9 +71,12 @@ def shrink(config: Any, depth: int = 0, fill: bool = False) -> Any:
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         small = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
-        if small is not None and value > small:
+        if small is not None and value > small and (heads or not re.fullmatch(HEADS, name)):
             with contextlib.suppress(Exception):
                 setattr(config, name, small)
+    if not heads and getattr(config, "num_key_value_heads", None):
+        with contextlib.suppress(Exception):
+            config.num_key_value_heads = config.num_attention_heads
     for name in ("layer_types", "mlp_layer_types"):
         types = getattr(config, name, None)
         if isinstance(types, list):
@@ -102,16 +114,13 @@ def names_of_models() -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
-def build(name: str) -> nn.Module:
-    """A tiny model of the class ``name``, in evaluation mode."""
+def build(name: str, variant: int = 0) -> nn.Module:
+    """A tiny model of the class ``name``, in evaluation mode; of another variant where sizes do not go together."""
     import transformers
 
     cls = getattr(transformers, name)
     torch.manual_seed(0)
-    try:
-        model: nn.Module = cls(shrink(cls.config_class()))
-    except (TypeError, ValueError, AttributeError):
-        model = cls(shrink(cls.config_class(), fill=True))
+    model: nn.Module = cls(shrink(cls.config_class(), fill=variant == 1, heads=variant != 2))
     return model.float().eval()
 
 
@@ -126,10 +135,7 @@ def blocks(model: nn.Module) -> list[str]:
         if any(name.startswith(outer + ".") for outer in found):
             continue
         nested = isinstance(module, nn.ModuleList) and any(isinstance(child, nn.ModuleList) for child in module)
-        if isinstance(module, nn.ModuleList) and not nested and len({type(child) for child in module}) == 1:
+        weights = any(True for _ in module.parameters())
+        if isinstance(module, nn.ModuleList) and weights and not nested and len({type(child) for child in module}) == 1:
             found.append(name)
     return [f"{name}.{key}" for name in found for key, _ in model.get_submodule(name).named_children()]
-
-
-def every(step: int, offset: int = 0) -> Iterator[tuple[str, str]]:
-    yield from names_of_models()[offset::step]

@@ -57,6 +57,8 @@ def by_type(module: nn.Module) -> tuple[str | None, int | None]:
         return "first", None
     if isinstance(module, nn.GroupNorm):
         return "first", None
+    if isinstance(module, nn.Unfold):
+        return "first", 1
     if type(module).__module__ == "torch.nn.modules.pooling":
         return "first", int(type(module).__name__.removesuffix("d")[-1])
     if isinstance(module, _LAST) or type(module).__name__.endswith("RMSNorm"):

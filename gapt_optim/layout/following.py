@@ -207,7 +207,7 @@ def _argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: s
 def _axes(
     name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
 ) -> Axes:
-    """What the axes of the result ``out`` are, where those of ``source`` are ``axes``; ``last`` is that of a product."""
+    """The axes of the result ``out``, where those of ``source`` are ``axes``; ``last`` is the last one of a product."""
     layer = _of_layer(name, args, source, axes, out)
     if layer is not None:
         return layer
