@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, Measures, RepresentationHook
-from gapt_optim._capture.masks import masked_modules
+from gapt_optim.layout import Layout
 from tests.models import CASES, CNN, MLP, WRAPS, Block, TiedLM, Wrapping, gpt2, masked_tokens, tokens
 from tests.reference import KERNELS, reference_layer_entropy
 from tests.training import distance, gradients, recorded, wrapped
@@ -40,7 +40,7 @@ def entropies(optimizer: GAPTOptimizer) -> dict[str, float]:
 
 
 def captured(hook: RepresentationHook) -> int:
-    return sum(map(len, hook._store.calls.values()))
+    return sum(len(each.captures) for each in hook.watching.passes.all())
 
 
 # Which layers
@@ -262,9 +262,13 @@ class TakingMask(nn.Module):
 def test_masks_are_looked_for_around_the_taps() -> None:
     outer = TakingMask(TakingMask(nn.Linear(4, 4)))
     model = nn.ModuleDict({"outer": outer, "beside": TakingMask(nn.Linear(4, 4)), "plain": nn.Linear(4, 4)})
-    assert masked_modules(model, ["outer.inner.inner", "plain"]) == [model, outer, outer.inner]
-    assert masked_modules(model, ["outer"]) == [model, outer]
-    assert masked_modules(model, [""]) == masked_modules(model, ["plain"]) == [model]
+
+    def around(*names: str) -> list[nn.Module]:
+        return [module for module, _ in Layout(model, {name: model.get_submodule(name) for name in names}).callers()]
+
+    assert around("outer.inner.inner", "plain") == [model, outer, outer.inner]
+    assert around("outer") == [model, outer]
+    assert around("plain") == [model]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
