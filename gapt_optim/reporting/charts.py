@@ -1,0 +1,354 @@
+"""The charts of a page of runs: over the steps, by layer, and of the angle between the two gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas import DataFrame, Series
+
+from .._display.page import Chart, Trace, base_layout, label
+from .._display.tables import number
+from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
+
+MOST_POINTS = 2000
+"""Of a line: more than a screen has columns."""
+MOST_CELLS = 24_000
+"""Of a heat map."""
+
+Seeds = Sequence[Run]
+
+_NOTES = {
+    "loss": "Cross-entropy of the training steps and of held-out data.",
+    "entropy": "What compression presses and the gate judges: the mean over the layers that count.",
+    "linear_entropy": "Falls when a few tokens grow long, so it proves nothing by itself.",
+    "centered_cosine_entropy": "Blind to token lengths and to a vector that all tokens share.",
+    "norm_ratio": "A rise means that a few tokens outweigh the others.",
+    "mean_share": "A rise means that all tokens share one large vector.",
+    "entropy_share": "Weight times entropy over the whole objective, in the steps of compression.",
+}
+_UNITS = {
+    "loss": "nats",
+    "entropy": "nats",
+    "linear_entropy": "nats",
+    "centered_cosine_entropy": "nats",
+    "norm_ratio": "largest / median norm",
+    "mean_share": "share of squared norm",
+    "entropy_share": "share",
+}
+_TITLES = {
+    "loss": "Loss",
+    "linear_entropy": "Linear entropy, not centred",
+    "centered_cosine_entropy": "Cosine entropy, centred",
+    "norm_ratio": "Norm ratio",
+    "mean_share": "Share of the mean token",
+    "entropy_share": "Entropy's part of the objective",
+}
+
+
+class RunCharts:
+    """Charts of runs, each with its seeds.
+
+    Args:
+        runs: seeds of each run, by name.
+        colors: of each run.
+        baseline: the run that is drawn wide and pale below the others, so that it shows where they agree with it.
+    """
+
+    def __init__(self, runs: Mapping[str, Seeds], colors: Sequence[str], baseline: str) -> None:
+        self.runs, self.colors, self.baseline = runs, colors, baseline
+        self.every = [run for seeds in runs.values() for run in seeds]
+        self.end = max(run.end for run in self.every)
+        kernels = {pressed_entropy(run) for run in self.every} - {""}
+        self.pressed = "Entropy that is pressed" + (f": {' / '.join(sorted(kernels))}" if kernels else "")
+
+    def over_steps(self) -> list[Chart]:
+        """Loss, entropies and what can hide in them; an entropy that is the pressed one is not drawn again."""
+        columns = [column for column in _NOTES if not all(is_again(run, column) for run in self.every)]
+        return [
+            self._over_steps(column)
+            for column in columns
+            if column == "loss" or any(run.has(column) for run in self.every)
+        ]
+
+    def _over_steps(self, column: str) -> Chart:
+        traces: list[Trace] = []
+        late: list[Series] = []
+        said = []
+        for place, (name, seeds) in self._drawn():
+            held_out = [values for run in seeds if len(values := run.held_out[column].dropna())]
+            trained = [values for run in seeds if len(values := run.steps[column].dropna())]
+            traces += self._training(place, name, trained, dots=column == "entropy_share", faint=bool(held_out))
+            traces += self._held_out(place, name, held_out)
+            late += [values[values.index >= 0.1 * self.end] for values in (*trained, *held_out)]
+            ends = [value for run in seeds if not np.isnan(value := last_value(run, column))]
+            said.append(f"{name} {number(float(np.mean(ends)) if ends else None)}")
+        traces += self.phases(switch_marks=column in ("loss", "entropy"))
+        layout = self._layout(_UNITS[column])
+        after = pd.concat(late) if late else Series(dtype=float)
+        if column == "loss" and len(after) and after.min() < after.max():
+            room = 0.06 * (after.max() - after.min())  # the steep start would flatten all the rest
+            layout["yaxis"]["range"] = [after.min() - room, after.max() + room]
+        else:
+            layout["yaxis"]["rangemode"] = "tozero"
+        title = self.pressed if column == "entropy" else _TITLES[column]
+        alternative = f"{title} over {self.end:,} steps, in {_UNITS[column]}. At the end: {'; '.join(said)}."
+        return Chart(title, _NOTES[column], alternative, traces, layout, over_steps=True)
+
+    def _drawn(self) -> list[tuple[int, tuple[str, Seeds]]]:
+        """Runs with their places, the baseline first: it lies below the others."""
+        return sorted(enumerate(self.runs.items()), key=lambda item: item[1][0] != self.baseline)
+
+    def _training(
+        self, place: int, name: str, seeds: list[Series], *, dots: bool, faint: bool, kind: str = ""
+    ) -> list[Trace]:
+        if not seeds:
+            return []
+        color, said = self.colors[place], f"{name}{kind}{', training' if faint else ''}"
+        if dots:
+            return [self._line(place, said, thinned(seeds[0])) | {"mode": "markers", "marker": _dot(color, 3)}]
+        if len(seeds) > 1:
+            return self._band(place, said, [smoothed(values) for values in seeds])
+        raw = self._line(place, said, extremes(seeds[0]))
+        raw |= {"line": {"color": color, "width": 0.8}, "opacity": 0.35, "hoverinfo": "skip", "hovertemplate": None}
+        mean = self._line(place, said, thinned(smoothed(seeds[0])))
+        if faint:
+            mean["line"]["width"], mean["opacity"] = 1.2, 0.6
+        return [raw, mean]
+
+    def _held_out(self, place: int, name: str, seeds: list[Series]) -> list[Trace]:
+        said = f"{name}, held out"
+        if len(seeds) > 1:
+            return self._band(place, said, seeds)
+        marks = {"mode": "lines+markers", "marker": _dot(self.colors[place], 6)}
+        return [self._line(place, said, extremes(values)) | (marks if len(values) <= 60 else {}) for values in seeds]
+
+    def _band(self, place: int, name: str, seeds: list[Series]) -> list[Trace]:
+        """Mean over seeds, and what lies between the lowest and the highest."""
+        together = blocks(pd.concat(seeds, axis=1).sort_index(), MOST_POINTS)
+        low, mean, high = together.min(axis=1), together.mean(axis=1), together.max(axis=1)
+        edge = {"line": {"width": 0}, "hoverinfo": "skip", "hovertemplate": None}
+        filled = edge | {"fill": "tonexty", "fillcolor": clear(self.colors[place], 0.18)}
+        lines = [self._line(place, f"{name}, mean of {len(seeds)}", values) for values in (low, high, mean)]
+        return [lines[0] | edge, lines[1] | filled, lines[2]]
+
+    def _line(self, place: int, name: str, values: Series) -> Trace:
+        wide = list(self.runs)[place] == self.baseline and len(self.runs) > 1
+        color = self.colors[place]
+        return {
+            "type": "scatter",
+            "mode": "lines",
+            "x": values.index.to_numpy(),
+            "y": values.to_numpy(dtype=np.float32),
+            "name": label(name),
+            "line": {"color": clear(color, 0.5) if wide else color, "width": 5 if wide else 2},
+            "hovertemplate": "%{y:.4g}<extra>" + label(name) + "</extra>",
+            "meta": {"run": place},
+        }
+
+    def _layout(self, unit: str) -> dict[str, Any]:
+        return base_layout(
+            xaxis={"range": [0, self.end]},
+            yaxis={"title": {"text": label(unit), "standoff": 4}, "overlaying": "y2"},
+            # Phases lie behind the lines, over the whole height.
+            yaxis2={"range": [0, 1], "visible": False, "fixedrange": True},
+        )
+
+    def phases(self, *, switch_marks: bool) -> list[Trace]:
+        """Of each run's first seed, a shade over its compression and a triangle at each switch."""
+        traces = []
+        for place, seeds in enumerate(self.runs.values()):
+            meta = {"run": place, "phases": place}
+            if spans := compression_spans(seeds[0].steps):
+                traces.append(_shade(spans, meta, "rgba(56, 139, 253, 0.15)"))
+            switched = switches(seeds[0].steps)
+            if not switch_marks or switched.empty:
+                continue
+            up = switched.next_phase == "compression"
+            said = [f"{row.reason}: {row.next_phase} from step {row.Index + 1:,}" for row in switched.itertuples()]
+            traces.append(
+                {
+                    "type": "scattergl" if len(switched) > 2000 else "scatter",
+                    "mode": "markers",
+                    "x": switched.index.to_numpy(),
+                    "y": np.where(up, 0.97, 0.92),
+                    "yaxis": "y2",
+                    "marker": {
+                        "size": 8,
+                        "color": "#8b949e",
+                        "symbol": np.where(up, "triangle-right", "triangle-left"),
+                    },
+                    "text": [label(text) for text in said],
+                    "hovertemplate": "%{text}<extra></extra>",
+                    "meta": meta,
+                }
+            )
+        return traces
+
+    def layer_maps(self) -> list[Chart]:
+        """A heat map per run; a select shows the other measures. All runs have one scale."""
+        names = {"entropy": "pressed entropy"} | {
+            key: _TITLES[key].lower() for key in _NOTES if key in _TITLES and key not in ("loss", "entropy_share")
+        }
+        found = [run.layers[key] for run in self.every for key in run.layers]
+        if not found:
+            return []
+        highs = {
+            key: max(float(np.nanquantile(run.layers[key], 0.995)) for run in self.every if key in run.layers)
+            for key in names
+            if any(key in run.layers for run in self.every)
+        }
+        charts = []
+        for place, (name, seeds) in enumerate(self.runs.items()):
+            run = seeds[0]
+            shown = {key: text for key, text in names.items() if key in run.layers and not is_again(run, key)}
+            if not shown:
+                continue
+            if kernel := pressed_entropy(run):
+                shown["entropy"] = f"entropy, {kernel}"
+            low = {"norm_ratio": 1.0}
+            traces = [
+                _heat(run.layers[key], (low.get(key, 0.0), highs[key]), text, {"run": place, "view": text})
+                for key, text in shown.items()
+            ]
+            last = run.layers[next(iter(shown))].ffill().iloc[-1]
+            said = f"At the end the lowest is {number(last.min())}, in {last.idxmin()}."
+            title = f"{name}, first seed" if len(seeds) > 1 else name
+            views = [(text, text) for text in shown.values()]
+            charts.append(self._map(place, title, traces, "One row per layer. Blue strip: compression.", said, views))
+        return charts
+
+    def _map(
+        self, place: int, title: str, traces: list[Trace], note: str, said: str, views: Sequence[tuple[str, str]] = ()
+    ) -> Chart:
+        run = list(self.runs.values())[place][0]
+        layers = len(traces[0]["y"])
+        strip = [_shade([(1, self.end)], {"run": place}, "rgba(139, 148, 158, 0.2)")]
+        if spans := compression_spans(run.steps):
+            strip.append(_shade(spans, {"run": place}, "#388bfd"))
+        layout = base_layout(
+            hovermode="closest",
+            xaxis={"range": [0, self.end]},
+            yaxis={"domain": [0, 0.93], "autorange": "reversed", "type": "category", "ticks": "", "showgrid": False},
+            yaxis2={"domain": [0.95, 1], "range": [0, 1], "visible": False, "fixedrange": True},
+        )
+        alternative = f"Heat map of {layers} layers over {self.end:,} steps of {title}. {said}"
+        return Chart(
+            title, note, alternative, [*traces, *strip], layout, views, over_steps=True, tall=layers > 8, run=place
+        )
+
+    def alignment(self) -> list[Chart]:
+        """The cosine of the two gradients: a running mean with the spread of single steps, dots, and by layer."""
+        traces: list[Trace] = []
+        for place, (name, seeds) in self._drawn():
+            at_layers = [values for run in seeds if len(values := run.steps.alignment.dropna())]
+            if len(at_layers) == 1:
+                mean, spread = smoothed(at_layers[0]), noise(at_layers[0])
+                traces += self._band(place, name, [mean - spread, mean + spread])[:2]
+            traces += self._training(place, name, at_layers, dots=False, faint=False)[-1:]
+            dots = [values for run in seeds if len(values := run.steps.parameter_alignment.dropna())]
+            traces += self._training(place, name, dots, dots=True, faint=False, kind=", of the parameters")
+        if not traces:
+            return []
+        layout = self._layout("cosine")
+        layout["yaxis"] |= {"zeroline": True}
+        note = "Line: running mean at the layers' outputs. Band: one standard deviation of the single steps around it."
+        if any(trace["mode"] == "markers" for trace in traces):
+            note += " Dots: of the parameters."
+        alternative = f"Cosine between loss gradient and entropy gradient over {self.end:,} steps."
+        charts = [
+            Chart(
+                "Cosine of the two gradients", note, alternative, traces + self.phases(switch_marks=False), layout,
+                over_steps=True,
+            )
+        ]  # fmt: skip
+        for place, (name, seeds) in enumerate(self.runs.items()):
+            if "cosine" not in seeds[0].layers:
+                continue
+            values = seeds[0].layers["cosine"]
+            limit = float(np.nanquantile(values.abs(), 0.98)) or 1.0
+            # plotly's scale goes from blue to red
+            trace = _heat(values, (-limit, limit), "cosine", {"run": place}) | {
+                "colorscale": "RdBu",
+                "reversescale": True,
+            }
+            note = "Blue: the gradients agree. Red: they oppose each other."
+            said = f"The mean is lowest in {values.mean().idxmin()}."
+            charts.append(self._map(place, f"Cosine at each layer, {name}", [trace], note, said))
+        return charts
+
+
+def noise(values: Series) -> Series:
+    """Standard deviation of single steps around their running mean."""
+    there = values.dropna()
+    return ((there - smoothed(there)) ** 2).ewm(alpha=1 / max(1.0, len(there) / 50)).mean() ** 0.5
+
+
+def blocks(frame: DataFrame, limit: int) -> DataFrame:
+    """At most so many rows: means over stretches of rows, each named by its last step."""
+    if len(frame) <= limit:
+        return frame
+    stretch = np.arange(len(frame)) * limit // len(frame)
+    means = frame.groupby(stretch).mean()
+    means.index = Series(frame.index).groupby(stretch).max()
+    return means
+
+
+def thinned(values: Series, limit: int = MOST_POINTS) -> Series:
+    """At most so many values, evenly spaced, the last among them; for what is smooth already."""
+    if len(values) <= limit:
+        return values
+    return values.iloc[np.unique(np.linspace(0, len(values) - 1, limit).astype(int))]
+
+
+def extremes(values: Series, limit: int = MOST_POINTS) -> Series:
+    """At most so many values, with the lowest and the highest of every stretch among them, and both ends."""
+    if len(values) <= limit:
+        return values
+    stretches = values.groupby(np.arange(len(values)) * ((limit - 2) // 2) // len(values))
+    kept = np.concatenate([stretches.idxmin(), stretches.idxmax(), values.index[[0, -1]]])
+    return values.loc[np.unique(kept)]
+
+
+def clear(color: str, opacity: float) -> str:
+    """A colour like #1f6feb through which others show."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def _dot(color: str, size: int) -> dict[str, Any]:
+    return {"size": size, "color": color}
+
+
+def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[str, Any]) -> Trace:
+    shown = blocks(values, max(60, min(500, MOST_CELLS // max(1, values.shape[1]))))
+    low, high = limits
+    return {
+        "type": "heatmap",
+        "x": shown.index.to_numpy(),
+        "y": [label(name) for name in shown.columns],
+        "z": shown.to_numpy(dtype=np.float32).T,
+        "zmin": low,
+        "zmax": high if high > low else low + 1,
+        "colorscale": "Viridis",
+        "colorbar": {"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
+        "hovertemplate": "%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
+        "meta": meta,
+    }
+
+
+def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> Trace:
+    """A filled box per span, from the step before its first to its last."""
+    return {
+        "type": "scatter",
+        "mode": "none",
+        "x": [at for first, last in spans for at in (first - 1, first - 1, last, last, first - 1, None)][:-1],
+        "y": [at for _ in spans for at in (0, 1, 1, 0, 0, None)][:-1],
+        "yaxis": "y2",
+        "fill": "toself",
+        "fillcolor": color,
+        "hoverinfo": "skip",
+        "meta": meta,
+    }

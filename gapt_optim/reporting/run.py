@@ -1,0 +1,345 @@
+"""A run read back from its folder, as DataFrames."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pandas import DataFrame, Series
+
+from .records import COLUMNS, MEASURES, TEXTS, Record, drop_from, finite, read_line, table
+
+_MOST_LAYER_ROWS = 2000
+"""Beyond twice as many, what is per layer is kept of every second step: a long run of many layers fits into memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run over its steps.
+
+    >>> run = Run.of([{"step": 1, "phase": "memorization", "loss": 2.0}])
+    >>> float(run.steps.loss[1])
+    2.0
+    """
+
+    steps: DataFrame
+    """By step: ``phase``, ``next_phase``, ``reason`` (of a switch), ``loss``, ``entropy``, ``linear_entropy``,
+    ``centered_cosine_entropy``, ``norm_ratio``, ``mean_share``, ``entropy_share``, ``alignment`` and
+    ``parameter_alignment`` (cosines), ``validation_loss``, ``nonfinite_steps``. NaN where a step does not have it."""
+    held_out: DataFrame
+    """The same of held-out data, by the steps trained before it."""
+    layers: dict[str, DataFrame] = field(default_factory=dict)
+    """(steps, layers) of ``entropy``, of each measure, and of the ``cosine`` of the gradients; only what there is."""
+    settings: Record = field(default_factory=dict)
+    """What the run was made with, from its ``settings.json``."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know: lines that could not be read, a run that had not ended."""
+
+    @property
+    def end(self) -> int:
+        """The last step that there is something of; 1 where there is none."""
+        return max([int(frame.index[-1]) for frame in (self.steps, self.held_out) if len(frame)], default=1)
+
+    def has(self, column: str) -> bool:
+        """Some step or some validation has it."""
+        return bool(self.steps[column].notna().any() or self.held_out[column].notna().any())
+
+    @classmethod
+    def of(cls, steps: Sequence[Record], held_out: Sequence[Record] = (), settings: Record | None = None) -> Run:
+        """A run from records like those of ``metrics.jsonl`` and ``validation.jsonl``."""
+        metrics, validation = _File("metrics.jsonl"), _File("validation.jsonl")
+        for file, records in ((metrics, steps), (validation, held_out)):
+            for record in records:
+                file.add(json.dumps(record))
+        return _run(metrics, validation, settings or {}, ())
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """A run from its folder: ``metrics.jsonl`` and, where they are, ``validation.jsonl`` and ``settings.json``.
+
+    A line that a kill cut short is left out. Where the run went on from an earlier checkpoint, so that a step comes
+    again, what was written before from that step on is left out. Without ``validation.jsonl``, the validation losses in
+    the metrics are used.
+
+    >>> Path("run").mkdir()
+    >>> written = Path("run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\\n')
+    >>> float(read_run("run").steps.loss[1])
+    2.0
+
+    Raises:
+        FileNotFoundError: the folder has no ``metrics.jsonl``.
+        ValueError: ``metrics.jsonl`` has text in it, and none of it is a record with a ``step``.
+    """
+    folder = Path(folder)
+    metrics = _File("metrics.jsonl").read(folder)
+    held_out = _File("validation.jsonl")
+    if (folder / "validation.jsonl").exists():
+        held_out.read(folder)
+    notes: list[str] = []
+    settings = read_settings(folder, notes)
+    return _run(metrics, held_out, settings, (*notes, *metrics.notes(), *held_out.notes()))
+
+
+def _run(metrics: _File, held_out: _File, settings: Record, notes: tuple[str, ...]) -> Run:
+    steps, validations = metrics.frame(), held_out.frame()
+    if validations.empty:
+        losses = steps.validation_loss.dropna()
+        validations = DataFrame({"loss": losses}).reindex(columns=validations.columns)
+        validations.index = losses.index - 1  # it was recorded before that step
+    return Run(steps, validations, metrics.layers() or held_out.layers(), settings, notes)
+
+
+class _Thinned:
+    """What is per layer, by step: of all steps, or of every 2nd, 4th, ... where those are many."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Record] = {}
+        self.every, self.seen = 1, 0
+
+    def add(self, step: int, values: Record) -> None:
+        if not values:
+            return
+        if self.seen % self.every == 0:
+            self.rows[step] = values
+        self.seen += 1
+        if len(self.rows) > 2 * _MOST_LAYER_ROWS:
+            self.rows = dict(list(self.rows.items())[::2])
+            self.every *= 2
+
+    def drop_from(self, step: int) -> None:
+        self.rows = {at: values for at, values in self.rows.items() if at < step}
+
+    def frame(self, measure: str | None = None) -> DataFrame:
+        """(steps, layers): the values themselves, or one of several that each layer has."""
+        found = {
+            step: {
+                name: finite(value if measure is None else value.get(measure) if isinstance(value, dict) else None)
+                for name, value in values.items()
+            }
+            for step, values in self.rows.items()
+        }
+        return DataFrame.from_dict(found, orient="index").dropna(axis=1, how="all")
+
+
+class _File:
+    """A file of JSON lines, read one line at a time. pandas alone refuses all of a file that has one line cut."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rows: list[Record] = []
+        self.tables = {name: _Thinned() for name in ("layer_entropy", "layer_measures", "cosines")}
+        self.lines = self.unreadable = self.replaced = 0
+        self.resumed: list[int] = []
+        self.cut = False
+
+    def read(self, folder: Path) -> _File:
+        with (folder / self.name).open(encoding="utf-8-sig", errors="replace") as file:
+            for line in file:
+                if line.strip():
+                    self.add(line, whole=line.endswith("\n"))
+        # One unreadable line may be all that a run killed in its first step has written.
+        if self.lines > 1 and not self.rows:
+            raise ValueError(
+                f"{folder / self.name} holds no metrics: expected one JSON object with a step on each line"
+            )
+        return self
+
+    def add(self, line: str, *, whole: bool = True) -> None:
+        self.lines += 1
+        try:
+            row, record = read_line(line)
+        except ValueError:
+            self.cut = not whole
+            self.unreadable += whole
+            return
+        step = row["step"]
+        if dropped := drop_from(self.rows, step):
+            self.replaced += dropped
+            self.resumed.append(step)
+            for thinned in self.tables.values():
+                thinned.drop_from(step)
+        self.rows.append(row)
+        self.tables["layer_entropy"].add(step, table(record, "layer_entropy"))
+        self.tables["layer_measures"].add(step, table(record, "layer_measures"))
+        self.tables["cosines"].add(step, table(table(record, "alignment"), "layers"))
+
+    def frame(self) -> DataFrame:
+        frame = DataFrame(self.rows, columns=list(COLUMNS)).set_index("step")
+        return frame.astype({column: float for column in frame.columns if column not in TEXTS})
+
+    def layers(self) -> dict[str, DataFrame]:
+        found = {"entropy": self.tables["layer_entropy"].frame()}
+        found |= {measure: self.tables["layer_measures"].frame(measure) for measure in MEASURES}
+        found["cosine"] = self.tables["cosines"].frame("cosine")
+        return {measure: frame for measure, frame in found.items() if not frame.empty}
+
+    def notes(self) -> list[str]:
+        notes = []
+        if not self.rows and (self.name == "metrics.jsonl" or self.lines):
+            notes.append("nothing was written yet")
+        if self.cut:
+            notes.append("the last line is cut off and left out; the run is still writing, or was ended")
+        if self.unreadable:
+            notes.append(f"{self.unreadable:,} unreadable line{'s' * (self.unreadable > 1)} left out")
+        if self.resumed:
+            times = "" if len(self.resumed) == 1 else f"{len(self.resumed):,} times, last "
+            notes.append(
+                f"the run was resumed {times}at step {self.resumed[-1]:,}; what was written before from there on, "
+                f"{self.replaced:,} record{'s' * (self.replaced > 1)}, is left out"
+            )
+        return [f"{self.name}: {note}" for note in notes]
+
+
+def read_settings(folder: Path, notes: list[str]) -> Record:
+    """A run's ``settings.json``, or that of the folder around it where the run is one of its ``methods``."""
+    own = _read_table(folder / "settings.json", notes)
+    if own:
+        return own
+    shared = _read_table(folder.resolve().parent / "settings.json", [])
+    name = folder.resolve().name
+    return {**shared, "method": name} if name in methods_of(shared) else {}
+
+
+def methods_of(settings: Record) -> list[str]:
+    """The methods that a comparison runs, in its order; empty where its settings name none."""
+    found = settings.get("methods", table(settings, "config").get("methods"))
+    return [method for method in found if isinstance(method, str)] if isinstance(found, list) else []
+
+
+def _read_table(path: Path, notes: list[str]) -> Record:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        flat(found)
+    except (ValueError, AttributeError, RecursionError, OSError):
+        notes.append(f"{path.name} could not be read")
+        return {}
+    if not found:
+        notes.append(f"{path.name} is empty")
+    return dict(found)
+
+
+def flat(settings: Record, prefix: str = "") -> Record:
+    """Tables within tables as one, with dots between their names.
+
+    >>> flat({"gate": {"frozen": True}, "lr": 0.1})
+    {'gate.frozen': True, 'lr': 0.1}
+    """
+    found: Record = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def find_runs(specs: Sequence[str]) -> dict[str, list[Run]]:
+    """Runs by name, from folders of runs, folders that hold folders of runs, and NAME=FOLDER.
+
+    Raises:
+        ValueError: a folder is not there or holds no run.
+        OSError: a file cannot be read.
+    """
+    found: dict[str, list[Run]] = {}
+    for spec in specs:
+        name, equals, rest = spec.partition("=")
+        named = bool(equals) and not Path(spec).exists()
+        folder = check_folder(Path(rest if named else spec))
+        folders = {name if named else folder.resolve().name: folder}
+        if not (folder / "metrics.jsonl").exists():
+            inside = {child.name: child for child in sorted(folder.iterdir()) if (child / "metrics.jsonl").is_file()}
+            order = methods_of(_read_table(folder / "settings.json", []))
+            inside = {method: inside[method] for method in order if method in inside} | inside
+            if not inside:
+                raise ValueError(f"the folder {str(folder)!r} has no metrics.jsonl: no run wrote there")
+            folders = {f"{name}/{child}" if named else child: path for child, path in inside.items()}
+        for run, path in folders.items():
+            found.setdefault(run, []).append(read_run(path))
+    return found
+
+
+def check_folder(path: Path) -> Path:
+    """The path, if it is a folder. Raises ValueError."""
+    if path.is_file():
+        raise ValueError(f"{str(path)!r} is a file; give the folder of the run, {str(path.parent)!r}")
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {str(path)!r}")
+    return path
+
+
+def compression_spans(steps: DataFrame) -> list[tuple[int, int]]:
+    """First and last step of each stretch of compression.
+
+    >>> compression_spans(Run.of([{"step": step, "phase": "compression"} for step in (3, 4, 5)]).steps)
+    [(3, 5)]
+    """
+    inside = np.concatenate([[0], (steps.phase == "compression").to_numpy(dtype=int), [0]])
+    begins, ends = np.flatnonzero(np.diff(inside) == 1), np.flatnonzero(np.diff(inside) == -1) - 1
+    return [(int(steps.index[begin]), int(steps.index[end])) for begin, end in zip(begins, ends, strict=True)]
+
+
+def switches(steps: DataFrame) -> DataFrame:
+    """The steps after which the phase switched: ``next_phase`` and ``reason``."""
+    return steps.loc[steps.reason.notna(), ["next_phase", "reason"]]
+
+
+def share_in_compression(steps: DataFrame) -> float:
+    """Of the steps; NaN where there are none."""
+    return float((steps.phase == "compression").mean())
+
+
+def smoothed(values: Series) -> Series:
+    """Exponential average over a fiftieth of what is there, without the bias of its first value."""
+    there = values.dropna()
+    return there.ewm(alpha=1 / max(1.0, len(there) / 50)).mean()
+
+
+def last_value(run: Run, column: str) -> float:
+    """The final held-out value, or the average of the last training steps where none was held out; NaN for none."""
+    held_out = run.held_out[column].dropna()
+    values = held_out if len(held_out) else smoothed(run.steps[column])
+    return float(values.iloc[-1]) if len(values) else float("nan")
+
+
+def pressed_entropy(run: Run) -> str:
+    """What the run's entropy is of: as its settings say, or as its numbers show.
+
+    >>> pressed_entropy(Run.of([{"step": 1}], settings={"entropy": {"kernel": "cosine", "center": True}}))
+    'cosine kernel, centred'
+    """
+    entropy = section_of(run.settings, "entropy")
+    if isinstance(entropy.get("kernel"), str):
+        centred = ", centred" if entropy.get("center") else ""
+        order = "" if entropy.get("alpha", 2) == 2 else f", order {entropy['alpha']}"
+        window = f", windows of {entropy['window']}" if entropy.get("window") else ""
+        return f"{entropy['kernel']} kernel{centred}{order}{window}"
+    for column, kernel in (("centered_cosine_entropy", "cosine kernel, centred"), ("linear_entropy", "linear kernel")):
+        if is_pressed(run, column):
+            return kernel
+    return ""
+
+
+def is_pressed(run: Run, column: str) -> bool:
+    """The run's entropy is this one, at every step and validation that has both."""
+    for frame in (run.steps, run.held_out):
+        both = frame[["entropy", column]].dropna()
+        if not np.allclose(both["entropy"], both[column], rtol=1e-4, atol=1e-6):
+            return False
+    return run.has(column)
+
+
+def is_again(run: Run, column: str) -> bool:
+    """The column is the run's pressed entropy under its other name, or nothing: to show it would show it twice."""
+    return column in ("linear_entropy", "centered_cosine_entropy") and (is_pressed(run, column) or not run.has(column))
+
+
+def section_of(settings: Record, section: str) -> Record:
+    """The table of that name in a run's settings, however deep it lies; empty where there is none."""
+    value = settings.get(section)
+    if isinstance(value, dict):
+        return value
+    inner = (section_of(value, section) for value in settings.values() if isinstance(value, dict))
+    return next(filter(None, inner), {})
