@@ -37,7 +37,7 @@
     before = root.dataset.theme;
     setTheme("light");
     for (const chart of charts) {
-      Plotly.relayout(chart, { autosize: false, width: 335, height: chart.closest(".tall") ? 290 : 205 });
+      Plotly.relayout(chart, { autosize: false, width: 335, height: chart.closest(".tall") ? 250 : 180 });
     }
   }
   function fromPaper() {

@@ -162,6 +162,7 @@ def base_layout(**changes: Any) -> dict[str, Any]:
         "showlegend": False,
         "hovermode": "x",
         "hoverlabel": {"align": "left"},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)"},
         "xaxis": {"zeroline": False, "title": {"text": "step", "standoff": 6}, "automargin": True},
         "yaxis": {"zeroline": False, "automargin": True},
     }

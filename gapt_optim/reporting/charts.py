@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
-from .._display.page import Chart, Trace, base_layout, label
-from .._display.tables import number
+from .._display.page import Chart, Trace, base_layout, label, shortened
+from .._display.tables import common_prefix, number
+from .records import MEASURES
 from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
 
 MOST_POINTS = 2000
@@ -22,7 +23,7 @@ Seeds = Sequence[Run]
 
 _NOTES = {
     "loss": "Cross-entropy of the training steps and of held-out data.",
-    "entropy": "What compression presses and the gate judges: the mean over the layers that count.",
+    "entropy": "What compression presses: the mean over the layers that count.",
     "linear_entropy": "Falls when a few tokens grow long, so it proves nothing by itself.",
     "centered_cosine_entropy": "Blind to token lengths and to a vector that all tokens share.",
     "norm_ratio": "A rise means that a few tokens outweigh the others.",
@@ -40,6 +41,7 @@ _UNITS = {
 }
 _TITLES = {
     "loss": "Loss",
+    "entropy": "Pressed entropy",
     "linear_entropy": "Linear entropy, not centred",
     "centered_cosine_entropy": "Cosine entropy, centred",
     "norm_ratio": "Norm ratio",
@@ -61,8 +63,7 @@ class RunCharts:
         self.runs, self.colors, self.baseline = runs, colors, baseline
         self.every = [run for seeds in runs.values() for run in seeds]
         self.end = max(run.end for run in self.every)
-        kernels = {pressed_entropy(run) for run in self.every} - {""}
-        self.pressed = "Entropy that is pressed" + (f": {' / '.join(sorted(kernels))}" if kernels else "")
+        self.kernels = sorted({pressed_entropy(run) for run in self.every} - {""})
 
     def over_steps(self) -> list[Chart]:
         """Loss, entropies and what can hide in them; an entropy that is the pressed one is not drawn again."""
@@ -93,9 +94,11 @@ class RunCharts:
             layout["yaxis"]["range"] = [after.min() - room, after.max() + room]
         else:
             layout["yaxis"]["rangemode"] = "tozero"
-        title = self.pressed if column == "entropy" else _TITLES[column]
+        title, note = _TITLES[column], _NOTES[column]
+        if column == "entropy" and self.kernels:
+            note = f"{' / '.join(self.kernels).capitalize()}. {note}"
         alternative = f"{title} over {self.end:,} steps, in {_UNITS[column]}. At the end: {'; '.join(said)}."
-        return Chart(title, _NOTES[column], alternative, traces, layout, over_steps=True)
+        return Chart(title, note, alternative, traces, layout, over_steps=True)
 
     def _drawn(self) -> list[tuple[int, tuple[str, Seeds]]]:
         """Runs with their places, the baseline first: it lies below the others."""
@@ -151,7 +154,7 @@ class RunCharts:
     def _layout(self, unit: str) -> dict[str, Any]:
         return base_layout(
             xaxis={"range": [0, self.end]},
-            yaxis={"title": {"text": label(unit), "standoff": 4}, "overlaying": "y2"},
+            yaxis={"title": {"text": label(unit), "standoff": 4}, "overlaying": "y2", "tickmode": "auto"},
             # Phases lie behind the lines, over the whole height.
             yaxis2={"range": [0, 1], "visible": False, "fixedrange": True},
         )
@@ -189,9 +192,7 @@ class RunCharts:
 
     def layer_maps(self) -> list[Chart]:
         """A heat map per run; a select shows the other measures. All runs have one scale."""
-        names = {"entropy": "pressed entropy"} | {
-            key: _TITLES[key].lower() for key in _NOTES if key in _TITLES and key not in ("loss", "entropy_share")
-        }
+        names = {key: _TITLES[key].lower() for key in ("entropy", *MEASURES)}
         found = [run.layers[key] for run in self.every for key in run.layers]
         if not found:
             return []
@@ -217,7 +218,7 @@ class RunCharts:
             said = f"At the end the lowest is {number(last.min())}, in {last.idxmin()}."
             title = f"{name}, first seed" if len(seeds) > 1 else name
             views = [(text, text) for text in shown.values()]
-            charts.append(self._map(place, title, traces, "One row per layer. Blue strip: compression.", said, views))
+            charts.append(self._map(place, title, traces, f"{_of_layers(run)} Blue strip: compression.", said, views))
         return charts
 
     def _map(
@@ -274,7 +275,7 @@ class RunCharts:
                 "colorscale": "RdBu",
                 "reversescale": True,
             }
-            note = "Blue: the gradients agree. Red: they oppose each other."
+            note = f"{_of_layers(seeds[0])} Blue: the gradients agree. Red: they oppose each other."
             said = f"The mean is lowest in {values.mean().idxmin()}."
             charts.append(self._map(place, f"Cosine at each layer, {name}", [trace], note, said))
         return charts
@@ -318,6 +319,17 @@ def clear(color: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
+def short_names(layers: DataFrame) -> list[str]:
+    """The layers' names without what all of them begin with."""
+    names = [str(name) for name in layers.columns]
+    return [name.removeprefix(common_prefix(names)) for name in names]
+
+
+def _of_layers(run: Run) -> str:
+    prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values())).columns]))
+    return f"A row per layer {prefix}*." if prefix else "A row per layer."
+
+
 def _dot(color: str, size: int) -> dict[str, Any]:
     return {"size": size, "color": color}
 
@@ -328,7 +340,7 @@ def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[
     return {
         "type": "heatmap",
         "x": shown.index.to_numpy(),
-        "y": [label(name) for name in shown.columns],
+        "y": [label(name) for name in short_names(shown)],
         "z": shown.to_numpy(dtype=np.float32).T,
         "zmin": low,
         "zmax": high if high > low else low + 1,

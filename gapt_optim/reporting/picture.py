@@ -11,8 +11,8 @@ import numpy as np
 
 from .._display.pictures import FAINT, SHADE, STYLE, color_of, save_figure
 from .._display.tables import with_minus
-from .charts import blocks, noise
-from .run import Run, compression_spans, last_value, pressed_entropy, share_in_compression, smoothed
+from .charts import blocks, noise, short_names
+from .run import Run, compression_spans, last_value, of_interest, pressed_entropy, share_in_compression, smoothed
 
 
 def draw_runs(
@@ -32,7 +32,7 @@ def draw_runs(
     Args:
         runs: by name.
         path: of the picture; its suffix says in which format (``.png``, ``.pdf``, ``.svg``).
-        main: the run whose phases are shaded and whose layers are shown; by default the last.
+        main: the run whose phases are shaded and whose layers are shown; by default the last that compressed.
         title: of the picture.
 
     Raises:
@@ -44,7 +44,7 @@ def draw_runs(
 
     if not runs:
         raise ValueError("runs is empty; pass at least one run, for example {'gapt': read_run(folder)}")
-    main = list(runs)[-1] if main is None else main
+    main = main or of_interest(runs) or list(runs)[-1]
     if main not in runs:
         raise ValueError(f"main={main!r} is none of the runs {list(runs)}")
     columns = [column for column in ("loss", "entropy") if any(run.has(column) for run in runs.values())] or ["loss"]
@@ -55,11 +55,12 @@ def draw_runs(
         heights = [2.6] * len(columns) + ([] if layers is None else [min(4.0, 0.6 + 0.25 * layers.shape[1])])
         figure = Figure(figsize=(9.6, sum(heights) + 0.6), layout="constrained")
         grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        drawn = sorted(runs.items(), key=lambda item: item[0] != "plain")  # below the others
         for axes, column in zip(grid, columns, strict=False):
             for first, last in compression_spans(runs[main].steps):
                 axes.axvspan(first - 1, last, color=SHADE, alpha=0.10, lw=0)
             draw = _draw_alignment if column == "alignment" else _draw_curves
-            draw(axes, runs, column)
+            draw(axes, dict(drawn), {name: color_of(name, i) for i, name in enumerate(runs)}, column)
             axes.grid(axis="y")
         if layers is not None:
             _draw_layers(figure, grid[-1], layers, pressed_entropy(runs[main]))
@@ -73,13 +74,13 @@ def draw_runs(
         return save_figure(figure, path)
 
 
-def _draw_curves(axes: Any, runs: Mapping[str, Run], column: str) -> None:
+def _draw_curves(axes: Any, runs: Mapping[str, Run], colors: Mapping[str, str], column: str) -> None:
     """Held-out values where there are some, and the running mean of training where not: one line per run."""
     base = last_value(runs["plain"], column) if "plain" in runs else float("nan")
     late = []
-    for place, (name, run) in enumerate(runs.items()):
+    for name, run in runs.items():
         held_out, trained = run.held_out[column].dropna(), run.steps[column].dropna()
-        color, last = color_of(name, place), last_value(run, column)
+        color, last = colors[name], last_value(run, column)
         if np.isnan(last):
             continue
         change = f" ({last / base - 1:+.1%})" if name != "plain" and base > 0 else ""
@@ -92,7 +93,7 @@ def _draw_curves(axes: Any, runs: Mapping[str, Run], column: str) -> None:
         late.append(values[values.index >= 0.1 * values.index[-1]])
     of_training = any(run.held_out[column].isna().all() for run in runs.values())
     of_held_out = any(run.held_out[column].notna().any() for run in runs.values())
-    read = " and ".join(["dots: held out"] * of_held_out + ["no dots: running mean of training"] * of_training)
+    read = "\n".join(["dots: held out"] * of_held_out + ["no dots: running mean of training"] * of_training)
     _legend(axes, read)
     if column == "entropy":
         kernels = {pressed_entropy(run) for run in runs.values()} - {""}
@@ -105,10 +106,10 @@ def _draw_curves(axes: Any, runs: Mapping[str, Run], column: str) -> None:
         axes.set_ylim(low - 0.06 * ((high - low) or 1), high + 0.06 * ((high - low) or 1))
 
 
-def _draw_alignment(axes: Any, runs: Mapping[str, Run], column: str) -> None:
+def _draw_alignment(axes: Any, runs: Mapping[str, Run], colors: Mapping[str, str], column: str) -> None:
     dotted = False
-    for place, (name, run) in enumerate(runs.items()):
-        color = color_of(name, place)
+    for name, run in runs.items():
+        color = colors[name]
         single, parameters = run.steps[column].dropna(), run.steps.parameter_alignment.dropna()
         if len(single):
             mean, spread = smoothed(single), noise(single)
@@ -119,7 +120,7 @@ def _draw_alignment(axes: Any, runs: Mapping[str, Run], column: str) -> None:
             axes.plot(parameters.index, parameters, "o", ms=3, color=color, mec="white", mew=0.4)
     axes.axhline(0.0, color=FAINT, lw=0.8)
     axes.set_ylabel("cosine of loss and\nentropy gradient")
-    _legend(axes, "band: spread of single steps" + (", dots: of the parameters" if dotted else ""))
+    _legend(axes, "line: running mean\nband: spread of single steps" + ("\ndots: of the parameters" if dotted else ""))
 
 
 def _draw_layers(figure: Any, axes: Any, layers: Any, kernel: str) -> None:
@@ -131,14 +132,16 @@ def _draw_layers(figure: Any, axes: Any, layers: Any, kernel: str) -> None:
         vmin=0.0, vmax=float(np.nanquantile(shown, 0.995)), rasterized=True,
     )  # fmt: skip
     every = -(-shown.shape[1] // 16)
-    axes.set_yticks(np.arange(0, shown.shape[1], every) + 0.5, list(shown.columns)[::every])
+    axes.set_yticks(np.arange(0, shown.shape[1], every) + 0.5, short_names(shown)[::every])
     axes.invert_yaxis()  # as on the page, the first layer on top
-    axes.set_ylabel(f"layer{chr(10)}{kernel}" if kernel else "layer")
-    figure.colorbar(mesh, ax=axes, pad=0.01, aspect=12, label="nats").outline.set_visible(False)
+    axes.set_ylabel("layer")
+    axes.set_title(f"entropy of each layer{f', {kernel}' if kernel else ''}", loc="left", color=FAINT, fontsize=9.5)
+    beside = axes.inset_axes((1.015, 0.0, 0.02, 1.0))
+    figure.colorbar(mesh, cax=beside, label="nats").outline.set_visible(False)
 
 
 def _legend(axes: Any, note: str) -> None:
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=note.replace(" and ", "\n"))
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=note)
     legend.get_title().set_color(FAINT)
     legend.get_title().set_fontsize(8)
     legend.set_alignment("left")

@@ -15,7 +15,7 @@ from .._display.pictures import color_of
 from .._display.tables import MISSING, html_table, number, with_minus
 from .charts import RunCharts
 from .doctor import diagnose, judged_by, verdict
-from .run import Run, compression_spans, flat, is_again, last_value, share_in_compression, switches
+from .run import Run, flat, is_again, last_value, of_interest, share_in_compression, switches
 
 Runs = Mapping[str, Run | Sequence[Run]]
 
@@ -61,9 +61,8 @@ def report_page(runs: Runs, *, baseline: str | None = None, title: str = "Traini
         raise ValueError(f"baseline={baseline!r} is none of the runs {list(seeds)}")
     colors = [color_of(name, place) for place, name in enumerate(seeds)]
     charts = RunCharts(seeds, colors, baseline)
-    # The phases of the last run that compressed are shaded: the one of interest.
-    compressed = [i for i, histories in enumerate(seeds.values()) if compression_spans(histories[0].steps)]
-    phases = compressed[-1] if compressed else None
+    shaded = of_interest({name: histories[0] for name, histories in seeds.items()})
+    phases = None if shaded is None else list(seeds).index(shaded)
     page = Page(title, _subtitle(seeds), list(zip(seeds, colors, strict=True)), phases)
     if notes := _notes(seeds):
         page.add("What is missing", bullets(notes))
@@ -71,7 +70,7 @@ def report_page(runs: Runs, *, baseline: str | None = None, title: str = "Traini
     compared = f" Changes are against {baseline}." if len(seeds) > 1 else ""
     page.add("Summary", html_table(summary(seeds, baseline), said + compared))
     page.add("First aid", _first_aid(seeds))
-    page.add("Over the steps", _how_to_read(seeds, baseline, phases), charts.over_steps())
+    page.add("Over the steps", _how_to_read(seeds, baseline, shaded), charts.over_steps())
     if maps := charts.layer_maps():
         page.add("By layer", "", maps)
     if alignment := charts.alignment():
@@ -161,15 +160,15 @@ def _first_aid(runs: Mapping[str, Sequence[Run]]) -> str:
     return "".join(parts)
 
 
-def _how_to_read(runs: Mapping[str, Sequence[Run]], baseline: str, phases: int | None) -> str:
+def _how_to_read(runs: Mapping[str, Sequence[Run]], baseline: str, shaded: str | None) -> str:
     said = "Thin lines are training steps, thicker ones their running mean, lines with dots held-out values."
     if any(len(seeds) > 1 for seeds in runs.values()):
         said += " Of several seeds: their mean, and a band from the lowest to the highest."
     if len(runs) > 1:
         said += f" Wide and pale: {baseline}."
-    if phases is None:
+    if shaded is None:
         return f"<p>{html.escape(said)} No run was in compression.</p>"
-    of_run = f" of {list(runs)[phases]}" if len(runs) > 1 else ""
+    of_run = f" of {shaded}" if len(runs) > 1 else ""
     said += f" Shaded: compression{of_run}. Triangles are switches of phase, with the reason on hover."
     return f"<p>{html.escape(said)}</p>"
 

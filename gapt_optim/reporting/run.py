@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -279,6 +279,12 @@ def compression_spans(steps: DataFrame) -> list[tuple[int, int]]:
     inside = np.concatenate([[0], (steps.phase == "compression").to_numpy(dtype=int), [0]])
     begins, ends = np.flatnonzero(np.diff(inside) == 1), np.flatnonzero(np.diff(inside) == -1) - 1
     return [(int(steps.index[begin]), int(steps.index[end])) for begin, end in zip(begins, ends, strict=True)]
+
+
+def of_interest(runs: Mapping[str, Run]) -> str | None:
+    """The run whose phases are shown: the last that compressed; None where none did."""
+    compressed = [name for name, run in runs.items() if (run.steps.phase == "compression").any()]
+    return compressed[-1] if compressed else None
 
 
 def switches(steps: DataFrame) -> DataFrame:
