@@ -67,12 +67,8 @@ class RunCharts:
 
     def over_steps(self) -> list[Chart]:
         """Loss, entropies and what can hide in them; an entropy that is the pressed one is not drawn again."""
-        columns = [column for column in _NOTES if not all(is_again(run, column) for run in self.every)]
-        return [
-            self._over_steps(column)
-            for column in columns
-            if column == "loss" or any(run.has(column) for run in self.every)
-        ]
+        shown = [column for column in _NOTES if not all(is_again(run, column) for run in self.every)]
+        return [self._over_steps(column) for column in shown if any(run.has(column) for run in self.every)]
 
     def _over_steps(self, column: str) -> Chart:
         traces: list[Trace] = []
