@@ -188,33 +188,28 @@ class RunCharts:
 
     def layer_maps(self) -> list[Chart]:
         """A heat map per run; a select shows the other measures. All runs have one scale."""
-        names = {key: _TITLES[key].lower() for key in ("entropy", *MEASURES)}
-        found = [run.layers[key] for run in self.every for key in run.layers]
-        if not found:
-            return []
+        keys = [key for key in ("entropy", *MEASURES) if any(key in run.layers for run in self.every)]
         highs = {
             key: max(float(np.nanquantile(run.layers[key], 0.995)) for run in self.every if key in run.layers)
-            for key in names
-            if any(key in run.layers for run in self.every)
+            for key in keys
         }
         charts = []
-        for place, (name, seeds) in enumerate(self.runs.items()):
-            run = seeds[0]
-            shown = {key: text for key, text in names.items() if key in run.layers and not is_again(run, key)}
-            if not shown:
-                continue
-            if kernel := pressed_entropy(run):
-                shown["entropy"] = f"entropy, {kernel}"
-            low = {"norm_ratio": 1.0}
-            traces = [
-                _heat(run.layers[key], (low.get(key, 0.0), highs[key]), text, {"run": place, "view": text})
-                for key, text in shown.items()
-            ]
-            last = run.layers[next(iter(shown))].ffill().iloc[-1]
-            said = f"At the end the lowest is {number(last.min())}, in {last.idxmin()}."
-            title = f"{name}, first seed" if len(seeds) > 1 else name
-            views = [(text, text) for text in shown.values()]
-            charts.append(self._map(place, title, traces, f"{_of_layers(run)} Blue strip: compression.", said, views))
+        for place, (name, (run, *others)) in enumerate(self.runs.items()):
+            traces, views = [], []
+            for key in keys:
+                if key not in run.layers or is_again(run, key):
+                    continue
+                kernel = pressed_entropy(run) if key == "entropy" else ""
+                said = f"entropy, {kernel}" if kernel else _TITLES[key].lower()
+                views.append((key, said))
+                limits = (1.0 if key == "norm_ratio" else 0.0, highs[key])
+                traces.append(_heat(run.layers[key], limits, said, {"run": place, "view": key}))
+            if traces:
+                last = run.layers[views[0][0]].ffill().iloc[-1]
+                said = f"At the end the lowest is {number(last.min())}, in {last.idxmin()}."
+                title = f"{name}, first seed" if others else name
+                note = f"{_of_layers(run)} Blue strip: compression."
+                charts.append(self._map(place, title, traces, note, said, views))
         return charts
 
     def _map(

@@ -40,9 +40,9 @@ def read_line(line: str | bytes) -> tuple[Record, Record]:
 
 
 def finite(value: Any) -> float:
-    """A number as it is, NaN for anything else."""
+    """A number as it is; NaN for anything else, and for what is beyond a chart."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e300 else math.nan
+    return float(value) if is_number and abs(value) < 1e38 else math.nan
 
 
 def table(record: Record, key: str) -> Record:

@@ -243,6 +243,8 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[Run]]:
         ValueError: a folder is not there or holds no run.
         OSError: a file cannot be read.
     """
+    if not specs:
+        raise ValueError("give the folder of at least one run")
     found: dict[str, list[Run]] = {}
     for spec in specs:
         name, equals, rest = spec.partition("=")
