@@ -217,21 +217,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. 0 when done, 2 after one clear line on stderr where it cannot be."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments == ["--version"]:
-        from ._version import __version__
-
-        print(f"gapt-optim {__version__}")
-        return 0
     try:
-        import tyro
-
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="gapt-optim",
-            description="The layers of a model, and a run: while it trains, as a page, and what is wrong with it.",
-            args=arguments or ["--help"],
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        return _run(arguments)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == __name__.partition(".")[0]:
             raise
@@ -245,10 +232,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"{error.filename} cannot be read or written ({error.strerror})" if error.filename else error)
     except (ValueError, ImportError) as error:
         return _failed(error)
-    except SystemExit as end:  # of tyro, after --help or a wrong flag, which it has explained
-        return int(end.code or 0) if arguments else 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        from ._version import __version__
+
+        print(f"gapt-optim {__version__}")
+        return 0
+    import tyro
+
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="gapt-optim",
+            description="The layers of a model, and a run: while it trains, as a page, and what is wrong with it.",
+            args=arguments or ["--help"],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as end:  # of tyro, after --help or a wrong flag, which it has explained
+        return int(end.code or 0) if arguments else 2
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,33 +21,33 @@ MOST_CELLS = 24_000
 
 Seeds = Sequence[Run]
 
-_NOTES = {
-    "loss": "Cross-entropy of the training steps and of held-out data.",
-    "entropy": "What compression presses: the mean over the layers that count.",
-    "linear_entropy": "Falls when a few tokens grow long, so it proves nothing by itself.",
-    "centered_cosine_entropy": "Blind to token lengths and to a vector that all tokens share.",
-    "norm_ratio": "A rise means that a few tokens outweigh the others.",
-    "mean_share": "A rise means that all tokens share one large vector.",
-    "entropy_share": "Weight times entropy over the whole objective, in the steps of compression.",
+
+class Shown(NamedTuple):
+    """How a column of a run is shown."""
+
+    title: str
+    unit: str
+    note: str
+
+
+COLUMNS = {
+    "loss": Shown("Loss", "nats", "Cross-entropy of the training steps and of held-out data."),
+    "entropy": Shown("Pressed entropy", "nats", "What compression presses: the mean over the layers that count."),
+    "linear_entropy": Shown(
+        "Linear entropy, not centred", "nats", "Falls when a few tokens grow long, so it proves nothing by itself."
+    ),
+    "centered_cosine_entropy": Shown(
+        "Cosine entropy, centred", "nats", "Blind to token lengths and to a vector that all tokens share."
+    ),
+    "norm_ratio": Shown("Norm ratio", "largest / median norm", "A rise means that a few tokens outweigh the others."),
+    "mean_share": Shown(
+        "Share of the mean token", "share of squared norm", "A rise means that all tokens share one large vector."
+    ),
+    "entropy_share": Shown(
+        "Entropy's part of the objective", "share", "Weight times entropy over the whole objective, in compression."
+    ),
 }
-_UNITS = {
-    "loss": "nats",
-    "entropy": "nats",
-    "linear_entropy": "nats",
-    "centered_cosine_entropy": "nats",
-    "norm_ratio": "largest / median norm",
-    "mean_share": "share of squared norm",
-    "entropy_share": "share",
-}
-_TITLES = {
-    "loss": "Loss",
-    "entropy": "Pressed entropy",
-    "linear_entropy": "Linear entropy, not centred",
-    "centered_cosine_entropy": "Cosine entropy, centred",
-    "norm_ratio": "Norm ratio",
-    "mean_share": "Share of the mean token",
-    "entropy_share": "Entropy's part of the objective",
-}
+"""What is drawn over steps, in this order."""
 
 
 class RunCharts:
@@ -67,7 +67,7 @@ class RunCharts:
 
     def over_steps(self) -> list[Chart]:
         """Loss, entropies and what can hide in them; an entropy that is the pressed one is not drawn again."""
-        shown = [column for column in _NOTES if not all(is_again(run, column) for run in self.every)]
+        shown = [column for column in COLUMNS if not all(is_again(run, column) for run in self.every)]
         return [self._over_steps(column) for column in shown if any(run.has(column) for run in self.every)]
 
     def _over_steps(self, column: str) -> Chart:
@@ -83,17 +83,17 @@ class RunCharts:
             ends = [value for run in seeds if not np.isnan(value := last_value(run, column))]
             said.append(f"{name} {number(float(np.mean(ends)) if ends else None)}")
         traces += self.phases(switch_marks=column in ("loss", "entropy"))
-        layout = self._layout(_UNITS[column])
+        title, unit, note = COLUMNS[column]
+        layout = self._layout(unit)
         after = pd.concat(late) if late else Series(dtype=float)
         if column == "loss" and len(after) and after.min() < after.max():
             room = 0.06 * (after.max() - after.min())  # the steep start would flatten all the rest
             layout["yaxis"]["range"] = [after.min() - room, after.max() + room]
         else:
             layout["yaxis"]["rangemode"] = "tozero"
-        title, note = _TITLES[column], _NOTES[column]
         if column == "entropy" and self.kernels:
             note = f"{' / '.join(self.kernels).capitalize()}. {note}"
-        alternative = f"{title} over {self.end:,} steps, in {_UNITS[column]}. At the end: {'; '.join(said)}."
+        alternative = f"{title} over {self.end:,} steps, in {unit}. At the end: {'; '.join(said)}."
         return Chart(title, note, alternative, traces, layout, over_steps=True)
 
     def _drawn(self) -> list[tuple[int, tuple[str, Seeds]]]:
@@ -107,12 +107,12 @@ class RunCharts:
             return []
         color, said = self.colors[place], f"{name}{kind}{', training' if faint else ''}"
         if dots:
-            return [self._line(place, said, thinned(seeds[0])) | {"mode": "markers", "marker": _dot(color, 3)}]
+            return [self._line(place, said, extremes(seeds[0])) | {"mode": "markers", "marker": _dot(color, 3)}]
         if len(seeds) > 1:
             return self._band(place, said, [smoothed(values) for values in seeds])
         raw = self._line(place, said, extremes(seeds[0]))
         raw |= {"line": {"color": color, "width": 0.8}, "opacity": 0.35, "hoverinfo": "skip", "hovertemplate": None}
-        mean = self._line(place, said, thinned(smoothed(seeds[0])))
+        mean = self._line(place, said, extremes(smoothed(seeds[0])))
         if faint:
             mean["line"]["width"], mean["opacity"] = 1.2, 0.6
         return [raw, mean]
@@ -200,7 +200,7 @@ class RunCharts:
                 if key not in run.layers or is_again(run, key):
                     continue
                 kernel = pressed_entropy(run) if key == "entropy" else ""
-                said = f"entropy, {kernel}" if kernel else _TITLES[key].lower()
+                said = f"entropy, {kernel}" if kernel else COLUMNS[key].title.lower()
                 views.append((key, said))
                 limits = (1.0 if key == "norm_ratio" else 0.0, highs[key])
                 traces.append(_heat(run.layers[key], limits, said, {"run": place, "view": key}))
@@ -286,13 +286,6 @@ def blocks(frame: DataFrame, limit: int) -> DataFrame:
     means = frame.groupby(stretch).mean()
     means.index = Series(frame.index).groupby(stretch).max()
     return means
-
-
-def thinned(values: Series, limit: int = MOST_POINTS) -> Series:
-    """At most so many values, evenly spaced, the last among them; for what is smooth already."""
-    if len(values) <= limit:
-        return values
-    return values.iloc[np.unique(np.linspace(0, len(values) - 1, limit).astype(int))]
 
 
 def extremes(values: Series, limit: int = MOST_POINTS) -> Series:

@@ -11,10 +11,7 @@ from pathlib import Path
 import numpy as np
 from pandas import DataFrame, Series
 
-from .records import COLUMNS, MEASURES, TEXTS, Record, drop_from, finite, read_line, table
-
-_MOST_LAYER_ROWS = 2000
-"""Beyond twice as many, what is per layer is kept of every second step: a long run of many layers fits into memory."""
+from .records import Record, Records, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +48,12 @@ class Run:
     @classmethod
     def of(cls, steps: Sequence[Record], held_out: Sequence[Record] = (), settings: Record | None = None) -> Run:
         """A run from records like those of ``metrics.jsonl`` and ``validation.jsonl``."""
-        metrics, validation = _File("metrics.jsonl"), _File("validation.jsonl")
-        for file, records in ((metrics, steps), (validation, held_out)):
+        files = []
+        for name, records in (("metrics.jsonl", steps), ("validation.jsonl", held_out)):
+            files.append(Records(Path(name)))
             for record in records:
-                file.add(json.dumps(record))
-        return _run(metrics, validation, settings or {}, ())
+                files[-1].add(json.dumps(record).encode())
+        return _run(files[0], files[1], settings or {}, ())
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -75,123 +73,23 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         ValueError: ``metrics.jsonl`` has text in it, and none of it is a record with a ``step``.
     """
     folder = Path(folder)
-    metrics = _File("metrics.jsonl").read(folder)
-    held_out = _File("validation.jsonl")
-    if (folder / "validation.jsonl").exists():
-        held_out.read(folder)
+    metrics = Records(folder / "metrics.jsonl").read_to_the_end()
+    held_out = Records(folder / "validation.jsonl")
     notes: list[str] = []
     settings = read_settings(folder, notes)
-    return _run(metrics, held_out, settings, (*notes, *metrics.notes(), *held_out.notes()))
+    notes += metrics.notes()
+    if held_out.path.exists():
+        notes += held_out.read_to_the_end().notes()
+    return _run(metrics, held_out, settings, tuple(notes))
 
 
-def _run(metrics: _File, held_out: _File, settings: Record, notes: tuple[str, ...]) -> Run:
+def _run(metrics: Records, held_out: Records, settings: Record, notes: tuple[str, ...]) -> Run:
     steps, validations = metrics.frame(), held_out.frame()
     if validations.empty:
         losses = steps.validation_loss.dropna()
         validations = DataFrame({"loss": losses}).reindex(columns=validations.columns)
         validations.index = losses.index - 1  # it was recorded before that step
     return Run(steps, validations, metrics.layers() or held_out.layers(), settings, notes)
-
-
-class _Thinned:
-    """What is per layer, by step: of all steps, or of every 2nd, 4th, ... where those are many."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, Record] = {}
-        self.every, self.seen = 1, 0
-
-    def add(self, step: int, values: Record) -> None:
-        if not values:
-            return
-        if self.seen % self.every == 0:
-            self.rows[step] = values
-        self.seen += 1
-        if len(self.rows) > 2 * _MOST_LAYER_ROWS:
-            self.rows = dict(list(self.rows.items())[::2])
-            self.every *= 2
-
-    def drop_from(self, step: int) -> None:
-        self.rows = {at: values for at, values in self.rows.items() if at < step}
-
-    def frame(self, measure: str | None = None) -> DataFrame:
-        """(steps, layers): the values themselves, or one of several that each layer has."""
-        found = {
-            step: {
-                name: finite(value if measure is None else value.get(measure) if isinstance(value, dict) else None)
-                for name, value in values.items()
-            }
-            for step, values in self.rows.items()
-        }
-        return DataFrame.from_dict(found, orient="index").dropna(axis=1, how="all")
-
-
-class _File:
-    """A file of JSON lines, read one line at a time. pandas alone refuses all of a file that has one line cut."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.rows: list[Record] = []
-        self.tables = {name: _Thinned() for name in ("layer_entropy", "layer_measures", "cosines")}
-        self.lines = self.unreadable = self.replaced = 0
-        self.resumed: list[int] = []
-        self.cut = False
-
-    def read(self, folder: Path) -> _File:
-        with (folder / self.name).open(encoding="utf-8-sig", errors="replace") as file:
-            for line in file:
-                if line.strip():
-                    self.add(line, whole=line.endswith("\n"))
-        # One unreadable line may be all that a run killed in its first step has written.
-        if self.lines > 1 and not self.rows:
-            raise ValueError(
-                f"{folder / self.name} holds no metrics: expected one JSON object with a step on each line"
-            )
-        return self
-
-    def add(self, line: str, *, whole: bool = True) -> None:
-        self.lines += 1
-        try:
-            row, record = read_line(line)
-        except ValueError:
-            self.cut = not whole
-            self.unreadable += whole
-            return
-        step = row["step"]
-        if dropped := drop_from(self.rows, step):
-            self.replaced += dropped
-            self.resumed.append(step)
-            for thinned in self.tables.values():
-                thinned.drop_from(step)
-        self.rows.append(row)
-        self.tables["layer_entropy"].add(step, table(record, "layer_entropy"))
-        self.tables["layer_measures"].add(step, table(record, "layer_measures"))
-        self.tables["cosines"].add(step, table(table(record, "alignment"), "layers"))
-
-    def frame(self) -> DataFrame:
-        frame = DataFrame(self.rows, columns=list(COLUMNS)).set_index("step")
-        return frame.astype({column: float for column in frame.columns if column not in TEXTS})
-
-    def layers(self) -> dict[str, DataFrame]:
-        found = {"entropy": self.tables["layer_entropy"].frame()}
-        found |= {measure: self.tables["layer_measures"].frame(measure) for measure in MEASURES}
-        found["cosine"] = self.tables["cosines"].frame("cosine")
-        return {measure: frame for measure, frame in found.items() if not frame.empty}
-
-    def notes(self) -> list[str]:
-        notes = []
-        if not self.rows and (self.name == "metrics.jsonl" or self.lines):
-            notes.append("nothing was written yet")
-        if self.cut:
-            notes.append("the last line is cut off and left out; the run is still writing, or was ended")
-        if self.unreadable:
-            notes.append(f"{self.unreadable:,} unreadable line{'s' * (self.unreadable > 1)} left out")
-        if self.resumed:
-            times = "" if len(self.resumed) == 1 else f"{len(self.resumed):,} times, last "
-            notes.append(
-                f"the run was resumed {times}at step {self.resumed[-1]:,}; what was written before from there on, "
-                f"{self.replaced:,} record{'s' * (self.replaced > 1)}, is left out"
-            )
-        return [f"{self.name}: {note}" for note in notes]
 
 
 def read_settings(folder: Path, notes: list[str]) -> Record:
@@ -238,6 +136,11 @@ def flat(settings: Record, prefix: str = "") -> Record:
 
 def find_runs(specs: Sequence[str]) -> dict[str, list[Run]]:
     """Runs by name, from folders of runs, folders that hold folders of runs, and NAME=FOLDER.
+
+    >>> Path("runs/gapt").mkdir(parents=True)
+    >>> written = Path("runs/gapt/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\\n')
+    >>> list(find_runs(["runs", "mine=runs/gapt"]))
+    ['gapt', 'mine']
 
     Raises:
         ValueError: a folder is not there or holds no run.

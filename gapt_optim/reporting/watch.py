@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import Record, drop_from, read_line
+from .records import Record, Records
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = {
@@ -20,54 +20,19 @@ _SHOWN = {
 }
 
 
-class Follower:
-    """Reads a file of JSON lines as it grows. A line that is not whole yet is read when it is."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self.rows: list[Record] = []
-        self.unreadable = 0
-        self._place = 0
-        self._rest = b""
-
-    def read(self) -> int:
-        """Take what is new; the number of new rows. Raises OSError where the file is there and cannot be read."""
-        if not self.path.exists():
-            return 0
-        if self.path.stat().st_size < self._place:  # another run took the file's place
-            self._start_over()
-        with self.path.open("rb") as file:
-            file.seek(self._place)
-            text = file.read()
-        self._place += len(text)
-        *lines, self._rest = (self._rest + text).split(b"\n")
-        new = 0
-        for line in filter(bytes.strip, lines):
-            try:
-                row, _ = read_line(line)
-            except ValueError:
-                self.unreadable += 1
-                continue
-            drop_from(self.rows, row["step"])
-            self.rows.append(row)
-            new += 1
-        return new
-
-
 class RunFollower:
     """A run's metrics and, where it writes them to a file of their own, its held-out losses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.metrics, self.held_out = (Follower(folder / f"{name}.jsonl") for name in ("metrics", "validation"))
+        self.metrics, self.held_out = Records(folder / "metrics.jsonl"), Records(folder / "validation.jsonl")
 
     def read(self) -> int:
+        """Take what is new; the number of new rows."""
         return self.metrics.read() + self.held_out.read()
 
     def values(self, column: str) -> list[float]:
+        """What there is of a column, in order of step."""
         rows = self.metrics.rows
         if column == "validation_loss" and self.held_out.rows:
             column, rows = "loss", self.held_out.rows

@@ -15,7 +15,7 @@ from pandas import DataFrame, Series
 
 from gapt_optim._display.page import Chart, label
 from gapt_optim.reporting import Run, write_report
-from gapt_optim.reporting.charts import blocks, extremes, noise, thinned
+from gapt_optim.reporting.charts import blocks, extremes, noise
 from gapt_optim.reporting.report import report_page, summary
 from gapt_optim.reporting.run import compression_spans
 
@@ -190,9 +190,6 @@ def test_downsampling_keeps_extremes_and_ends(whole: Any, limit: int) -> None:
     assert kept.equals(whole[kept.index])
     assert (kept.min(), kept.max()) == (whole.min(), whole.max())
     assert {whole.index[0], whole.index[-1]} <= set(kept.index)
-    smooth = thinned(whole, limit)
-    assert len(smooth) <= limit
-    assert smooth.index[-1] == whole.index[-1]
 
 
 def test_heat_maps_average_stretches_and_keep_gaps() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gapt_optim import JSONLines, StepMetrics
 from gapt_optim.reporting import Run, compression_spans, diagnose, find_runs, read_run
-from gapt_optim.reporting import run as module
+from gapt_optim.reporting import records as module
 from gapt_optim.reporting.records import MEASURES
 from gapt_optim.reporting.report import report_page
 from gapt_optim.reporting.run import is_pressed, last_value, pressed_entropy, smoothed, switches
