@@ -16,10 +16,10 @@ def profile(
     model: str,
     /,
     data: str,
-    out: list[Path] | None = None,
-    layers: list[str] | None = None,
-    windows: list[str] | None = None,
-    orders: list[float] | None = None,
+    out: tuple[Path, ...] = (),
+    layers: tuple[str, ...] = (),
+    windows: tuple[str, ...] = ("8", "all"),
+    orders: tuple[float, ...] = (2.0,),
     length: int | None = None,
     batch_size: int = 8,
     tokens: int = 100_000,
@@ -38,8 +38,8 @@ def profile(
         data: Text (.txt, .jsonl, .parquet) or module:batches.
         out: Files to write: .html, .json or .png.
         layers: Globs over modules; default: the longest list.
-        windows: Tokens per window; all = sequences. Default: 8 all.
-        orders: Orders of the entropy. Default: 2.
+        windows: Tokens per window; all = sequences.
+        orders: Orders of the entropy.
         length: Tokens per sequence; default: at most 512.
         batch_size: Sequences per batch.
         tokens: Tokens of the text to read.
@@ -49,8 +49,8 @@ def profile(
         dtype: Of the model's weights.
         wide: Print all columns.
     """
-    paths = _outputs(out or [])
-    sizes = [_window(text) for text in windows or ["8", "all"]]
+    _check_outputs(out)
+    sizes = [_window(text) for text in windows]
     from ._display.tables import print_table
     from .viewing import profile as profile_layers
     from .viewing.model_loading import checked_device, dtype_named, is_python, load_batches, load_model
@@ -62,7 +62,7 @@ def profile(
     name = model if is_python(model) else Path(model).name or model
     try:
         result = profile_layers(
-            loaded, batches, layers, orders=orders or [2.0], windows=sizes, views=views, rankme_rows=rankme_rows,
+            loaded, batches, layers or None, orders=orders, windows=sizes, views=views, rankme_rows=rankme_rows,
             device=on, dtype=dtype_named(dtype), progress=sys.stderr.isatty(), name=name,
             data=data if is_python(data) else Path(data).name,
         )  # fmt: skip
@@ -72,10 +72,10 @@ def profile(
     print_table(profile_table(result), summary_line(result), wide=wide)
     for note in result.notes:
         print(f"note: {note}")
-    _write_profiles({name: result}, paths, f"Layers of {name}")
+    _write_profiles({name: result}, out, f"Layers of {name}")
 
 
-def compare(first: Path, second: Path, /, out: list[Path] | None = None, wide: bool = False) -> None:
+def compare(first: Path, second: Path, /, out: tuple[Path, ...] = (), wide: bool = False) -> None:
     """Two profiles, with the change of each layer.
 
     gapt-optim compare base.json tuned.json --out page.html
@@ -86,8 +86,8 @@ def compare(first: Path, second: Path, /, out: list[Path] | None = None, wide: b
         out: Files to write: .html, .json or .png.
         wide: Print all columns.
     """
-    paths = _outputs(out or [])
-    for path in paths:
+    _check_outputs(out)
+    for path in out:
         if path.resolve() in (first.resolve(), second.resolve()):
             raise ValueError(f"--out {path} is one of the profiles to compare; choose another name")
     from ._display.tables import print_table
@@ -100,7 +100,7 @@ def compare(first: Path, second: Path, /, out: list[Path] | None = None, wide: b
         profiles[name if name not in profiles else f"{name} (2)"] = Profile.load(path)
     (a, before), (b, after) = profiles.items()
     print_table(comparison_table(before, after), f"{b}, and its change from {a}", wide=wide)
-    _write_profiles(profiles, paths, f"From {a} to {b}")
+    _write_profiles(profiles, out, f"From {a} to {b}")
 
 
 def report(
@@ -121,7 +121,7 @@ def report(
         title: Heading of the page.
     """
     # The suffix is checked first: a run or a script of the user's would be overwritten.
-    _outputs([out], (".html", ".png", ".pdf", ".svg"))
+    _check_outputs([out], (".html", ".png", ".pdf", ".svg"))
     from .reporting import draw_runs, find_runs, write_report
 
     found = find_runs(runs)
@@ -282,11 +282,10 @@ def _write_profiles(profiles: dict[str, Profile], paths: Sequence[Path], title: 
         print(f"wrote {path}")
 
 
-def _outputs(paths: list[Path], suffixes: Sequence[str] = (".html", ".json", ".png")) -> list[Path]:
+def _check_outputs(paths: Sequence[Path], suffixes: Sequence[str] = (".html", ".json", ".png")) -> None:
     for path in paths:
         if path.suffix not in suffixes:
             raise ValueError(f"--out {path} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    return paths
 
 
 def _window(text: str) -> int | None:

@@ -275,7 +275,7 @@ class RunCharts:
 def noise(values: Series) -> Series:
     """Standard deviation of single steps around their running mean."""
     there = values.dropna()
-    return ((there - smoothed(there)) ** 2).ewm(alpha=1 / max(1.0, len(there) / 50)).mean() ** 0.5
+    return smoothed((there - smoothed(there)) ** 2).clip(lower=0) ** 0.5
 
 
 def blocks(frame: DataFrame, limit: int) -> DataFrame:

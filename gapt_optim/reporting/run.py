@@ -203,9 +203,9 @@ def share_in_compression(steps: DataFrame) -> float:
 
 
 def smoothed(values: Series) -> Series:
-    """Exponential average over a fiftieth of what is there, without the bias of its first value."""
+    """Mean over the fiftieth of what is there that lies around each value."""
     there = values.dropna()
-    return there.ewm(alpha=1 / max(1.0, len(there) / 50)).mean()
+    return there.rolling(max(1, len(there) // 50), center=True, min_periods=1).mean()
 
 
 def last_value(run: Run, column: str) -> float:
