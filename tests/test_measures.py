@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gapt_optim import Measures, RepresentationHook
-from gapt_optim.entropy import LINEAR, KernelMatrix, measures_of_gram
+from gapt_optim.kernels import LINEAR, KernelMatrix, measures_of_gram
 from tests.models import CASES, COMPILED, Case
 from tests.reference import KERNELS, reference_layer_measures
 from tests.training import gradients, recorded, wrapped

@@ -9,7 +9,7 @@ from typing import Any
 
 from pandas import DataFrame, Series
 
-from ..config import GAPTConfig, GateConfig
+from ..config import GAPTConfig
 from .findings import (
     CONSTANT_PENALTY,
     FINDINGS,
@@ -25,12 +25,6 @@ from .findings import (
 )
 from .run import Run, compression_spans, section_of, switches
 
-# What the methods of a comparison are, besides the one whose gate its settings hold.
-_GATES = {
-    "plain": GateConfig(frozen=True),
-    "penalty": GateConfig(frozen=True, initial_phase="compression"),
-    "published": GateConfig.published(),
-}
 _HIDES = ("centered_cosine_entropy", "norm_ratio", "mean_share")
 
 
@@ -85,7 +79,6 @@ class _Case:
         self.run, self.steps = run, run.steps
         self.n = len(run.steps)
         self.spans = compression_spans(run.steps)
-        self.method = str(run.settings.get("method"))
         self.defaults = GAPTConfig().model_dump()
         rising = section_of(run.settings, "objective").get("direction") == "up"
         self.sign = 1 if rising else -1
@@ -94,15 +87,13 @@ class _Case:
     def setting(self, section: str, name: str) -> Any:
         """A setting of the run; the library's default where the run does not say."""
         table = section_of(self.run.settings, section)
-        if section == "gate" and self.method in _GATES:
-            table = _GATES[self.method].model_dump()  # its own, not that of the method beside it
         value, default = table.get(name), self.defaults[section][name]
         return value if isinstance(value, int | float if isinstance(default, float) else type(default)) else default
 
     @property
     def gate_known(self) -> bool:
         """The run says how its gate was set."""
-        return bool(section_of(self.run.settings, "gate")) or self.method in _GATES
+        return bool(section_of(self.run.settings, "gate"))
 
     def gate(self) -> list[Diagnosis]:
         if self.setting("gate", "frozen"):

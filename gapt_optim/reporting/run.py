@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pandas import DataFrame, Series
 
-from .records import Record, Records, table
+from .records import Record, Records
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     metrics = Records(folder / "metrics.jsonl").read_to_the_end()
     held_out = Records(folder / "validation.jsonl")
     notes: list[str] = []
-    settings = read_settings(folder, notes)
+    settings = _read_settings(folder / "settings.json", notes)
     notes += metrics.notes()
     if held_out.path.exists():
         notes += held_out.read_to_the_end().notes()
@@ -92,23 +92,7 @@ def _run(metrics: Records, held_out: Records, settings: Record, notes: tuple[str
     return Run(steps, validations, metrics.layers() or held_out.layers(), settings, notes)
 
 
-def read_settings(folder: Path, notes: list[str]) -> Record:
-    """A run's ``settings.json``, or that of the folder around it where the run is one of its ``methods``."""
-    own = _read_table(folder / "settings.json", notes)
-    if own:
-        return own
-    shared = _read_table(folder.resolve().parent / "settings.json", [])
-    name = folder.resolve().name
-    return {**shared, "method": name} if name in methods_of(shared) else {}
-
-
-def methods_of(settings: Record) -> list[str]:
-    """The methods that a comparison runs, in its order; empty where its settings name none."""
-    found = settings.get("methods", table(settings, "config").get("methods"))
-    return [method for method in found if isinstance(method, str)] if isinstance(found, list) else []
-
-
-def _read_table(path: Path, notes: list[str]) -> Record:
+def _read_settings(path: Path, notes: list[str]) -> Record:
     if not path.exists():
         return {}
     try:
@@ -155,9 +139,8 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[Run]]:
         folder = check_folder(Path(rest if named else spec))
         folders = {name if named else folder.resolve().name: folder}
         if not (folder / "metrics.jsonl").exists():
-            inside = {child.name: child for child in sorted(folder.iterdir()) if (child / "metrics.jsonl").is_file()}
-            order = methods_of(_read_table(folder / "settings.json", []))
-            inside = {method: inside[method] for method in order if method in inside} | inside
+            children = sorted(folder.iterdir(), key=lambda child: (child.name != "plain", child.name))
+            inside = {child.name: child for child in children if (child / "metrics.jsonl").is_file()}
             if not inside:
                 raise ValueError(f"the folder {str(folder)!r} has no metrics.jsonl: no run wrote there")
             folders = {f"{name}/{child}" if named else child: path for child, path in inside.items()}

@@ -112,7 +112,7 @@ def test_a_healthy_run_has_none() -> None:
     assert verdict(run) == NOTHING_FOUND
 
 
-def test_runs_without_phases_are_not_judged() -> None:
+def test_a_frozen_gate_is_no_fault() -> None:
     plain = run_of(plain=True, settings={"config": {"gate": {"frozen": True}}})
     assert (diagnose(plain), verdict(plain)) == ([], PLAIN_RUN)
     penalty = run_of(lambda steps: phases(steps, [(1, 400)]), settings={"gate": {"frozen": True}})
@@ -154,8 +154,6 @@ def test_findings_are_in_their_order() -> None:
 @pytest.mark.parametrize("finding", FINDINGS.values(), ids=list(FINDINGS))
 def test_sentences_name_settings_that_exist(finding: Any) -> None:
     config = GAPTConfig().model_dump()
-    if "target" not in config["objective"]:
-        config["objective"]["target"] = config["objective"].pop("floor")  # its name until now
     for path in finding.settings:
         section, name = path.split(".")
         assert name in config[section], path
@@ -249,19 +247,4 @@ def test_where_the_defaults_are_the_judge_it_is_said() -> None:
         "settings.json: gate.patience could not be used; the defaults are in place of it"
     ]
     assert judged_by(run_of(settings=GAPTConfig().model_dump())) == []
-    assert judged_by(run_of(settings={"method": "plain"})) == []
     assert judged_by(Run.of([])) == []
-
-
-@pytest.mark.parametrize("method", ["plain", "penalty", "gapt"])
-def test_a_frozen_gate_of_a_comparison_is_no_fault(method: str) -> None:
-    """Settings beside the methods' folders hold the gate of gapt alone."""
-    settings = {"methods": ["plain", "penalty", "gapt"], "gapt": {"gate": {"frozen": False}}, "method": method}
-    steps = [{**record, "phase": "compression" if method == "penalty" else "memorization"} for record in records(60)]
-    run = Run.of([{**record, "reason": None} for record in steps], settings=settings)
-    if method == "gapt":
-        assert [one.key for one in diagnose(run)] == ["never_compressed"]
-        assert "If the gate was frozen" not in diagnose(run)[0].what
-    else:
-        assert diagnose(run) == []
-        assert verdict(run) == (PLAIN_RUN if method == "plain" else CONSTANT_PENALTY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -131,26 +130,14 @@ def test_files_beside_the_metrics_that_are_broken_are_said(tmp_path: Path) -> No
         read_run(tmp_path)
 
 
-def test_a_method_of_a_comparison_has_its_settings(tmp_path: Path) -> None:
-    write_run(tmp_path / "plain", plain=True, steps=400)
-    (tmp_path / "plain" / "settings.json").unlink()
-    (tmp_path / "settings.json").write_text(json.dumps({"methods": ["plain", "gapt"], "lr": 1}))
-    run = read_run(tmp_path / "plain")
-    assert run.settings == {"methods": ["plain", "gapt"], "lr": 1, "method": "plain"}
-    assert diagnose(run) == []  # plain training is not blamed for having no phases
-    (tmp_path / "settings.json").write_text(json.dumps({"methods": ["gapt"]}))
-    assert read_run(tmp_path / "plain").settings == {}
-
-
 def test_runs_are_found_in_folders_and_by_name(tmp_path: Path) -> None:
     for seed in (0, 1):
         for name in ("plain", "gapt", "other"):
             write_run(tmp_path / f"seed{seed}" / name, steps=20)
-    (tmp_path / "seed0" / "settings.json").write_text(json.dumps({"config": {"methods": ["plain", "gapt"]}}))
     one, two = tmp_path / "seed0", tmp_path / "seed1"
     found = find_runs([str(one), str(two), f"mine={one / 'gapt'}", f"both={two}"])
     assert [(name, len(seeds)) for name, seeds in found.items()] == [
-        ("plain", 2), ("gapt", 2), ("other", 2), ("mine", 1), ("both/gapt", 1), ("both/other", 1), ("both/plain", 1),
+        ("plain", 2), ("gapt", 2), ("other", 2), ("mine", 1), ("both/plain", 1), ("both/gapt", 1), ("both/other", 1),
     ]  # fmt: skip
 
 

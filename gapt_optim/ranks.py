@@ -1,4 +1,4 @@
-"""Means over ranks, and reading device values without waiting for the device too early."""
+"""Sums over ranks, and reading device values without waiting for the device too early."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Elementwise sum over the ranks of ``group``, in one collective; the same on every rank."""
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Elementwise mean over the ranks of ``group``, in one collective; the same on every rank."""
     if group is None:
         return values
-    total = values.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)  # gloo has no average
-    return total.div_(dist.get_world_size(group))
+    return sum_over_ranks(values, group).div_(dist.get_world_size(group))  # gloo has no average
 
 
 def refuse_different_ranks(
