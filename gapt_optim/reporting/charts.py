@@ -237,9 +237,11 @@ class RunCharts:
         for place, (name, seeds) in self._drawn():
             at_layers = [values for run in seeds if len(values := run.steps.alignment.dropna())]
             if len(at_layers) == 1:
-                mean, spread = smoothed(at_layers[0]), noise(at_layers[0])
+                mean, spread = with_noise(at_layers[0])
                 traces += self._band(place, name, [mean - spread, mean + spread])[:2]
-            traces += self._training(place, name, at_layers, dots=False, faint=False)[-1:]
+                traces.append(self._line(place, name, extremes(mean)))
+            else:
+                traces += self._training(place, name, at_layers, dots=False, faint=False)
             dots = [values for run in seeds if len(values := run.steps.parameter_alignment.dropna())]
             traces += self._training(place, name, dots, dots=True, faint=False, kind=", of the parameters")
         if not traces:
@@ -261,21 +263,18 @@ class RunCharts:
                 continue
             values = seeds[0].layers["cosine"]
             limit = float(np.nanquantile(values.abs(), 0.98)) or 1.0
-            # plotly's scale goes from blue to red
-            trace = _heat(values, (-limit, limit), "cosine", {"run": place}) | {
-                "colorscale": "RdBu",
-                "reversescale": True,
-            }
+            trace = _heat(values, (-limit, limit), "cosine", {"run": place}) | {"colorscale": "RdBu"}
             note = f"{_of_layers(seeds[0])} Blue: the gradients agree. Red: they oppose each other."
             said = f"The mean is lowest in {values.mean().idxmin()}."
             charts.append(self._map(place, f"Cosine at each layer, {name}", [trace], note, said))
         return charts
 
 
-def noise(values: Series) -> Series:
-    """Standard deviation of single steps around their running mean."""
+def with_noise(values: Series) -> tuple[Series, Series]:
+    """The running mean over a twentieth of the run, and the standard deviation of single steps around it."""
     there = values.dropna()
-    return smoothed((there - smoothed(there)) ** 2).clip(lower=0) ** 0.5
+    mean = smoothed(there, 20)
+    return mean, smoothed((there - mean) ** 2, 20).clip(lower=0) ** 0.5
 
 
 def blocks(frame: DataFrame, limit: int) -> DataFrame:

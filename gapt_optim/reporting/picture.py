@@ -11,7 +11,7 @@ import numpy as np
 
 from .._display.pictures import FAINT, SHADE, STYLE, color_of, save_figure
 from .._display.tables import with_minus
-from .charts import blocks, noise, short_names
+from .charts import blocks, short_names, with_noise
 from .run import Run, compression_spans, last_value, of_interest, pressed_entropy, share_in_compression, smoothed
 
 
@@ -91,13 +91,15 @@ def _draw_curves(axes: Any, runs: Mapping[str, Run], colors: Mapping[str, str], 
         values = held_out if len(held_out) else smoothed(trained)
         axes.plot(values.index, values, label=with_minus(f"{name}  {last:.3g}{change}"), **style)
         late.append(values[values.index >= 0.1 * values.index[-1]])
-    of_training = any(run.held_out[column].isna().all() for run in runs.values())
-    of_held_out = any(run.held_out[column].notna().any() for run in runs.values())
-    read = "\n".join(["dots: held out"] * of_held_out + ["no dots: running mean of training"] * of_training)
-    _legend(axes, read)
+    of_held_out = [run.held_out[column].notna().any() for run in runs.values()]
+    if all(of_held_out):
+        _legend(axes, "held out")
+    else:
+        _legend(axes, "running mean of training" + ("\ndots: held out" if any(of_held_out) else ""))
     if column == "entropy":
         kernels = {pressed_entropy(run) for run in runs.values()} - {""}
-        axes.set_ylabel("\n".join(["entropy (nats)", *(sorted(kernels) if len(kernels) == 1 else [])]))
+        axes.set_ylabel("entropy (nats)")
+        axes.set_title(" / ".join(sorted(kernels)), loc="left", color=FAINT, fontsize=9.5)
         axes.set_ylim(bottom=0.0)
         return
     axes.set_ylabel("loss (nats)")
@@ -112,7 +114,7 @@ def _draw_alignment(axes: Any, runs: Mapping[str, Run], colors: Mapping[str, str
         color = colors[name]
         single, parameters = run.steps[column].dropna(), run.steps.parameter_alignment.dropna()
         if len(single):
-            mean, spread = smoothed(single), noise(single)
+            mean, spread = with_noise(single)
             axes.fill_between(mean.index, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
             axes.plot(mean.index, mean, color=color, lw=1.8, label=with_minus(f"{name}  {mean.iloc[-1]:+.2f}"))
         if len(parameters):

@@ -185,10 +185,10 @@ def share_in_compression(steps: DataFrame) -> float:
     return float((steps.phase == "compression").mean())
 
 
-def smoothed(values: Series) -> Series:
-    """Mean over the fiftieth of what is there that lies around each value."""
+def smoothed(values: Series, part: int = 50) -> Series:
+    """Mean over what lies around each value: a fiftieth of what is there, or another part of it; at least five."""
     there = values.dropna()
-    return there.rolling(max(1, len(there) // 50), center=True, min_periods=1).mean()
+    return there.rolling(max(5, len(there) // part), center=True, min_periods=1).mean()
 
 
 def last_value(run: Run, column: str) -> float:

@@ -38,6 +38,10 @@ class RunFollower:
             column, rows = "loss", self.held_out.rows
         return [row[column] for row in rows if not math.isnan(row[column])]
 
+    def shows_again(self, column: str) -> bool:
+        """The column is the entropy itself, wherever there are both."""
+        return all(math.isnan(row[column]) or row[column] == row["entropy"] for row in self.metrics.rows)
+
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """The course of some values in so many characters, from the lowest to the highest.
@@ -82,7 +86,8 @@ def screen(run: RunFollower, width: int, state: str = "") -> Any:
         shown.add_row("step", Text(f"{last['step']:,}{'  ' + state if state else ''}"))
         shown.add_row("phase", Text.assemble((f"{last['phase']:<12}", style), " ", (phase_line(rows, room), "blue")))
         for column, title in _SHOWN.items():
-            if values := run.values(column):
+            same = column == "centered_cosine_entropy" and run.shows_again(column)
+            if (values := run.values(column)) and not same:
                 shown.add_row(title, Text(f"{values[-1]:<12.4g} {sparkline(values, room)}"))
         switches = [row for row in rows if row["reason"]]
         share = sum(row["phase"] == "compression" for row in rows) / len(rows)
