@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .charts import FAINT, OTHER_COLORS, chart_style, import_matplotlib, save_figure, subplots
+import numpy as np
+from pandas import DataFrame
+
+from .._display.page import Chart, Page, Trace, base_layout, bullets, label
+from .._display.pictures import FAINT, OTHER_COLORS, STYLE, save_figure
+from .._display.tables import MISSING, common_prefix, html_table, number
 from .layer_profile import LayerProfile, Profile
-from .page import Chart, Page, Trace, base_layout, escaped, label, number, rounded, table, write_page
 
 COLORS = ("#1f6feb", "#d9822b", *OTHER_COLORS, "#8250df")
 KINDS = {
@@ -177,14 +182,14 @@ def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathL
     """
     named = _named(profiles)
     shown = [panel for panel in panels(named) if panel.lines]
-    mpl = import_matplotlib()
-    with mpl.rc_context(chart_style()):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
         columns = min(2, len(shown))
         rows = -(-len(shown) // columns)
-        figure, grid = subplots(
-            mpl, rows, columns, (5.2 * columns, 2.9 * rows), squeeze=False,
-            gridspec_kw={"hspace": 0.55, "wspace": 0.22},
-        )  # fmt: skip
+        figure = Figure(figsize=(5.2 * columns, 2.9 * rows))
+        grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"hspace": 0.55, "wspace": 0.22})
         for axes, panel in zip(grid.ravel(), shown, strict=False):
             view = panel.views[0][0] if panel.views else None
             for line in panel.lines:
@@ -207,7 +212,11 @@ def draw_profile(profiles: Profile | Mapping[str, Profile], path: str | os.PathL
                 axes.legend(fontsize=7, loc="best", framealpha=0.8, edgecolor="none")
         for axes in grid.ravel()[len(shown) :]:
             axes.set_visible(False)
-        note = "dashed: without the first token" if any(line.dashed for panel in shown for line in panel.lines) else ""
+        note = (
+            "solid: all tokens, dashed: without the first token of each sequence"
+            if any(line.dashed for panel in shown for line in panel.lines)
+            else ""
+        )
         top = figure.subplotpars.top + 0.5 / figure.get_figheight()
         figure.text(0.07, top, title or ", ".join(named), va="bottom", fontweight="bold", fontsize=13)
         figure.text(0.07, top, note, va="top", fontsize=8.5, color=FAINT)
@@ -236,27 +245,27 @@ def write_profile(
         raise ValueError(f"profiles must have as many layers to be compared, found {counts}")
     several = len(named) > 1
     page = Page(title, _subtitle(named), [(name, COLORS[i % len(COLORS)]) for i, name in enumerate(named)])
-    notes = [f"<li><b>{escaped(name)}</b>: {escaped(note)}</li>" for name, one in named.items() for note in one.notes]
+    notes = [f"<b>{html.escape(name)}</b>: {html.escape(note)}" for name, one in named.items() for note in one.notes]
     if several and len({tuple(one.names) for one in named.values()}) > 1:
-        notes.append("<li>The layers have different names; they are compared by their place.</li>")
+        notes.append("The layers have different names; they are compared by their place.")
     if notes:
-        page.add("notes", "To know", f'<ul class="notes">{"".join(notes)}</ul>')
+        page.add("To know", bullets(notes))
     if several:
         first, *rest = named
         for other in rest:
             changes = difference_panels(named[first], named[other])
             heading = f"From {first} to {other}"
             said = f"Values of {other}, and their change from {first}."
-            content = table(*comparison_table(named[first], named[other]), said)
-            page.add(f"change{len(page.sections)}", heading, content, [_chart(panel) for panel in changes])
+            content = html_table(comparison_table(named[first], named[other]), said)
+            page.add(heading, content, [_chart(panel) for panel in changes])
     entropies = [panel for panel in panels(named) if panel.title.startswith("Entropy")]
     others = [panel for panel in panels(named) if not panel.title.startswith("Entropy")]
-    page.add("entropy", "Entropy by layer", f"<p>{_READING}</p>", [_chart(panel) for panel in entropies])
-    page.add("hidden", "What can hide in an entropy, and more", "", [_chart(panel) for panel in others])
+    page.add("Entropy by layer", f"<p>{_READING}</p>", [_chart(panel) for panel in entropies])
+    page.add("What can hide in an entropy, and more", "", [_chart(panel) for panel in others])
     for name, one in named.items():
         heading = f"Table: {name}" if several else "Table"
-        page.add(f"table{len(page.sections)}", heading, table(*profile_table(one), "Order 2, all tokens, unless said."))
-    return write_page(page, path)
+        page.add(heading, html_table(profile_table(one), "Order 2, all tokens, unless said."))
+    return page.write(path)
 
 
 _READING = (
@@ -268,8 +277,8 @@ _READING = (
 )
 
 
-def profile_table(one: Profile) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows: what a terminal shows."""
+def profile_table(one: Profile) -> DataFrame:
+    """A row per layer: what a terminal shows."""
     window = 8 if 8 in one.windows else one.windows[0]
     alpha = 2.0 if 2.0 in one.orders else one.orders[0]
     columns = ["layer", *(f"{name} S" for name in KINDS.values()), "rank", "norm ratio", "mean share"]
@@ -290,8 +299,8 @@ def profile_table(one: Profile) -> tuple[list[str], list[list[object]]]:
     return _without_empty(columns, rows)
 
 
-def comparison_table(first: Profile, second: Profile) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows: the second's values by layer, and their difference from the first's.
+def comparison_table(first: Profile, second: Profile) -> DataFrame:
+    """A row per layer: the second's values, and their difference from the first's.
 
     Raises:
         ValueError: the numbers of layers differ, or no window and order is in both.
@@ -323,26 +332,9 @@ def comparison_table(first: Profile, second: Profile) -> tuple[list[str], list[l
         ]
         for read in readers:
             a, b = read(before), read(after)
-            row += [number(b, 4), number(None) if a is None or b is None else _signed(b - a)]
+            row += [number(b, 4), MISSING if a is None or b is None else _signed(b - a)]
         rows.append(row)
     return _without_empty(columns, rows)
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], file: Any = None) -> None:
-    """A table in the terminal, by rich."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        shown.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold", min_width=3)
-    for row in rows:
-        shown.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(file=file)
-    if not console.is_terminal:
-        console = Console(file=file, width=max(160, console.width))
-    console.print(shown)
 
 
 def summary_line(one: Profile) -> str:
@@ -356,30 +348,13 @@ def summary_line(one: Profile) -> str:
 
 def _chart(panel: Panel) -> Chart:
     ticks = list(range(len(panel.layers)))
-    data: list[Trace] = []
-    for line in panel.lines:
-        meta: dict[str, Any] = {}
-        if line.run is not None:
-            meta["run"] = line.run
-        if line.view is not None:
-            meta["view"] = line.view
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "x": ticks,
-                "y": rounded(line.values),
-                "name": label(line.name),
-                "showlegend": not line.dashed,
-                "line": {"color": line.color, "width": 2, "dash": "dash" if line.dashed else "solid"},
-                "marker": {"size": 5, "color": line.color},
-                "hovertemplate": "%{y:.4g}<extra>" + label(line.name) + "</extra>",
-                "meta": meta,
-            }
-        )
+    traces = [_trace(line, ticks) for line in panel.lines]
+    if any(line.dashed for line in panel.lines):
+        traces += [_key(name, dash) for name, dash in (("all tokens", "solid"), ("without first token", "dash"))]
     every = max(1, -(-len(ticks) // 12))
+    prefix = common_prefix(panel.layers)
     layout = base_layout(
-        showlegend=sum(not line.dashed for line in panel.lines) > 1,
+        showlegend=len(traces) > 1,
         legend={"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0, "font": {"size": 11}},
         hovermode="x unified",
         margin={"b": 30},
@@ -388,24 +363,45 @@ def _chart(panel: Panel) -> Chart:
             "title": {"text": "layer", "standoff": 6},
             "tickmode": "array",
             "tickvals": ticks[::every],
-            "ticktext": [label(_tail(name)) for name in panel.layers][::every],
+            "ticktext": [label(name.removeprefix(prefix)) for name in panel.layers][::every],
         },
         # From 0, so that small differences look small.
         yaxis={"title": {"text": label(panel.unit), "standoff": 4}, "rangemode": "tozero"},
     )
     known = [line for line in panel.lines if any(value is not None for value in line.values)]
     said = "; ".join(f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in known)
-    columns = ["layer", *(f"{line.view}: {line.name}" if line.view else line.name for line in panel.lines)]
-    rows = [[name, *(line.values[i] for line in panel.lines)] for i, name in enumerate(panel.layers)]
     alternative = f"{panel.title} over {len(ticks)} layers, in {panel.unit}: {said}."
-    return Chart(panel.title, panel.note, alternative, data, layout, columns, rows, panel.views, tall=True)
+    return Chart(panel.title, panel.note, alternative, traces, layout, panel.views, tall=True)
 
 
-def _tail(name: str) -> str:
-    """The end of a module's name that tells it from its neighbours."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] :]) if numbers else name
+def _trace(line: Line, ticks: list[int]) -> Trace:
+    meta = {key: value for key, value in (("run", line.run), ("view", line.view)) if value is not None}
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": ticks,
+        "y": np.array(line.values, dtype=np.float32),
+        "name": label(line.name),
+        "showlegend": not line.dashed,
+        "line": {"color": line.color, "width": 2, "dash": "dash" if line.dashed else "solid"},
+        "marker": {"size": 5, "color": line.color},
+        "hovertemplate": "%{y:.4g}<extra>" + label(line.name) + "</extra>",
+        "meta": meta,
+    }
+
+
+def _key(name: str, dash: str) -> Trace:
+    """An entry of the legend without a line."""
+    line = {"color": FAINT, "width": 2, "dash": dash}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [None],
+        "y": [None],
+        "name": name,
+        "line": line,
+        "showlegend": True,
+    }
 
 
 def _named(profiles: Profile | Mapping[str, Profile]) -> dict[str, Profile]:
@@ -440,13 +436,15 @@ def _differences(before: list[float | None], after: list[float | None]) -> list[
 
 
 def _fixed(value: float | None) -> str:
-    return number(None) if value is None else f"{value:.3f}"
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _without_empty(columns: list[str], rows: list[list[object]]) -> tuple[list[str], list[list[object]]]:
-    keep = [i for i in range(len(columns)) if i == 0 or any(row[i] != number(None) for row in rows)]
-    return [columns[i] for i in keep], [[row[i] for i in keep] for row in rows]
+def _without_empty(columns: list[str], rows: list[list[object]]) -> DataFrame:
+    """The first column names the rows; columns without a value go."""
+    keep = [i for i in range(1, len(columns)) if any(row[i] != MISSING for row in rows)]
+    cells = [[row[i] for i in keep] for row in rows]
+    return DataFrame(cells, index=[str(row[0]) for row in rows], columns=[columns[i] for i in keep])

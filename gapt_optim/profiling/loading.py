@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runs import CommandError
-
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken")
 
@@ -23,7 +21,7 @@ def load_python(spec: str, what: str) -> Any:
     """What ``package.module:name`` names, called where it is a function.
 
     Raises:
-        CommandError: it cannot be imported, or calling it raises.
+        ValueError: it cannot be imported, or calling it raises.
     """
     module_name, _, attribute = spec.partition(":")
     here = os.getcwd()
@@ -34,13 +32,13 @@ def load_python(spec: str, what: str) -> Any:
         for part in attribute.split("."):
             value = getattr(value, part)
     except Exception as error:
-        raise CommandError(f"{what} {spec!r} cannot be imported: {_one_line(error)}") from error
+        raise ValueError(f"{what} {spec!r} cannot be imported: {_one_line(error)}") from error
     if isinstance(value, nn.Module) or not callable(value):
         return value
     try:
         return value()
     except Exception as error:
-        raise CommandError(f"{what} {spec!r} cannot be built, {attribute}() raised {_one_line(error)}") from error
+        raise ValueError(f"{what} {spec!r} cannot be built, {attribute}() raised {_one_line(error)}") from error
 
 
 def is_python(spec: str) -> bool:
@@ -54,26 +52,26 @@ def load_model(spec: str) -> nn.Module:
     """A model from a ``transformers`` folder or hub name, without its head, or from ``package.module:name``.
 
     Raises:
-        CommandError: there is none.
+        ValueError: there is none.
     """
     if is_python(spec):
         model = load_python(spec, "the model")
         if not isinstance(model, nn.Module):
-            raise CommandError(f"the model {spec!r} gives {type(model).__name__}, not a torch.nn.Module")
+            raise ValueError(f"the model {spec!r} gives {type(model).__name__}, not a torch.nn.Module")
         return model
     _check_folder(spec)
     try:
         from transformers import AutoModel
         from transformers.utils import logging
     except ImportError as error:
-        raise CommandError("a model's folder needs transformers: pip install transformers") from error
+        raise ValueError("a model's folder needs transformers: pip install transformers") from error
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # The layers are all that is looked at; a head would only cost time and memory.
         model = AutoModel.from_pretrained(spec, dtype="auto")
     except Exception as error:
-        raise CommandError(f"the model {spec!r} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"the model {spec!r} cannot be loaded: {_one_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -84,29 +82,27 @@ def load_batches(
     """Batches from ``package.module:name``, or token batches of a text file by the model's tokenizer.
 
     Raises:
-        CommandError: they cannot be made; a text that is too short only when it was read.
+        ValueError: they cannot be made; a text that is too short only when it was read.
     """
     if is_python(spec):
         batches = load_python(spec, "the data")
         if not isinstance(batches, Iterable):
-            raise CommandError(f"the data {spec!r} gives {type(batches).__name__}, which has no batches to go through")
+            raise ValueError(f"the data {spec!r} gives {type(batches).__name__}, which has no batches to go through")
         return batches
     path = Path(spec)
     if path.suffix not in TEXT_SUFFIXES:
-        raise CommandError(
-            f"the data {spec!r} is no {', '.join(TEXT_SUFFIXES)} file, nor package.module:name of batches"
-        )
+        raise ValueError(f"the data {spec!r} is no {', '.join(TEXT_SUFFIXES)} file, nor package.module:name of batches")
     if not path.is_file():
-        raise CommandError(f"there is no file {spec!r}")
+        raise ValueError(f"there is no file {spec!r}")
     if is_python(model_spec):
-        raise CommandError(
+        raise ValueError(
             "a text needs the tokenizer of a transformers folder; give the batches of a model of your own as "
             "--data package.module:name"
         )
     folder = Path(model_spec)
     # Without them transformers makes an empty tokenizer, to which all text is nothing or unknown.
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
-        raise CommandError(
+        raise ValueError(
             f"the folder {model_spec!r} has no tokenizer (tokenizer.json or the like), which a text needs; write it "
             "with tokenizer.save_pretrained(folder), or give batches of tokens as --data package.module:name"
         )
@@ -115,13 +111,13 @@ def load_batches(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_spec)
     except Exception as error:
-        raise CommandError(f"the tokenizer of {model_spec!r} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"the tokenizer of {model_spec!r} cannot be loaded: {_one_line(error)}") from error
     config = getattr(model, "config", None)
     longest = getattr(config, "max_position_embeddings", None) or 512
     if length is not None and length > longest:
-        raise CommandError(f"--length {length} is longer than the model takes, {longest} tokens")
+        raise ValueError(f"--length {length} is longer than the model takes, {longest} tokens")
     if length is not None and length < 2:
-        raise CommandError("--length must be at least 2 tokens")
+        raise ValueError("--length must be at least 2 tokens")
     return TextBatches(path, tokenizer, length or min(512, longest), batch_size, tokens)
 
 
@@ -156,12 +152,12 @@ class TextBatches:
         if batch:
             yield self._padded(batch)
         if self.read == 0:
-            raise CommandError(f"{self.path} is too short: it has no sequence of 2 tokens")
+            raise ValueError(f"{self.path} is too short: it has no sequence of 2 tokens")
 
     def _sequences(self) -> Iterator[list[int]]:
         room = self.length - len(self.prefix) - len(self.suffix)
         if room < 1:
-            raise CommandError(f"--length {self.length} has no room beside the tokenizer's special tokens")
+            raise ValueError(f"--length {self.length} has no room beside the tokenizer's special tokens")
         for pieces in self._documents():
             buffer: list[int] = []
             for piece in pieces:
@@ -184,15 +180,15 @@ class TextBatches:
             try:
                 from pyarrow import ArrowInvalid, parquet
             except ImportError as error:
-                raise CommandError("a .parquet file needs pyarrow: pip install pyarrow") from error
+                raise ValueError("a .parquet file needs pyarrow: pip install pyarrow") from error
             try:
                 with parquet.ParquetFile(self.path) as table:
                     if "text" not in table.schema_arrow.names:
-                        raise CommandError(f'{self.path} has no column "text"; it has {table.schema_arrow.names}')
+                        raise ValueError(f'{self.path} has no column "text"; it has {table.schema_arrow.names}')
                     for rows in table.iter_batches(256, columns=["text"]):
                         yield from (iter([str(text)]) for text in rows.column(0).to_pylist() if text)
             except ArrowInvalid as error:
-                raise CommandError(f"{self.path} is no parquet file: {_one_line(error)}") from error
+                raise ValueError(f"{self.path} is no parquet file: {_one_line(error)}") from error
 
     def _padded(self, batch: list[list[int]]) -> dict[str, torch.Tensor]:
         length = max(map(len, batch))
@@ -222,18 +218,18 @@ def _text_of(line: str, path: Path, number: int) -> str:
     try:
         return str(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
-        raise CommandError(f'{path}, line {number}, is no JSON object with a "text"') from None
+        raise ValueError(f'{path}, line {number}, is no JSON object with a "text"') from None
 
 
 def _check_folder(spec: str) -> None:
     path = Path(spec)
     looks_like_path = path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1
     if path.is_dir() and not (path / "config.json").is_file():
-        raise CommandError(f"the folder {spec!r} has no config.json: is it what model.save_pretrained wrote?")
+        raise ValueError(f"the folder {spec!r} has no config.json: is it what model.save_pretrained wrote?")
     if path.is_file():
-        raise CommandError(f"{spec!r} is a file; give the folder of a transformers model, or package.module:name")
+        raise ValueError(f"{spec!r} is a file; give the folder of a transformers model, or package.module:name")
     if looks_like_path and not path.exists():
-        raise CommandError(f"there is no folder {spec!r}")
+        raise ValueError(f"there is no folder {spec!r}")
 
 
 def _one_line(error: BaseException) -> str:
@@ -248,12 +244,12 @@ def dtype_named(name: str) -> torch.dtype | None:
 
 
 def checked_device(name: str | None) -> torch.device | None:
-    """The device of a flag. Raises CommandError where it is none, or not there."""
+    """The device of a flag. Raises ValueError where it is none, or not there."""
     if name is None:
         return None
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:
-        raise CommandError(f"--device {name} cannot be used: {_one_line(error)}") from error
+        raise ValueError(f"--device {name} cannot be used: {_one_line(error)}") from error
     return device

@@ -1,7 +1,7 @@
-"""Look at a model's layers, at a run while it trains, and at a page of it afterwards.
+"""Look at the layers of a model, on some data.
 
 Nothing here is imported before it is used: each name brings what it needs (matplotlib for pictures, plotly for
-pages, rich for tables).
+pages).
 """
 
 from __future__ import annotations
@@ -11,61 +11,17 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .conclusion import conclude, figures, summary
-    from .doctor import diagnose
-    from .findings import FINDINGS, Diagnosis, Finding
-    from .history import RunHistory, compression_spans, read_metrics, read_run, sign_changes
     from .layer_profile import LayerProfile, Profile, profile
-    from .pictures import draw_alignment, draw_entropy_map, draw_training
     from .profile_view import draw_profile, write_profile
-    from .report import write_report
 
 _HOMES = {
-    "Diagnosis": "findings",
-    "FINDINGS": "findings",
-    "Finding": "findings",
     "LayerProfile": "layer_profile",
     "Profile": "layer_profile",
-    "RunHistory": "history",
-    "compression_spans": "history",
-    "conclude": "conclusion",
-    "diagnose": "doctor",
-    "draw_alignment": "pictures",
-    "draw_entropy_map": "pictures",
     "draw_profile": "profile_view",
-    "draw_training": "pictures",
-    "figures": "conclusion",
     "profile": "layer_profile",
-    "read_metrics": "history",
-    "read_run": "history",
-    "sign_changes": "history",
-    "summary": "conclusion",
     "write_profile": "profile_view",
-    "write_report": "report",
 }
 
-__all__ = [
-    "FINDINGS",
-    "Diagnosis",
-    "Finding",
-    "LayerProfile",
-    "Profile",
-    "RunHistory",
-    "compression_spans",
-    "conclude",
-    "diagnose",
-    "draw_alignment",
-    "draw_entropy_map",
-    "draw_profile",
-    "draw_training",
-    "figures",
-    "profile",
-    "read_metrics",
-    "read_run",
-    "sign_changes",
-    "summary",
-    "write_profile",
-    "write_report",
-]
+__all__ = ["LayerProfile", "Profile", "draw_profile", "profile", "write_profile"]
 
 __getattr__, __dir__ = lazy_names(globals(), _HOMES)

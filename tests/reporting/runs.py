@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from gapt_optim.viewing import RunHistory
+from gapt_optim.reporting import Run
 
 HOSTILE = '<script>window.hacked=1</script><img src=x onerror="window.hacked=1"> %{x} $a$ </table>&amp; "quoted"'
 
@@ -65,11 +65,14 @@ def records(
     return found
 
 
-def history(settings: dict[str, Any] | None = None, **changes: Any) -> RunHistory:
-    steps = records(**changes)
+def held_out(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = ("step", "loss", "entropy", "layer_entropy", "measures", "layer_measures")
-    validations = [{key: record[key] for key in kept if key in record} for record in steps[19::20]]
-    return RunHistory(steps, validations, settings or {})
+    return [{key: record[key] for key in kept if key in record} for record in steps[19::20]]
+
+
+def history(settings: dict[str, Any] | None = None, **changes: Any) -> Run:
+    steps = records(**changes)
+    return Run.of(steps, held_out(steps), settings)
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -80,9 +83,8 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 def write_run(folder: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A run's folder."""
-    run = history(**changes)
-    write_lines(folder / "metrics.jsonl", run.steps)
-    write_lines(folder / "validation.jsonl", run.validations)
-    (folder / "settings.json").write_text(json.dumps(settings or {}))
-    (folder / "run.json").write_text(json.dumps({"made_by": "gapt_optim", "version": "1.2.3", "files": []}))
+    steps = records(**changes)
+    write_lines(folder / "metrics.jsonl", steps)
+    write_lines(folder / "validation.jsonl", held_out(steps))
+    (folder / "settings.json").write_text(json.dumps(settings or {"lr": 1e-3}))
     return folder

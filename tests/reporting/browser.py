@@ -42,13 +42,6 @@ class Opened:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    def keys(self, chart: str, *keys: str) -> None:
-        element = self.driver.find_element("id", chart)
-        self.run("arguments[0].focus()", element)
-        for key in keys:
-            element.send_keys(key)
-        self.settle()
-
     def settle(self) -> None:
         self.driver.execute_async_script("setTimeout(arguments[0], 150)")
 
@@ -71,7 +64,7 @@ def opened(page: Path, *, width: int = 1280, dark: bool = False, patience: float
     try:
         driver.get(page.as_uri())
         until = time.monotonic() + patience
-        while not driver.execute_script("return Boolean(window.gapt && window.gapt.ready)"):
+        while not driver.execute_script("return Boolean(document.body && document.body.dataset.ready)"):
             assert time.monotonic() < until, "the charts were not drawn in time"
             time.sleep(0.05)
         yield Opened(driver)
