@@ -15,7 +15,7 @@ from .kernels import Kernel
 from .windows import Windows
 
 if TYPE_CHECKING:
-    from .axes import View
+    from .layout import View
     from .passes import Capture
 
 _PIECE = 2**18

@@ -18,7 +18,7 @@ from .alignment import Angles
 from .config import EntropyConfig
 from .entropy import Gram, Order, entropies, gram_of, measures_of, window_weights
 from .kernels import Kernel, measures_of_rows
-from .layout import Calls, Layout, Pick, Reading
+from .layout import Calls, Candidates, Layers, Layout, Pick, Reading, choose_layers, select_layers
 from .metrics import Measures
 from .objective import weighted_measures
 from .passes import (
@@ -32,7 +32,6 @@ from .passes import (
     recomputing,
     transformed,
 )
-from .selection import Layers, select_layers
 from .windows import Windows, cut, windows_of
 
 Reader = Callable[[str, Reading], None]
@@ -64,7 +63,8 @@ class RepresentationHook:
     Args:
         model: any module. The hook holds only a weak reference to it.
         layers: a glob over ``model.named_modules()`` (``*`` does not cross a dot), a module, a list of
-            globs, names or modules, or None for the model's longest list of blocks.
+            globs, names or modules, or None for the model's blocks. Where the model has several lists, the first
+            forward pass shows which are blocks: modules that run one behind the other.
         output: picks the hidden tensor from a module's output. By default the output itself, the first item of
             a tuple or list, or ``last_hidden_state``. It may return a view.
         mask: picks the token mask (batch, seq), true or 1 where a token counts, from the arguments of the
@@ -74,12 +74,10 @@ class RepresentationHook:
             By default they are known from the module.
         segments: as ``mask``, gives (batch, seq) numbers of documents; no window crosses from one to the next.
 
-    Attributes:
-        names: of the watched modules, in the order of ``model.named_modules()``, which counts as their depth.
-
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: nothing matches, or the automatic choice is ambiguous; the message lists candidates.
+        ValueError: nothing matches, or the automatic choice finds no blocks; the message lists candidates. Where the
+            first forward pass has to choose, it raises there.
     """
 
     def __init__(
@@ -94,14 +92,23 @@ class RepresentationHook:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-        modules = select_layers(model, layers)
-        self.names: list[str] = list(modules)
         self._options = {"output": output, "mask": mask, "layout": layout, "segments": segments}
-        self.watching = watching = Watching(model, Layout(model, modules, **self._options))
-        handles: list[RemovableHandle | leave_out] = []
+        self.watching = Watching(model)
+        self._handles: list[RemovableHandle | leave_out] = []
+        # Also runs when the hook is garbage: a model outlives the hooks placed on it.
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        found = choose_layers(model) if layers is None else select_layers(model, layers)
+        if isinstance(found, Candidates):
+            self._choose_later(model, found)
+        else:
+            self._watch(model, found)
+
+    def _watch(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Place the hooks."""
+        watching, handles = self.watching, self._handles
+        watching.layout = Layout(model, modules, **self._options)
         for name, module in modules.items():
-            watch = Watch(name, watching, module)
-            watching.watches[name] = watch
+            watching.watches[name] = watch = Watch(name, watching, module)
             handles += [leave_out(module), module.register_forward_hook(watch)]
         for module, calls in watching.layout.callers():
             begins = Begins(calls, watching, is_model=module is model)
@@ -110,8 +117,27 @@ class RepresentationHook:
                 module.register_forward_pre_hook(begins, with_kwargs=True, prepend=True),
                 module.register_forward_hook(Ends(begins), always_call=True),
             ]
-        # Also runs when the hook is garbage: a model outlives the hooks placed on it.
-        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    def _choose_later(self, model: nn.Module, candidates: Candidates) -> None:
+        """The first forward pass shows which of the candidates are the model's blocks."""
+        hook = weakref.ref(self)
+
+        def chosen(module: nn.Module, args: Any, output: Any) -> None:
+            this = hook()
+            if this is None or this.names:
+                return
+            _remove(this._handles)
+            this._watch(module, candidates.chosen())
+
+        self._handles += [*candidates.place(), model.register_forward_hook(chosen)]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the watched modules, in the order of ``model.named_modules()``, which counts as their depth.
+
+        Empty where ``layers=None`` waits for the first forward pass to choose.
+        """
+        return list(self.watching.watches)
 
     @property
     def removed(self) -> bool:
@@ -173,7 +199,7 @@ class RepresentationHook:
         model = self.watching.model()
         if model is None:
             raise RuntimeError("cannot copy a RepresentationHook whose model no longer exists")
-        return _rebuild, (model, self.names, self._options)
+        return _rebuild, (model, self.names or None, self._options)
 
     def __repr__(self) -> str:
         return f"RepresentationHook({self.names})"
@@ -182,9 +208,10 @@ class RepresentationHook:
 class Watching:
     """What the watches of one hook share with each other and with the optimizer. It refers to no module."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    layout: Layout
+
+    def __init__(self, model: nn.Module) -> None:
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self.layout = layout
         self.watches: dict[str, Watch] = {}
         self.passes = Passes()
         self.plan: Plan | None = None
@@ -220,6 +247,8 @@ class Watching:
             )
         if self.reader is not None:
             return "hook.measuring() is open, and captures nothing for the optimizer; train outside its with block"
+        if not self.watches:
+            return "layers=None waits for a forward pass of the model to choose layers"
         name = next(iter(self.why_not), next(iter(self.watches)))
         more = f" (and {len(self.watches) - 1} more)" if len(self.watches) > 1 else ""
         layer, reason = f'layer "{name}"{more}', self.why_not.get(name)
@@ -540,9 +569,9 @@ def _same(a: Repeat, b: Repeat) -> bool:
 
 
 def _remove(handles: list[RemovableHandle | leave_out]) -> None:
-    for handle in handles:
-        handle.remove()
+    while handles:
+        handles.pop().remove()
 
 
-def _rebuild(model: nn.Module, names: list[str], options: dict[str, Any]) -> RepresentationHook:
+def _rebuild(model: nn.Module, names: list[str] | None, options: dict[str, Any]) -> RepresentationHook:
     return RepresentationHook(model, names, **options)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import GAPTConfig, ObjectiveConfig
-from .entropy import entropies, measures_of, window_weights
+from .entropy import entropies, entropy_of_gram, measures_of, window_weights
 from .passes import Capture, Plan
 
 
@@ -130,7 +130,10 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
     gram = _joined([call.gram for call in calls])
     assert gram is not None
     live = _joined([call.live for call in calls])
-    value, live, factor = entropies(gram, live, order, first.shape, first.dtype)
+    if torch.is_grad_enabled() or not any(call.angled for call in calls):
+        value, live, factor = entropies(gram, live, order, first.shape, first.dtype)
+    else:  # nothing is pressed, and angles need the factor all the same
+        value, live, factor = entropy_of_gram(gram, live, order, first.shape, first.dtype, with_factor=True)
     weight = window_weights(live, value, order.fewest, first.shape[0])
     sizes = [len(call.gram) for call in calls if call.gram is not None]
     _give_factors(calls, factor, weight, sizes)

@@ -112,6 +112,11 @@ class Pass:
         """Its graph is gone, or it left none."""
         return self._graph is None or self._graph() is None
 
+    def made(self, behind: set[Any]) -> bool:
+        """The model's output is among the nodes ``behind`` a loss."""
+        graph = None if self._graph is None else self._graph()
+        return graph is not None and any(graph in node.metadata.get("gapt_optim", ()) for node in behind)
+
     def forget(self) -> None:
         for capture in self.captures:
             capture.gram = capture.live = capture.measures = capture.node = capture.saved = None
@@ -166,17 +171,17 @@ class Passes:
     def take(self, behind: set[Any]) -> list[Capture]:
         """Captures of the passes in the graph of a loss, given the nodes ``behind`` it; they are no longer here."""
         taken: list[Capture] = []
-        passes = list(self.all())
-        for each in passes:
-            own = [capture for capture in each.captures if capture.node in behind]
+        for each in self.all():
             # Above frozen layers a capture has no node: it belongs to the loss if its pass does.
-            free = [capture for capture in each.captures if capture.node is None]
-            without_graph = len(free) == len(each.captures) and each is passes[-1 if self.open is None else -2]
-            if own or (free and without_graph):
+            free = any(capture.node is None for capture in each.captures)
+            known = any(capture.node in behind for capture in each.captures)
+            if free and not known and each is not self.loose and not each.made(behind):
+                free = False
+            own = {c for c in each.captures if c.node in behind or (free and c.node is None)}
+            if own:
                 each.used = True
-                found = set(own + free)
-                taken += [capture for capture in each.captures if capture in found]
-                each.captures = [capture for capture in each.captures if capture not in found]
+                taken += [capture for capture in each.captures if capture in own]
+                each.captures = [capture for capture in each.captures if capture not in own]
         return taken
 
     def unused(self) -> set[str]:

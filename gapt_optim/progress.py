@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -200,10 +201,11 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
 def _validated(saved: dict[str, Any]) -> SavedState:
     apart = {"gate", "layers", "config"}
     nested = {name: saved[name] for name in apart & saved.keys()}
+    nested["counts"] = {name: value for name, value in saved.items() if name not in apart}
     try:
-        return SavedState.model_validate(
-            nested | {"counts": {name: value for name, value in saved.items() if name not in apart}}, strict=True
-        )
+        return SavedState.model_validate_json(
+            json.dumps(nested), strict=True
+        )  # strict Python takes no dict for a class
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, first["loc"])).removeprefix("")

@@ -20,7 +20,7 @@ from .hook import Watching, order_of
 from .metrics import Measures, StepMetrics
 from .notices import Notices
 from .objective import Pressure, build_objective, counted_layers
-from .passes import Plan
+from .passes import Capture, Plan
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
 from .sums import StepNumbers, StepSums
@@ -48,14 +48,12 @@ class Step:
 
     def __init__(self, config: GAPTConfig, watching: Watching, process_group: dist.ProcessGroup | None) -> None:
         self.config, self.watching, self.process_group = config, watching, process_group
-        self.names = list(watching.watches)
-        self.counted = counted_layers(self.names, config.layers.skip_first, config.layers.skip_last)
         self.progress = Progress(config)
-        self.sums = StepSums(self.names)
         self.metrics: StepMetrics | None = None
         self.within_step = False
         """LBFGS evaluates its closure, and zeroes gradients in it, as often as it likes."""
         self._order = order_of(config.entropy)
+        self._know_layers()
         self._notices = Notices()
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
@@ -64,6 +62,13 @@ class Step:
         """.grad shows what a backward left. Under DeepSpeed it does not."""
         self._ranks_compared = False
         self.begin()
+
+    def _know_layers(self) -> None:
+        """Which layers there are: with ``layers=None``, the first forward pass may choose them."""
+        layers = self.config.layers
+        self.names = list(self.watching.watches)
+        self.counted = counted_layers(self.names, layers.skip_first, layers.skip_last)
+        self.sums = StepSums(self.names)
 
     # What this step does
 
@@ -76,7 +81,7 @@ class Step:
         compressing = self.progress.phase is Phase.COMPRESSION
         started = counts.steps >= config.objective.start
         turn = self.counted
-        if config.layers.schedule == "rotate":
+        if config.layers.schedule == "rotate" and self.counted:
             turn = (self.counted[counts.compression_steps % len(self.counted)],)
         self.pressure = Pressure(
             config,
@@ -108,9 +113,14 @@ class Step:
                 "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
-        taken = self.watching.take(loss)
-        if not taken:
-            self._nothing_taken(loss)
+        if not self.names and self.watching.watches:  # chosen in this forward pass, which captured nothing
+            self._know_layers()
+            self.begin()
+            taken: dict[str, list[Capture]] = {}
+        else:
+            taken = self.watching.take(loss)
+            if not taken:
+                self._nothing_taken(loss)
         self._notices.no_entropy(taken, center=self.config.entropy.center)
         if self.plan.pressed:
             self._notices.no_gradient(taken, self.counted)
@@ -294,6 +304,7 @@ class Step:
         if pressure.active:
             self._notices.small_share(numbers.loss, numbers.penalty, self.config.objective.weight)
         watched = {name: watch.module() for name, watch in self.watching.watches.items()}
+        self._notices.unused(self.watching.passes.unused())
         self._notices.absent(numbers.ran, self.names, self.watching.model(), watched)
         self._notices.stepped()
 

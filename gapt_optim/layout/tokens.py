@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .following import BATCH, FEATURES, LENGTH, Axes, Span, Trace
+from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
 
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
 _NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
+_OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
 _PADDING = {
     nn.MultiheadAttention: "key_padding_mask",
     nn.TransformerEncoder: "src_key_padding_mask",
@@ -57,7 +58,7 @@ class Call:
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
         self.documents: Tensor | None = None
-        self.picked: dict[str, Any] = {}
+        self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
         self.depth = 0
 
@@ -109,27 +110,35 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments, and in mappings, sequences and dataclasses among them, by name."""
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             found[name] = value
-        elif isinstance(value, Mapping):
-            for key in value:
-                if isinstance(value[key], Tensor) and str(key) not in found:
-                    found[str(key)] = value[key]
-        elif isinstance(value, (tuple, list)):
-            for i, item in enumerate(value):
+        elif not isinstance(value, (str, int, float, bool, type(None))):
+            for key, item in _items(name, value):
                 if isinstance(item, Tensor):
-                    found[f"{name}[{i}]"] = item
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for field in dataclasses.fields(value):
-                if isinstance(getattr(value, field.name), Tensor):
-                    found.setdefault(field.name, getattr(value, field.name))
+                    found.setdefault(key, item)
     return found
+
+
+def _items(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [(str(key), value[key]) for key in value]
+    if isinstance(value, (tuple, list)):
+        return [(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return []
 
 
 def is_mask(name: str) -> bool:
     return name.endswith(_MASKS) and name not in _NOT_OF_TOKENS
+
+
+def may_mask(name: str) -> bool:
+    """An argument whose name says that it is a mask, of one kind or another."""
+    return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
 
 
 def prefix_of(mask: str) -> str:
@@ -183,36 +192,51 @@ def axes_of(call: Call, name: str) -> Axes:
 # Which mask
 
 
-def followed(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> tuple[Choice | None, str | None]:
-    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit."""
+def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool) -> tuple[Choice | None, str | None]:
+    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit.
+
+    Rows in another order have none where they are ``flat``, as those that were sent to an expert. In the shape of the
+    tokens they were put back.
+    """
     problem = None
+    for call, position, name in _masks_of(calls):
+        spans = [trace.spans[(call, token)] for token in call.tokens(name) if (call, token) in trace.spans]
+        spans = [span for span in spans if span != POOLED]
+        if not spans:
+            continue
+        span = next((span for span in spans if span is not None), None)
+        if span is None and not flat:
+            span = Span(0, call.tensors[name].shape[-1])
+        if span is not None and fits(call.tensors[name], span, rows):
+            return Choice(position, name, span.start, f"{name} of {call.caller.kind}"), None
+        problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
+    return _labels(calls, trace, rows), problem
+
+
+def _masks_of(calls: list[Call]) -> Iterator[tuple[Call, int, str]]:
+    """Those of (batch, length) first, and of the innermost call first."""
     for two_dimensional in (True, False):
         for position in reversed(range(len(calls))):
-            call = calls[position]
-            for name in call.masks:
-                if (call.tensors[name].ndim == 2) != two_dimensional:
-                    continue
-                spans = [trace.spans[(call, token)] for token in call.tokens(name) if (call, token) in trace.spans]
-                if not spans:
-                    continue
-                span = next((span for span in spans if span is not None), None)
-                if fits(call.tensors[name], span, rows):
-                    assert span is not None
-                    return Choice(position, name, span.start, f"{name} of {call.caller.kind}"), None
-                problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
+            for name in calls[position].masks:
+                if (calls[position].tensors[name].ndim == 2) == two_dimensional:
+                    yield calls[position], position, name
+
+
+def _labels(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> Choice | None:
+    """The labels of an encoder-decoder that was given no mask for its decoder."""
     for position in reversed(range(len(calls))):
         call = calls[position]
         if call.caller.decodes and "decoder_attention_mask" not in call.tensors and "labels" in call.tensors:
             span = trace.spans.get((call, "labels")) or trace.spans.get((call, "decoder_input_ids"))
             if span is not None and fits(call.tensors["labels"], span, rows):
-                return Choice(position, "labels", span.start, f"labels of {IGNORED}"), None
-    return None, problem
+                return Choice(position, "labels", span.start, f"labels of {IGNORED}")
+    return None
 
 
-def fits(mask: Tensor, span: Span | None, rows: tuple[int, int]) -> bool:
+def fits(mask: Tensor, span: Span, rows: tuple[int, int]) -> bool:
     """The mask has a value for each of the rows (batch, length)."""
     batch, length = sizes_of_mask(mask)
-    if span is None or batch not in (1, rows[0]):
+    if batch not in (1, rows[0]):
         return False
     if span.length is None:
         return length == rows[1]
@@ -220,7 +244,7 @@ def fits(mask: Tensor, span: Span | None, rows: tuple[int, int]) -> bool:
 
 
 def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choice | None, str | None, str | None]:
-    """The mask by nesting and shape alone, where rows were not followed; what does not fit; and what makes it a guess."""
+    """The mask by nesting and shape alone, where nothing was followed; what does not fit; what makes it a guess."""
     problem = None
     parts = layer.split(".")
     for position in reversed(range(len(calls))):
@@ -290,7 +314,13 @@ def keep(name: str, call: Call) -> Tensor:
         least = 0 if mask.ndim == 2 else -1000  # with a bias of positions in it
         kept = torch.where(additive, mask >= least, mask != 0)
         return _seen(~kept if inverted else kept)
-    return _seen(mask == 0 if inverted else mask != 0)
+    keep = mask == 0 if inverted else mask != 0
+    if mask.ndim > 2 and mask.shape[-1] == mask.shape[-2] > 1:
+        # Causal, and true where a key is hidden, as in MPT: all keys that come later are.
+        later = keep.masked_fill(torch.ones_like(keep, dtype=torch.bool).tril(), True)
+        hides = later.all() & ~keep.diagonal(dim1=-2, dim2=-1).all()
+        keep = keep ^ hides
+    return _seen(keep)
 
 
 def _seen(keep: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import _get_current_function_mode
 
+from .._tell import tell
 from . import axes as axes_
-from ._tell import tell
 from .axes import Kind, kind_of
-from .following import Axes, Following, Trace, compiled_within
-from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows
+from .following import BATCH, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
+from .outputs import checked_hidden, hidden_tensor, padded
+from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -152,7 +153,7 @@ class Layout:
             return
         if len(self.calls) == 1 and self._following is None and self._is_new(call):
             self._following = Following()
-            self._following.__enter__()
+            self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
             for name, tensor in call.tensors.items():
                 self._following.begin(tensor, (call, name), axes_of(call, name))
@@ -177,8 +178,8 @@ class Layout:
 
     def _stop(self) -> None:
         following, self._following = self._following, None
-        if following is not None and torch.overrides._get_current_function_mode() is following:
-            following.__exit__(None, None, None)
+        if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
+            following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     # Outputs
 
@@ -192,17 +193,19 @@ class Layout:
         """
         watched = self._watched[name]
         h = checked_hidden(name, output, self._output)
+        if self._output is not None and h is not hidden_tensor(output):  # the module's flags are not about this tensor
+            watched = watched._replace(kind=watched.kind._replace(sequence_first=False))
         if h.is_nested:
             return self._read_nested(name, h, watched)
         decision = self._decision(name, h, watched)
         batch_and_length = None
-        if h.ndim == 2 and decision.axes[0] in ("batch * length", "length * batch"):
-            batch_and_length = self._sizes_of_flat(len(h), decision.choice)
+        if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
+            batch_and_length = self._sizes_of_flat(len(h))
         view = axes_.View(decision.axes, batch_and_length)
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:
-            view = view._replace(shape=tuple(live.shape))  # flat rows, which do not cross sequences
+            view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
             rows = view(h)
         segments, why_segments = self._segments(name, watched, rows)
         return Reading(
@@ -248,14 +251,20 @@ class Layout:
             axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
         else:
             axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
-        if trace is None or not trace.spans:
+        if self._following is None:
             return Decision(axes, why, None, None, guess, followed=False)
         if self._picks_masks:
             return Decision(axes, why, None, None, guess, followed=True)
         batch, length = axes_.batch_and_length(h, axes)
-        if axes[0] in ("batch * length", "length * batch"):
-            batch, length = self._sizes_of_flat(len(h), None) or (1, len(h))
-        choice, problem = followed(self.calls, trace, (batch, length))
+        if axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
+            batch, length = self._sizes_of_flat(len(h)) or (1, len(h))
+        if trace is None or not trace.spans:  # it comes from no argument, or got lost
+            choice, _, _ = by_shape(self.calls, name, (batch, length))
+            if choice is not None and h.ndim > 2:
+                lost = "its rows could not be followed from the arguments of the call"
+                return Decision(axes, why, choice, None, guess or lost, followed=True)
+            return Decision(axes, why, None, None, guess, followed=True)
+        choice, problem = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
         return Decision(axes, why, choice, problem, guess, followed=True)
 
     def _sizes(self) -> list[tuple[int, int]]:
@@ -264,11 +273,11 @@ class Layout:
         for call in reversed(self.calls):
             for name in call.tensors:
                 axes = axes_of(call, name)
-                if axes and axes[:2] == ("batch", "length"):
+                if axes and axes[:2] == (BATCH, LENGTH):
                     found.append((call.tensors[name].shape[0], call.tensors[name].shape[1]))
         return found
 
-    def _sizes_of_flat(self, rows: int, choice: Choice | None) -> tuple[int, int] | None:
+    def _sizes_of_flat(self, rows: int) -> tuple[int, int] | None:
         return next(((batch, length) for batch, length in self._sizes() if batch * length == rows), None)
 
     # Rows
@@ -279,63 +288,59 @@ class Layout:
         """(batch, length) of the rows that count, why, and what of it is a guess."""
         if self._picks_masks:
             return self._picked(name, "mask", watched.mask, rows, h), "mask=", decision.guess
-        choice, problem, guess = decision.choice, decision.problem, decision.guess
         batch, length = rows.shape[0], rows.shape[1]
+        choice, problem, guess = decision.choice, decision.problem, decision.guess
         if not decision.followed:
-            if h.ndim == 2 and rows.shape[0] == 1:
-                flat = self._sizes_of_flat(len(h), None)
-                if flat is not None and flat[1] > 1:
-                    batch, length = flat
+            if h.ndim == 2 and batch == 1:
+                batch, length = self._sizes_of_flat(len(h)) or (batch, length)
             choice, problem, guessed = by_shape(self.calls, name, (batch, length))
             guess = guess or guessed
-            if h.ndim == 2 and choice is None:
-                problem = None  # a vector for each sequence has no tokens left
         if choice is None:
-            if problem is not None and not self._is_pooled(h, decision):
-                self._tell_misfit(name, problem, (rows.shape[0], rows.shape[1]))
-            elif not self.calls or all(not call.masks for call in self.calls):
-                self._tell_bypassed(name, watched)
+            self._tell_unmasked(name, watched, decision, problem, rows, h)
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
-        if guess is not None and not decision.followed and guess != decision.guess:
+        if guess is not None and not guess.startswith("layout="):
             self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
         live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
-        if live.shape[0] != batch:
-            live = live.expand(batch, -1)
-        return live, choice.why, guess
+        return live if live.shape[0] == batch else live.expand(batch, -1), choice.why, guess
 
-    @staticmethod
-    def _is_pooled(h: Tensor, decision: Decision) -> bool:
-        """One vector for each sequence has no tokens left."""
-        return h.ndim == 2 and decision.axes[0] == "batch"
+    def _tell_unmasked(
+        self, name: str, watched: Watched, decision: Decision, problem: str | None, rows: Tensor, h: Tensor
+    ) -> None:
+        sizes = rows.shape[0], rows.shape[1]
+        # One vector for each sequence has no tokens left.
+        pooled = h.ndim == 2 and (decision.axes[0] == BATCH or not decision.followed)
+        if problem is not None and not pooled:
+            self._tell_misfit(name, problem, sizes)
+        elif all(not call.masks for call in self.calls):
+            self._tell_bypassed(name, watched)
+            self._tell_unknown(name, sizes)
 
     def _picked(self, name: str, argument: str, pick: Pick | None, rows: Tensor, h: Tensor) -> Tensor | None:
         """What ``mask=`` or ``segments=`` gives for these rows."""
         call = next((call for call in reversed(self.calls) if call.caller.is_model), None)
         if pick is None or call is None:
             return None
-        key = f"{argument} {id(pick)}" if not torch.compiler.is_compiling() else argument
-        if key not in call.picked or torch.compiler.is_compiling():
-            call.picked[key] = pick(call.arguments)
-        found = call.picked[key]
+        if torch.compiler.is_compiling():
+            found = pick(call.arguments)
+        else:  # once for all layers
+            if (argument, id(pick)) not in call.picked:
+                call.picked[argument, id(pick)] = pick(call.arguments)
+            found = call.picked[argument, id(pick)]
         if found is None:
             return None
         if not isinstance(found, Tensor):
             raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
-        found = found.to(rows.device)
-        if found.ndim > 2 and rows.shape[0] == found.shape[0]:
+        found = found.to(device=rows.device, dtype=torch.bool if argument == "mask" else None)
+        if found.ndim > 2:
             found = found.flatten(1)
-        if argument == "mask":
-            found = found.to(torch.bool)
-        batch, length = rows.shape[0], rows.shape[1]
-        if found.shape == (batch, length):
+        shape = tuple(rows.shape[:2])
+        if found.shape == shape or (h.ndim == 2 and found.numel() == len(h)):
             return found
-        if h.ndim == 2 and found.ndim == 2 and found.numel() == len(h):
-            return found
-        if h.ndim == 2 and found.ndim == 2 and len(found) == len(h):
+        if h.ndim == 2 and len(found) == len(h):
             return None  # a vector for each sequence, which has no tokens left
         raise ValueError(
             f'{argument}= gave shape {tuple(found.shape)}, but the output of module "{name}" has '
-            + (f"(batch, seq) = {(batch, length)}" if h.ndim > 2 else f"{len(h)} rows")
+            + (f"(batch, seq) = {shape}" if h.ndim > 2 else f"{len(h)} rows")
             + "; return a tensor of that shape, or None"
         )
 
@@ -354,9 +359,8 @@ class Layout:
             )
         length = max((size[1] for size in self._sizes()), default=0)
         rows, live = padded(h, length)
-        return Reading(
-            h, rows, live, None, "batch length features", "a nested tensor", "its own lengths", None, lambda _: rows
-        )
+        why = "a nested tensor", "its own lengths"
+        return Reading(h, rows, live, None, "batch length features", *why, None, lambda _: rows)
 
     # Telling
 
@@ -371,18 +375,30 @@ class Layout:
     def _tell_bypassed(self, name: str, watched: Watched) -> None:
         """A module around the layer takes a mask, but did not run as a module: its forward was called."""
         under_way = {call.caller.number for call in self.calls}
-        past = [i for i in watched.inside if i not in under_way]
-        if past and self.calls:
-            inner = self._names[past[-1]]
+        innermost = watched.inside[-1] if watched.inside else 0
+        if self.calls and innermost not in under_way:
+            masks = self._callers[innermost][1].caller.masks
             self._tell_once(
-                f'module "{inner}" takes {self._callers[past[-1]][1].caller.masks[0]}, but its forward was called past '
+                f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
             )
 
-    def _tell_once(self, message: str) -> None:
-        if torch.compiler.is_compiling() or message in self._told:
+    def _tell_unknown(self, name: str, rows: tuple[int, int]) -> None:
+        """A call was given what may be a mask of these rows."""
+        for call in self.calls:
+            for argument, value in call.tensors.items():
+                if may_mask(argument) and value.shape == rows and not value.is_floating_point():
+                    self._tell_once(
+                        f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
+                        "which of its values do is not known: all rows count. Pass mask=lambda call: "
+                        f'call["{argument}"] if it is true where a token counts, or lambda call: None',
+                        subject=f"argument {argument}",
+                    )
+
+    def _tell_once(self, message: str, subject: str | None = None) -> None:
+        if torch.compiler.is_compiling() or (subject or message) in self._told:
             return
-        self._told.add(message)
+        self._told.add(subject or message)
         tell(message)
 
 
@@ -433,62 +449,3 @@ def _depth() -> int:
     while frame.f_back is not None:
         depth, frame = depth + 1, frame.f_back
     return depth
-
-
-def hidden_tensor(output: Any) -> Any:
-    """The tensor itself, ``last_hidden_state``, the only tensor of a mapping, or the first item."""
-    if isinstance(output, Tensor):
-        return output
-    if getattr(output, "last_hidden_state", None) is not None:
-        return output.last_hidden_state
-    if isinstance(output, Mapping):
-        tensors = [value for value in output.values() if isinstance(value, Tensor)]
-        return output.get("last_hidden_state", tensors[0] if len(tensors) == 1 else None)
-    if isinstance(output, (tuple, list)) and output:  # Dynamo of torch 2.6 knows no tuple | list
-        return output[0]
-    return None
-
-
-def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
-    """The hidden tensor in the output of the module ``name``: what ``pick`` (``output=``) gives, or the usual one.
-
-    Raises:
-        TypeError: it is no tensor, a DTensor, or not of floating point.
-        ValueError: it has fewer than two dimensions.
-    """
-    h = hidden_tensor(output) if pick is None else pick(output)
-    if isinstance(h, PackedSequence):
-        raise TypeError(
-            f'module "{name}" returned a PackedSequence, in which the rows of all sequences are mixed; watch a module '
-            "behind torch.nn.utils.rnn.pad_packed_sequence(..., batch_first=True), and pass mask= for its padding"
-        )
-    if not isinstance(h, Tensor):
-        what = "its default choice" if pick is None else "output="
-        raise TypeError(
-            f'module "{name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
-            "tensor; pass output=lambda out: ... to pick the hidden tensor"
-        )
-    if type(h).__name__ == "DTensor":
-        raise TypeError(
-            f'module "{name}" returned a DTensor; its entropy would be that of one shard. Watch a module whose '
-            "output is a plain tensor, for example one that gathers or replicates it"
-        )
-    if not h.is_floating_point():
-        raise TypeError(
-            f'module "{name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
-            "module in layers, or another tensor of its output with output="
-        )
-    if h.ndim < 2:
-        raise ValueError(
-            f'module "{name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
-            "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
-        )
-    return h
-
-
-def padded(h: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """A nested tensor as (batch, length, d) with zeros behind its sequences, and the mask of what is not padding."""
-    lengths = torch.tensor([len(sequence) for sequence in h.unbind()])
-    length = max(length, int(lengths.max()))
-    rows = torch.nested.to_padded_tensor(h, 0.0, output_size=(len(lengths), length, h.size(-1)))
-    return rows, (torch.arange(length) < lengths[:, None]).to(h.device)

@@ -1,0 +1,69 @@
+"""The hidden tensor in a module's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def hidden_tensor(output: Any) -> Any:
+    """The tensor itself, ``last_hidden_state``, the only tensor of a mapping, or the first item."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "last_hidden_state", None) is not None:
+        return output.last_hidden_state
+    if isinstance(output, Mapping):
+        tensors = [value for value in output.values() if isinstance(value, Tensor)]
+        return output.get("last_hidden_state", tensors[0] if len(tensors) == 1 else None)
+    if isinstance(output, (tuple, list)) and output:  # Dynamo of torch 2.6 knows no tuple | list
+        return output[0]
+    return None
+
+
+def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
+    """The hidden tensor in the output of the module ``name``: what ``pick`` (``output=``) gives, or the usual one.
+
+    Raises:
+        TypeError: it is no tensor, a DTensor, or not of floating point.
+        ValueError: it has fewer than two dimensions.
+    """
+    h = hidden_tensor(output) if pick is None else pick(output)
+    if isinstance(h, PackedSequence):
+        raise TypeError(
+            f'module "{name}" returned a PackedSequence, in which the rows of all sequences are mixed; watch a module '
+            "behind torch.nn.utils.rnn.pad_packed_sequence(..., batch_first=True), and pass mask= for its padding"
+        )
+    if not isinstance(h, Tensor):
+        what = "its default choice" if pick is None else "output="
+        raise TypeError(
+            f'module "{name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
+            "tensor; pass output=lambda out: ... to pick the hidden tensor"
+        )
+    if type(h).__name__ == "DTensor":
+        raise TypeError(
+            f'module "{name}" returned a DTensor; its entropy would be that of one shard. Watch a module whose '
+            "output is a plain tensor, for example one that gathers or replicates it"
+        )
+    if not h.is_floating_point():
+        raise TypeError(
+            f'module "{name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
+            "module in layers, or another tensor of its output with output="
+        )
+    if h.ndim < 2:
+        raise ValueError(
+            f'module "{name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
+            "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
+        )
+    return h
+
+
+def padded(h: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """A nested tensor as (batch, length, d) with zeros behind its sequences, and the mask of what is not padding."""
+    lengths = torch.tensor([len(sequence) for sequence in h.unbind()])
+    length = max(length, int(lengths.max()))
+    rows = torch.nested.to_padded_tensor(h, 0.0, output_size=(len(lengths), length, h.size(-1)))
+    return rows, (torch.arange(length) < lengths[:, None]).to(h.device)
