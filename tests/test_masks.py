@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
-from gapt_optim.viewing import profile
+from gapt_optim.profiling import profile
 
 from .reference import reference_layer_entropy
 

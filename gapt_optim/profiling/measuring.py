@@ -15,7 +15,7 @@ from .._version import __version__
 from ..entropy import matrix_entropy
 from ..hook import RepresentationHook
 from ..layout import Pick, Reading
-from ..selection import Layers
+from ..layout import Layers
 from .batches import Digest, batch_of_texts, caller, device_of, moved, token_ids
 from .presets import PRESETS
 from .results import (
