@@ -34,7 +34,7 @@ class Recorder:
 
 
 def in_training(model: nn.Module, hook: RepresentationHook, *args: Any, **kwargs: Any) -> dict[str, float]:
-    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook, COMPRESSION, announce=False)
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook, COMPRESSION)
     out = model(*args, **kwargs)
     loss = out if isinstance(out, Tensor) else out.logits
     optimizer.backward(loss.square().mean())
