@@ -292,7 +292,7 @@ def test_a_guess_is_told_where_nothing_was_followed() -> None:
     model, ids, image = TwoTowers(), torch.randint(0, 9, (2, 16)), batch(2, 3, 8, 8)
     with Watch(model, ["image.1"]) as watch:
         watch.layout._looks = 99
-        with pytest.warns(UserWarning, match=r'layer "image.1" is a guess: attention_mask.*pixel_values'):
+        with pytest.warns(UserWarning, match=r'layer "image.1" count is a guess: attention_mask.*pixel_values'):
             model(ids, image, lengths([5, 16], 16))
 
 

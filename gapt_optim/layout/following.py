@@ -249,7 +249,7 @@ def _of_layer(name: str, args: list[Any], source: Tensor, axes: Axes, out: Tenso
         return (*axes[:-1], FEATURES)
     if name == "embedding":
         return (*axes, FEATURES)
-    convolution = re.fullmatch(r"conv(?:_transpose)?([123])d", name)
+    convolution = re.fullmatch(r"(?:conv|conv_transpose|(?:adaptive_)?(?:avg|max|lp)_pool)([123])d", name)
     if convolution:
         positions = tuple(LENGTH if axis == LENGTH else POSITION for axis in axes[-int(convolution[1]) :])
         batch: Axes = (axes[0] or BATCH,) if out.ndim == len(positions) + 2 else ()

@@ -280,15 +280,13 @@ class Layout:
         batch, length = rows.shape[0], rows.shape[1]
         choice, problem, guess = decision.choice, decision.problem, decision.guess
         if not decision.followed:
-            if h.ndim == 2 and batch == 1:
-                batch, length = self._sizes_of_flat(len(h)) or (batch, length)
             choice, problem, guessed = by_shape(self.calls, name, (batch, length))
             guess = guess or guessed
+        if guess is not None and not guess.startswith("layout="):
+            self._tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
         if choice is None:
             self._tell_unmasked(name, watched, decision, problem, rows, h)
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
-        if guess is not None and not guess.startswith("layout="):
-            self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
         live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
         return live if live.shape[0] == batch else live.expand(batch, -1), choice.why, guess
 
@@ -296,8 +294,7 @@ class Layout:
         self, name: str, watched: Watched, decision: Decision, problem: str | None, rows: Tensor, h: Tensor
     ) -> None:
         sizes = rows.shape[0], rows.shape[1]
-        # One vector for each sequence has no tokens left.
-        pooled = h.ndim == 2 and (decision.axes[0] == BATCH or not decision.followed)
+        pooled = h.ndim == 2 and decision.axes[0] == BATCH  # one vector for each sequence has no tokens left
         if problem is not None and not pooled:
             self._tell_misfit(name, problem, sizes)
         elif all(not call.masks for call in self.calls):

@@ -17,6 +17,7 @@ _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
 _NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
 _OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
+_NOT_TEXT = ("vision", "visual", "image", "img", "pixel", "patch", "audio", "video", "speech")
 _PADDING = {
     nn.MultiheadAttention: "key_padding_mask",
     nn.TransformerEncoder: "src_key_padding_mask",
@@ -186,7 +187,9 @@ def axes_of(call: Call, name: str) -> Axes:
                 return (LENGTH, BATCH, *features)
             if shape == tuple(tensor.shape[:2]):
                 return (BATCH, LENGTH, *features)
-    return (BATCH, LENGTH) if tensor.ndim == 2 else unknown
+    if any(name in call.tokens(mask) for mask in call.masks):
+        return unknown if tensor.ndim == 3 else (BATCH, LENGTH)  # (batch, channels, length), as of audio
+    return (BATCH, LENGTH, *unknown[2:])
 
 
 # Which mask
@@ -257,6 +260,8 @@ def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choi
             batch, length = sizes_of_mask(call.tensors[name])
             if batch in (1, rows[0]) and (length == rows[1] or (length > rows[1] and is_past(call, rows))):
                 others = call.others(name)
+                if others and any(word in layer for word in _NOT_TEXT):
+                    return None, None, f"{name} is not taken for that of {others[0]}"
                 guess = f"{name} may belong to another argument than {others[0]}" if others else None
                 return Choice(position, name, 0, f"{name} of {call.caller.kind}, by its shape"), None, guess
             problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
