@@ -57,7 +57,8 @@ def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
     if len(lists) == 1:
         (only,) = lists.values()
         within = set(only.children())
-        if isinstance(only, nn.ModuleList) and len({type(block) for block in within}) == 1:
+        kinds = {type(block) for block in within}
+        if isinstance(only, nn.ModuleList) and len(kinds) == 1 and not issubclass(next(iter(kinds)), _CONTAINERS):
             # named_modules has a module that stands in several places once, and so it is watched once.
             return {name: module for name, module in model.named_modules() if module in within}
     candidates = Candidates(model)
