@@ -71,7 +71,7 @@ class Candidates:
     """Modules that may be the model's blocks, for hooks during one forward pass: it tells which are.
 
     Blocks run one behind the other: the output of one is an input of the next. Of several such chains, the longest is
-    chosen, and all of the longest, as those of an encoder and a decoder.
+    chosen, and all of the longest, as those of an encoder and a decoder; first those in which nothing stands between.
 
     >>> from torch import nn, randn
     >>> stages = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
@@ -127,7 +127,9 @@ class Candidates:
         self._last.clear()
         chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
         longest = max(map(len, chains.values()), default=0)
-        found = {name for blocks in chains.values() if len(blocks) == longest for name in blocks}
+        chains = {glob: blocks for glob, blocks in chains.items() if len(blocks) == longest}
+        whole = {glob: blocks for glob, blocks in chains.items() if len(self._ran[glob]) == longest}
+        found = {name for blocks in (whole or chains).values() for name in blocks}
         if not found:
             ran = [glob for glob, names in self._ran.items() if len(names) > 1]
             globs = sorted(ran, key=lambda glob: (glob.count("."), -len(self._ran[glob])))[:_MOST_PROPOSED]
