@@ -229,12 +229,14 @@ def _glob(name: str) -> str:
 
 
 def _globs(name: str) -> list[str]:
-    """``name`` with all of its numbers starred, and but the last, as of the third part of each block."""
-    glob = _glob(name)
-    if glob == name:
-        return []
+    """``name`` with all of its numbers starred; also but the last, as of the third part of each block of a list."""
     head, _, last = name.rpartition(".")
-    return [glob] if _glob(head) == head or _glob(last) == last else [glob, f"{_glob(head)}.{last}"]
+    starred = _glob(head)
+    if not last.isdigit():
+        return [f"{starred}.{last}"] if starred != head else []
+    if starred == head:
+        return [f"{head}.*" if head else "*"]
+    return [f"{starred}.*", f"{starred}.{last}"]
 
 
 def _pass(globs: list[str]) -> str:
