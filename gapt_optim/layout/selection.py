@@ -96,6 +96,7 @@ class Candidates:
         self._ran: dict[str, list[str]] = {glob: [] for glob in self._groups}
         self._links: Counter[str] = Counter()
         self._last: dict[str, list[Tensor]] = {}
+        self._passed_on: dict[str, set[str]] = {}  # the chains whose last output a module returned as its own
 
     def place(self) -> list[Any]:
         """Hooks on the candidates; returns their handles."""
@@ -113,6 +114,10 @@ class Candidates:
             if glob not in self._groups:
                 continue
             before = self._last.get(glob, [])
+            if name not in self._passed_on:
+                self._passed_on[name] = {
+                    inner for inner, last in self._last.items() if any(_same(a, b) for a in gave for b in last)
+                }
             if name not in self._ran[glob]:
                 self._links[glob] += any(_same(a, b) for a in given for b in before)
                 self._ran[glob].append(name)
@@ -126,6 +131,7 @@ class Candidates:
         """
         self._last.clear()
         chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
+        chains = {glob: inner for glob, inner in chains.items() if not self._is_inside_blocks(glob, inner, chains)}
         longest = max(map(len, chains.values()), default=0)
         chains = {glob: blocks for glob, blocks in chains.items() if len(blocks) == longest}
         whole = {glob: blocks for glob, blocks in chains.items() if len(self._ran[glob]) == longest}
@@ -140,6 +146,15 @@ class Candidates:
     def _is_chain(self, glob: str, ran: list[str]) -> bool:
         """More than half go on with what the one before gave; between stages, something may stand."""
         return len(ran) > 1 and 2 * self._links[glob] >= len(ran) - 1
+
+    def _is_inside_blocks(self, glob: str, inner: list[str], chains: Mapping[str, list[str]]) -> bool:
+        """A chain inside the blocks of another one, which do more than to pass on its last output, as a stage does."""
+        for other, blocks in chains.items():
+            around = [block for block in blocks if any(name.startswith(block + ".") for name in inner)]
+            passing = [block for block in around if glob in self._passed_on[block]]
+            if other != glob and len(around) > 1 and 2 * len(passing) < len(around):
+                return True
+        return False
 
     def _blocks(self, glob: str) -> list[str]:
         """Those of a chain that are of its most frequent class, those with weights first."""
