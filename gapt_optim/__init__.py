@@ -6,14 +6,15 @@ from ._lazy import lazy_names
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from ._capture import Measurement, RepresentationHook
     from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
     from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
     from .entropy import matrix_entropy
     from .gate import Phase, PhaseGate
+    from .hook import Measurement, RepresentationHook
     from .integrations.trackers import MLflow, TensorBoard, WandB
     from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
     from .optimizer import GAPTOptimizer
+    from .profiling import Profile, compare, monitor, profile
 
 # Imported when they are used: `gapt-optim report` needs no torch, and a logger that is not used is not imported.
 _HOMES = {
@@ -27,20 +28,24 @@ _HOMES = {
     "JSONLines": "metrics",
     "LayerConfig": "config",
     "MLflow": "integrations.trackers",
-    "Measurement": "_capture",
+    "Measurement": "hook",
     "Measures": "metrics",
     "ObjectiveConfig": "config",
     "Observer": "metrics",
     "Phase": "gate",
     "PhaseGate": "gate",
+    "Profile": "profiling",
     "ProgressBar": "metrics",
-    "RepresentationHook": "_capture",
+    "RepresentationHook": "hook",
     "StepMetrics": "metrics",
     "TensorBoard": "integrations.trackers",
     "WandB": "integrations.trackers",
+    "compare": "profiling",
     "gradient_alignment": "alignment",
     "gradient_cosines": "alignment",
     "matrix_entropy": "entropy",
+    "monitor": "profiling",
+    "profile": "profiling",
 }
 
 __all__ = [
@@ -60,15 +65,19 @@ __all__ = [
     "Observer",
     "Phase",
     "PhaseGate",
+    "Profile",
     "ProgressBar",
     "RepresentationHook",
     "StepMetrics",
     "TensorBoard",
     "WandB",
     "__version__",
+    "compare",
     "gradient_alignment",
     "gradient_cosines",
     "matrix_entropy",
+    "monitor",
+    "profile",
 ]
 
 __getattr__, __dir__ = lazy_names(globals(), _HOMES)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
-from gapt_optim._capture import store
-from gapt_optim._capture.store import MOST_WAITING
+from gapt_optim.passes import MOST_LOOSE, Pass, nodes_behind
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
 
@@ -58,59 +57,94 @@ class Branching(nn.Module):
         return found
 
 
-def test_the_latest_call_of_a_branch_that_the_loss_does_not_use_counts() -> None:
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_branch_that_the_loss_does_not_use_is_neither_judged_nor_pressed(phase: str) -> None:
+    model = Branching()
+    hook = RepresentationHook(model, ["stem", "branch"])
+    config = GAPTConfig(gate=GateConfig(initial_phase=phase, frozen=True))
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook, config)
+    loss = loss_of(model)
+    optimizer.backward(loss)
+    with pytest.warns(UserWarning, match=r'the loss does not use the output of layer "branch"'):
+        optimizer.step()
+    assert optimizer.metrics is not None
+    assert list(optimizer.metrics.layer_entropy) == ["stem"]
+    assert model.branch.weight.grad is None
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    optimizer.backward(loss)
+    optimizer.step()  # told once
+
+
+def kept(optimizer: GAPTOptimizer) -> list[Pass]:
+    return [each for each in optimizer.hook.watching.passes.all() if each.captures]
+
+
+def test_passes_without_a_loss_are_not_kept() -> None:
+    """Neither is their graph: it goes with the last thing of the user's that needs it."""
+    model, optimizer = build()
+    for _ in range(5):
+        loss = loss_of(model)
+        assert len(kept(optimizer)) == 1
+    out = model(torch.randn(64, 10))
+    assert len(kept(optimizer)) == 2
+    del loss
+    assert len(kept(optimizer)) == 1
+    del out
+    assert kept(optimizer) == []
+
+
+def test_a_pass_that_raises_is_not_kept() -> None:
+    model, optimizer = build()
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(64, 11))
+    model[4].weight.data = torch.zeros(3, 5)
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(64, 10))
+    assert kept(optimizer) == []
+    assert optimizer.hook.watching.passes.open is None
+
+
+def test_calls_outside_of_the_model_are_kept_up_to_a_number() -> None:
+    model, optimizer = build()
+    for _ in range(MOST_LOOSE + 5):
+        model[1](torch.randn(4, 16, requires_grad=True))
+    assert sum(len(each.captures) for each in kept(optimizer)) == MOST_LOOSE
+    optimizer.discard_step()
+    optimizer.backward(loss_of(model))
+    optimizer.step()
+    assert kept(optimizer) == []
+
+
+def test_two_passes_of_one_loss_and_two_losses_of_two_passes() -> None:
+    """In whatever order the losses come."""
     found = []
-    for stray in (False, True):
-        torch.manual_seed(0)
-        model = Branching()
-        hook = RepresentationHook(model, ["stem", "branch"])
-        optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook, COMPRESSION)
-        if stray:
-            loss_of(model, seed=2, factor=50.0)
-        optimizer.backward(loss_of(model))
+    for order in ("sum", "forwards", "backwards"):
+        model, optimizer = build()
+        losses = [loss_of(model, seed=2), loss_of(model, seed=3)]
+        if order == "sum":
+            optimizer.backward((losses[0] + losses[1]) / 2, scaled_by=0.5)
+        for loss in {"sum": [], "forwards": losses, "backwards": losses[::-1]}[order]:
+            optimizer.backward(loss, scale=0.5)
         optimizer.step()
         assert optimizer.metrics is not None
-        found.append(optimizer.metrics.layer_entropy)
-    assert found[0] == found[1]
+        found.append([optimizer.metrics.layer_entropy["1"], optimizer.metrics.layer_entropy["3"]])
+    assert found[0] == pytest.approx(found[1])
+    assert found[1] == pytest.approx(found[2])
 
 
-def test_passes_without_a_loss_are_not_kept_forever() -> None:
-    model, optimizer = build()
-
-    def kept_after(passes: int) -> set[int]:
-        for _ in range(passes):
-            loss_of(model)
-        return {len(calls) for calls in optimizer.hook._store.calls.values()}
-
-    for _ in range(2):
-        assert kept_after(MOST_WAITING) == {MOST_WAITING}
-        optimizer.discard_step()
-    assert kept_after(MOST_WAITING) == {MOST_WAITING}
-    with pytest.warns(UserWarning, match=r"no optimizer\.backward") as told:
-        loss_of(model)
-    assert told[0].filename == __file__
-    assert kept_after(0) == {1}
-    assert kept_after(MOST_WAITING - 1) == {MOST_WAITING}
-    assert kept_after(1) == {1}  # of which nothing is said again
-
-
-@pytest.mark.parametrize(("layers", "named"), [(["1"], r'"1", whose'), (["1", "3"], r'"1" \(and 1 more\), whose')])
-def test_branches_that_ddp_leaves_out_are_counted(
-    layers: list[str], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, optimizer = build()
+def test_nodes_behind_a_loss() -> None:
+    model, _ = build()
     loss = loss_of(model)
-    taken = {name: optimizer.hook._store.calls[name] for name in layers}
-    monkeypatch.setattr(store, "nodes_averaged_by_ddp", lambda loss: set())
-    with pytest.raises(RuntimeError, match=named):
-        store._refuse_branches_that_ddp_leaves_out(loss, taken)
+    names = {type(node).__name__ for node in nodes_behind(loss)}
+    assert {"NllLossBackward0", "AddmmBackward0", "AccumulateGrad"} <= names
 
 
 def test_passes_that_were_differentiated_past_the_wrapper_are_not_kept() -> None:
     model, optimizer = build()
     for _ in range(3):
         loss_of(model).backward()
-        assert {len(calls) for calls in optimizer.hook._store.calls.values()} == {1}
+        assert kept(optimizer) == []
 
 
 def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:
@@ -118,8 +152,9 @@ def test_a_hook_is_free_again_when_its_optimizer_is_gone() -> None:
     hook = optimizer.hook
     del optimizer
     gc.collect()
-    loss_of(model)
-    assert not any(hook._store.calls.values())
+    loss = loss_of(model)
+    assert [each for each in hook.watching.passes.all() if each.captures] == []
+    del loss
     again = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook)
     again.backward(loss_of(model))
     again.step()
@@ -143,8 +178,8 @@ def test_layers_above_frozen_parameters_alone_are_measured_and_not_pushed() -> N
 def test_a_second_loss_of_one_pass_is_explained() -> None:
     model, optimizer = build()
     loss = loss_of(model)
-    optimizer.backward(loss)
-    with pytest.raises(RuntimeError, match="add them and call objective or backward once"):
+    optimizer.backward(loss, retain_graph=True)
+    with pytest.raises(RuntimeError, match="where a forward pass has several losses, add them"):
         optimizer.backward(loss)
 
 

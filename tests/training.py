@@ -35,13 +35,14 @@ def config(
         entropy=EntropyConfig(**(entropy or {})),
         objective=ObjectiveConfig(**({"weight": 1.0} | (objective or {}))),
         layers=LayerConfig(**(counting or {})),
-        alignment=AlignmentConfig(**({"activation": activation} | (alignment or {}))),
+        alignment=AlignmentConfig(**({"every": int(activation)} | (alignment or {}))),
     )
 
 
 def wrapped(model: nn.Module, layers: Any, phase: str = "compression", lr: float = 0.0, **parts: Any) -> GAPTOptimizer:
     """SGD on the model's parameters, wrapped, with a frozen gate."""
-    hook = RepresentationHook(model, layers, output=parts.pop("output", None), mask=parts.pop("mask", None))
+    options = {name: parts.pop(name, None) for name in ("output", "mask", "layout", "segments")}
+    hook = RepresentationHook(model, layers, **options)
     return GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=lr), hook, config(phase, **parts))
 
 

@@ -4,7 +4,8 @@ The other parts of the library know :class:`Layout`, its :class:`Reading`, and w
 tokens are found stands in the files here, from ``following`` (what a pass shows) on.
 """
 
-from .reading import Calls, Layout, Reading
+from .axes import View
+from .reading import Calls, Layout, Pick, Reading
 from .selection import Candidates, Layers, choose_layers, select_layers
 
-__all__ = ["Calls", "Candidates", "Layers", "Layout", "Reading", "choose_layers", "select_layers"]
+__all__ = ["Calls", "Candidates", "Layers", "Layout", "Pick", "Reading", "View", "choose_layers", "select_layers"]

@@ -315,6 +315,20 @@ def batch_and_length(h: Tensor, axes: Axes) -> tuple[int, int]:
     return (batch[0] if batch else 1), length
 
 
+class View(NamedTuple):
+    """From a hidden tensor, or a gradient of it, to its rows."""
+
+    axes: Axes
+    flat: tuple[int, int] | None
+    """(batch, length) of rows that lie one behind another."""
+    shape: tuple[int, int] | None = None
+    """(batch, length), where the mask tells another than the axes."""
+
+    def __call__(self, h: Tensor) -> Tensor:
+        rows = as_rows(h, self.axes, self.flat)
+        return rows if self.shape is None else rows.reshape(*self.shape, rows.shape[-1])
+
+
 def as_rows(h: Tensor, axes: Axes, flat: tuple[int, int] | None) -> Tensor:
     """``h`` as (batch, length, features)."""
     if flat is not None:

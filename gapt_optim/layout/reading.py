@@ -16,7 +16,7 @@ from .._tell import tell
 from . import axes as axes_
 from .axes import Kind, kind_of
 from .following import BATCH, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
-from .outputs import checked_hidden, padded
+from .outputs import checked_hidden, hidden_tensor, padded
 from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
@@ -43,6 +43,8 @@ class Reading(NamedTuple):
     why_rows: str
     guess: str | None
     """What is only likely, and what to pass to say it; None where it is known."""
+    view: Callable[[Tensor], Tensor]
+    """From a tensor of the shape of ``h`` to its rows."""
 
 
 class Decision(NamedTuple):
@@ -104,9 +106,12 @@ class Layout:
         masks = by_layer("mask", mask, modules)
         layouts = by_layer("layout", layout, modules)
         segment_picks = by_layer("segments", segments, modules)
-        for picks, argument in ((masks, "mask"), (segment_picks, "segments")):
-            for pick in picks.values():
-                _check_function(argument, pick)
+        for value, argument in ((mask, "mask"), (segments, "segments")):
+            if not isinstance(value, Mapping):
+                _check_function(argument, value)
+                continue
+            for glob, pick in value.items():
+                _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
             axes_.parsed(text)
         found = dict(_callers(model, modules))
@@ -191,16 +196,20 @@ class Layout:
         """
         watched = self._watched[name]
         h = checked_hidden(name, output, self._output)
+        if self._output is not None and h is not hidden_tensor(output):  # the module's flags are not about this tensor
+            watched = watched._replace(kind=watched.kind._replace(sequence_first=False))
         if h.is_nested:
             return self._read_nested(name, h, watched)
         decision = self._decision(name, h, watched)
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
             batch_and_length = self._sizes_of_flat(len(h))
-        rows = axes_.as_rows(h, decision.axes, batch_and_length)
+        view = axes_.View(decision.axes, batch_and_length)
+        rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:
-            rows = rows.reshape(*live.shape, rows.shape[-1])  # flat rows, which do not cross sequences
+            view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
+            rows = view(h)
         segments, why_segments = self._segments(name, watched, rows)
         return Reading(
             h,
@@ -211,7 +220,12 @@ class Layout:
             decision.why_axes,
             why_rows + (f"; documents by {why_segments}" if why_segments else ""),
             guess,
+            view,
         )
+
+    def hidden(self, name: str, output: Any) -> Tensor:
+        """The hidden tensor in an output of the watched module ``name``."""
+        return checked_hidden(name, output, self._output)
 
     def _decision(self, name: str, h: Tensor, watched: Watched) -> Decision:
         """What is known of outputs of this kind; found out once where the pass is followed."""
@@ -317,13 +331,16 @@ class Layout:
         if not isinstance(found, Tensor):
             raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
         found = found.to(device=rows.device, dtype=torch.bool if argument == "mask" else None)
-        if found.ndim > 2:
+        about_tokens = found.ndim <= 2
+        if not about_tokens:
             found = found.flatten(1)
         shape = tuple(rows.shape[:2])
         if found.shape == shape or (h.ndim == 2 and found.numel() == len(h)):
             return found
         if h.ndim == 2 and len(found) == len(h):
             return None  # a vector for each sequence, which has no tokens left
+        if h.ndim > 3 and about_tokens:
+            return None  # the positions of an image, beside tokens
         raise ValueError(
             f'{argument}= gave shape {tuple(found.shape)}, but the output of module "{name}" has '
             + (f"(batch, seq) = {shape}" if h.ndim > 2 else f"{len(h)} rows")
@@ -345,7 +362,10 @@ class Layout:
             )
         length = max((size[1] for size in self._sizes()), default=0)
         rows, live = padded(h, length)
-        return Reading(h, rows, live, None, "batch length features", "a nested tensor", "its own lengths", None)
+        why = "a nested tensor", "its own lengths"
+        picked = self._picked(name, "mask", watched.mask, rows, rows)
+        live = live if picked is None else live & picked
+        return Reading(h, rows, live, None, "batch length features", *why, None, lambda _: rows)
 
     # Telling
 
