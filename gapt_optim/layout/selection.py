@@ -71,7 +71,8 @@ class Candidates:
     """Modules that may be the model's blocks, for hooks during one forward pass: it tells which are.
 
     Blocks run one behind the other: the output of one is an input of the next. Of several such chains, the longest is
-    chosen, and all of the longest, as those of an encoder and a decoder; first those in which nothing stands between.
+    chosen, and all of the longest, as those of an encoder and a decoder; first those in which
+    nothing stands between, and blocks with parts before single layers.
 
     >>> from torch import nn, randn
     >>> stages = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
@@ -131,11 +132,14 @@ class Candidates:
         """
         self._last.clear()
         chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
+        chains = {glob: blocks for glob, blocks in chains.items() if not _counts_words(glob)} or chains
         chains = {glob: inner for glob, inner in chains.items() if not self._is_inside_blocks(glob, inner, chains)}
         longest = max(map(len, chains.values()), default=0)
         chains = {glob: blocks for glob, blocks in chains.items() if len(blocks) == longest}
         whole = {glob: blocks for glob, blocks in chains.items() if len(self._ran[glob]) == longest}
-        found = {name for blocks in (whole or chains).values() for name in blocks}
+        chains = whole or chains
+        parted = {glob: blocks for glob, blocks in chains.items() if any(self.modules[blocks[0]].children())}
+        found = {name for blocks in (parted or chains).values() for name in blocks}
         if not found:
             ran = [glob for glob, names in self._ran.items() if len(names) > 1]
             globs = sorted(ran, key=lambda glob: (glob.count("."), -len(self._ran[glob])))[:_MOST_PROPOSED]
@@ -246,12 +250,17 @@ def _glob(name: str) -> str:
 def _globs(name: str) -> list[str]:
     """``name`` with all of its numbers starred; also but the last, as of the third part of each block of a list."""
     head, _, last = name.rpartition(".")
-    starred = _glob(head)
-    if not last.isdigit():
-        return [f"{starred}.{last}"] if starred != head else []
-    if starred == head:
-        return [f"{head}.*" if head else "*"]
-    return [f"{starred}.*", f"{starred}.{last}"]
+    starred = _glob(name)
+    if starred == name:
+        return []
+    if _glob(last) == last or _glob(head) == head:
+        return [starred]
+    return [starred, f"{_glob(head)}.{last}"]
+
+
+def _counts_words(glob: str) -> bool:
+    """A number ends a word in it, as in fc1, and may count the parts of a block."""
+    return glob.rpartition(".")[2] not in ("*", glob.rpartition(".")[2].rstrip("*"))
 
 
 def _pass(globs: list[str]) -> str:

@@ -16,7 +16,15 @@ from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
 _NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
-_OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
+_OF_SOMETHING_ELSE = (
+    "head_mask",
+    "tokens_mask",
+    "token_mask",
+    "loss_mask",
+    "labels_mask",
+    "global_attention_mask",
+    "lm_mask",
+)
 _NOT_TEXT = ("vision", "visual", "image", "img", "pixel", "patch", "audio", "video", "speech")
 _PADDING = {
     nn.MultiheadAttention: "key_padding_mask",
