@@ -14,7 +14,7 @@ from torch.overrides import _get_current_function_mode
 
 from .._tell import tell
 from . import axes as axes_
-from .axes import Kind, kind_of
+from .axes import Kind, View, kind_of
 from .following import BATCH, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
 from .outputs import checked_hidden, hidden_tensor, padded
 from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
@@ -43,7 +43,7 @@ class Reading(NamedTuple):
     why_rows: str
     guess: str | None
     """What is only likely, and what to pass to say it; None where it is known."""
-    view: Callable[[Tensor], Tensor]
+    view: View | Callable[[Tensor], Tensor]
     """From a tensor of the shape of ``h`` to its rows."""
 
 
@@ -204,7 +204,7 @@ class Layout:
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
             batch_and_length = self._sizes_of_flat(len(h))
-        view = axes_.View(decision.axes, batch_and_length)
+        view = View(decision.axes, batch_and_length)
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:

@@ -62,7 +62,8 @@ class Call:
         names += [f"argument {i}" for i in range(len(names), len(args))]
         self.arguments: dict[str, Any] = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo of torch 2.6
         named = {name: self.arguments[name] for name in names if name in self.arguments}
-        self.tensors = tensors_of({**named, **self.arguments})  # in the order of the signature
+        named = {**named, **self.arguments}  # in the order of the signature
+        self.tensors = tensors_of(named, within=caller.is_model)
         self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
@@ -118,13 +119,13 @@ def argument_names(module: nn.Module) -> list[str]:
     return [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments, and in mappings, sequences and dataclasses among them, by name."""
+def tensors_of(arguments: Mapping[str, Any], *, within: bool) -> dict[str, Tensor]:
+    """The tensors among the arguments by name, and those ``within`` mappings, sequences and dataclasses among them."""
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             found[name] = value
-        elif not isinstance(value, (str, int, float, bool, type(None))):
+        elif within and not isinstance(value, (str, int, float, bool, type(None))):
             for key, item in _items(name, value):
                 if isinstance(item, Tensor):
                     found.setdefault(key, item)
