@@ -333,6 +333,35 @@ def test_a_mask_that_does_not_fit_is_told_once(kind: str) -> None:
     assert all(reading.live is None for reading in watch.readings["l"])
 
 
+class Dropping(nn.Module):
+    """Takes every so many tokens: one at first."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l, self.step, self.flat = nn.Linear(WIDTH, WIDTH), 1, flat
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        x = x[:, :: self.step]
+        out: Tensor = self.l(x.flatten(0, 1) if self.flat else x)
+        return out
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_mask_that_fits_no_more(flat: bool) -> None:
+    model, mask, x = Dropping(flat), lengths([32, 9], 32), batch(2, 32, WIDTH)
+    with Watch(model, ["l"]) as watch:
+        model(x, mask)
+        assert torch.equal(watch.readings["l"][0].live, mask)  # type: ignore[arg-type]
+        model.step = 2
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model(x, mask)
+        assert watch.readings["l"][1].live is None
+        assert flat or '"l"' in str(said[0].message)
+        assert watch.readings["l"][1].rows.shape == ((1, 32, WIDTH) if flat else (2, 16, WIDTH))
+
+
 @pytest.mark.parametrize(("kind", "start"), [("prefixed", 3), ("cut", -1), ("padded", 4)])
 def test_a_prefix_of_fixed_length(kind: str, start: int) -> None:
     model = Subsampled(kind)

@@ -15,9 +15,21 @@ from torch.overrides import _get_current_function_mode
 from .._tell import tell
 from . import axes as axes_
 from .axes import Kind, View, kind_of
-from .following import BATCH, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
+from .following import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
 from .outputs import checked_hidden, hidden_tensor, padded
-from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
+from .tokens import (
+    Call,
+    Caller,
+    Choice,
+    axes_of,
+    bring_tokens,
+    by_shape,
+    documents,
+    followed,
+    live_rows,
+    may_mask,
+    still_fits,
+)
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -204,6 +216,8 @@ class Layout:
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
             batch_and_length = self._sizes_of_flat(len(h))
+            if batch_and_length is None:  # not as many rows as tokens this time
+                decision = decision._replace(axes=(BATCH, FEATURES), choice=None)
         view = View(decision.axes, batch_and_length)
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
@@ -237,16 +251,13 @@ class Layout:
         key = (name, h.ndim, *[call.situation for call in self.calls])
         if self._following is None:
             known = self._decisions.get((*key, turn), self._decisions.get((*key, 0)))
-            if known is not None and self._still_fits(known, h):
+            if known is not None:
                 return known
             return self._decided(name, h, watched, None)
         decision = self._decided(name, h, watched, self._following.of(h))
         if decision.followed:
             self._decisions[(*key, turn)] = decision
         return decision
-
-    def _still_fits(self, decision: Decision, h: Tensor) -> bool:
-        return decision.choice is None or decision.choice.call < len(self.calls)
 
     def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
         sizes = self._sizes()
@@ -296,6 +307,9 @@ class Layout:
         if not decision.followed:
             choice, problem, guessed = by_shape(self.calls, name, (batch, length))
             guess = guess or guessed
+        if choice is not None and not still_fits(self.calls[choice.call], choice, (batch, length)):
+            shape = tuple(self.calls[choice.call].tensors[choice.name].shape)
+            problem, choice = f"{choice.name} of shape {shape}", None
         if guess is not None and not guess.startswith("layout="):
             self._tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
         if choice is None:

@@ -67,6 +67,7 @@ class Call:
         self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
+        self.knows_documents = any(name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS, "position_ids"))
         self.documents: Tensor | None = None
         self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
@@ -287,12 +288,17 @@ def _reads_memory(call: Call) -> bool:
     return "encoder_hidden_states" in call.tensors or "memory" in call.tensors
 
 
+def still_fits(call: Call, choice: Choice, rows: tuple[int, int]) -> bool:
+    """What was chosen in another pass has the sizes of this one too."""
+    batch, length = sizes_of_mask(call.tensors[choice.name])
+    tokens = rows[1] - choice.start
+    return batch in (1, rows[0]) and (length == tokens or (length > tokens and is_past(call, (rows[0], tokens))))
+
+
 def is_past(call: Call, rows: tuple[int, int]) -> bool:
     """The call was given as many tokens as there are rows; its mask is also of those that are cached."""
     return any(
-        not value.is_floating_point() and tuple(value.shape) == rows
-        for name, value in call.tensors.items()
-        if not is_mask(name)
+        value.ndim > 1 and tuple(value.shape[:2]) == rows for name, value in call.tensors.items() if not is_mask(name)
     )
 
 
@@ -349,6 +355,8 @@ def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
     """(batch, length) numbers of documents, from the outermost call that knows them."""
     batch, length = rows.shape[:2]
     for call in calls:
+        if not call.knows_documents:
+            continue
         for name in _DOCUMENTS:
             if name in call.tensors and call.tensors[name].shape == (batch, length):
                 return call.tensors[name], name
