@@ -74,8 +74,9 @@ class Following(TorchFunctionMode):
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, (Tensor, tuple, list)) or func is Tensor.__setitem__:
-            # An operation in a form that is not known here leaves its result without a trace.
-            with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+            # An operation in a form that is not known here, or on tensors without a shape, leaves its result without a
+            # trace, and the model as it is.
+            with contextlib.suppress(Exception):
                 self._note(_name(func), list(args), kwargs, result)
         return result
 

@@ -125,7 +125,8 @@ def tensors_of(arguments: Mapping[str, Any], *, within: bool) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            found[name] = value
+            if not value.is_nested:  # which has no shape
+                found[name] = value
         elif within and not isinstance(value, (str, int, float, bool, type(None))):
             for key, item in _items(name, value):
                 if isinstance(item, Tensor):
