@@ -15,7 +15,15 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 MINUTES = {"layers": 2, "width": 96, "steps": 300, "problems": 256}
-PAPER = {"layers": 12, "width": 768, "heads": 12, "steps": 20_000, "batch": 512, "lr": 3e-4, "warmup": 1000}
+PAPER = {
+    "layers": 12,
+    "width": 768,
+    "heads": 12,
+    "steps": 20_000,
+    "batch": 512,
+    "lr": 3e-4,
+    "warmup": 1000,
+}
 Method = Literal["plain", "penalty", "published", "gapt"]
 NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
 
@@ -30,7 +38,9 @@ class Config(BaseModel):
     out: str = "runs/arithmetic"  # Folder for everything that is written.
     overwrite: bool = False  # Replace the run in --out.
     quiet: bool = False  # No progress bars.
-    seed: int = Field(100, ge=0, lt=2**62)  # Of weights, problems and test sets; settings were tuned on 0 to 9.
+    seed: int = Field(
+        100, ge=0, lt=2**62
+    )  # Of weights, problems and test sets; settings were tuned on 0 to 9.
     layers: int = Field(4, ge=1)  # Of GPT-2.
     width: int = Field(128, ge=1)  # Of a layer.
     heads: int = Field(4, ge=1)  # Of attention.
@@ -39,13 +49,17 @@ class Config(BaseModel):
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)  # Highest learning rate.
     warmup: int = Field(50, ge=0)  # Steps of linear warm-up.
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # Of all parameters.
-    positions: Literal["first", "random"] = "first"  # Where training problems begin; random trains all positions.
+    positions: Literal["first", "random"] = (
+        "first"  # Where training problems begin; random trains all positions.
+    )
     evaluate_every: int = Field(50, ge=1)  # Steps between evaluations.
     problems: int = Field(512, ge=1)  # Problems in each of the validation and test sets.
     device: str = "cpu"  # cpu, cuda, ...
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
+if __name__ == "__main__" and {"-h", "--help"} & set(
+    sys.argv
+):  # answers before torch, which takes seconds to load
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
 
 import torch
@@ -56,7 +70,9 @@ from gapt_optim import viewing as view
 
 SYMBOLS = "0123456789x=BEP"  # B, E and P stand for <bos>, <eos> and padding
 PADDING, IGNORED, TRAINING, VALIDATION, TEST = SYMBOLS.index("P"), -100, 0, 1, 2
-CONTEXT = 2 * 6 + 12 + 4  # two factors of six digits and their product, between <bos>, x, = and <eos>
+CONTEXT = (
+    2 * 6 + 12 + 4
+)  # two factors of six digits and their product, between <bos>, x, = and <eos>
 
 
 def part(a: Tensor, b: Tensor) -> Tensor:
@@ -66,14 +82,20 @@ def part(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(bucket == 0, VALIDATION, torch.where(bucket == 1, TEST, TRAINING))
 
 
-def draw(count: int, digits: tuple[int, int], wanted: int | None, generator: torch.Generator) -> list[tuple[int, int]]:
+def draw(
+    count: int, digits: tuple[int, int], wanted: int | None, generator: torch.Generator
+) -> list[tuple[int, int]]:
     """``count`` problems whose factors each have a number of digits drawn evenly from ``digits``."""
     found: list[tuple[int, int]] = []
     while len(found) < count:
         length = torch.randint(digits[0], digits[1] + 1, (2, 32 * count), generator=generator)
         least = torch.where(length == 1, 0, 10 ** (length - 1))
         factors = (
-            least + (torch.rand(length.shape, generator=generator, dtype=torch.float64) * (10**length - least)).long()
+            least
+            + (
+                torch.rand(length.shape, generator=generator, dtype=torch.float64)
+                * (10**length - least)
+            ).long()
         )
         if wanted is not None:
             factors = factors[:, part(factors[0], factors[1]) == wanted]
@@ -104,21 +126,40 @@ def build_model(config: Config) -> nn.Module:
     """GPT-2 with random weights, drawn from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = {"n_layer": config.layers, "n_embd": config.width, "n_head": config.heads, "n_positions": CONTEXT}
-    rest: dict[str, Any] = {**size, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}
-    rest |= {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    size = {
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_positions": CONTEXT,
+    }
+    rest: dict[str, Any] = {
+        **size,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    }
+    rest |= {
+        "activation_function": "gelu_pytorch_tanh",
+        "use_cache": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(SYMBOLS), **rest))
 
 
 def answers(model: nn.Module, problems: Problems) -> tuple[Tensor, Tensor]:
     """Logits of every answer token (answer tokens, symbols), and what they should be."""
-    ids, mask, targets, positions = (tensor.to(next(model.parameters()).device) for tensor in problems)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1]
+    ids, mask, targets, positions = (
+        tensor.to(next(model.parameters()).device) for tensor in problems
+    )
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[
+        :, :-1
+    ]
     return logits[targets != IGNORED].float(), targets[targets != IGNORED]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gapt: GAPTConfig) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, hook: RepresentationHook, problems: Problems, gapt: GAPTConfig
+) -> dict[str, Any]:
     """Loss, exact-match accuracy, calibration, loss and accuracy of each digit, entropies and their measures."""
     model.eval()
     with hook.measuring(gapt.entropy) as measured:
@@ -129,12 +170,17 @@ def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gap
     right[answered] = guess == targets
     position, hits = (answered.cumsum(-1) - 1)[answered], (guess == targets).float()
     calibration = torch.bincount((probability * 10).long().clamp(max=9), probability - hits, 10)
-    losses, counts = nn.functional.cross_entropy(logits, targets, reduction="none"), torch.bincount(position)
+    losses, counts = (
+        nn.functional.cross_entropy(logits, targets, reduction="none"),
+        torch.bincount(position),
+    )
     return {
         "loss": losses.mean().item(),
         # Greedy decoding writes the exact answer if and only if every token is right given the right ones before it.
         "accuracy": right.all(-1).float().mean().item(),
-        "calibration": (calibration.abs().sum() / len(hits)).item(),  # mean gap between how sure and how often right
+        "calibration": (
+            calibration.abs().sum() / len(hits)
+        ).item(),  # mean gap between how sure and how often right
         "digits": (torch.bincount(position, hits) / counts).tolist(),
         "digit_losses": (torch.bincount(position, losses) / counts).tolist(),
         "entropy": measured.mean,
@@ -145,16 +191,32 @@ def evaluate(model: nn.Module, hook: RepresentationHook, problems: Problems, gap
 
 
 def train(
-    config: Config, gapt: GAPTConfig, method: str, record: Callable[[Any], None] = lambda metrics: None
+    config: Config,
+    gapt: GAPTConfig,
+    method: str,
+    record: Callable[[Any], None] = lambda metrics: None,
 ) -> dict[str, Any]:
     """One run and its evaluations. The seed alone decides weights, problems and test sets, so methods share them."""
     device, generator = runs.pick_device(config.device), torch.Generator().manual_seed(config.seed)
-    kinds = (("validation", (1, 3), VALIDATION), ("id", (1, 3), TEST), ("ood", (4, 6), None))  # short, short, longer
-    sets = {name: encode(draw(config.problems, digits, wanted, generator)) for name, digits, wanted in kinds}
-    starts = torch.Generator().manual_seed(config.seed + 1_000_003) if config.positions == "random" else None
+    kinds = (
+        ("validation", (1, 3), VALIDATION),
+        ("id", (1, 3), TEST),
+        ("ood", (4, 6), None),
+    )  # short, short, longer
+    sets = {
+        name: encode(draw(config.problems, digits, wanted, generator))
+        for name, digits, wanted in kinds
+    }
+    starts = (
+        torch.Generator().manual_seed(config.seed + 1_000_003)
+        if config.positions == "random"
+        else None
+    )
     torch.manual_seed(config.seed)
     model, history = build_model(config).to(device).train(), []
-    base = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+    base = torch.optim.AdamW(
+        model.parameters(), config.lr, (0.9, 0.98), weight_decay=config.weight_decay, fused=True
+    )
 
     def rate(step: int) -> float:
         cosine = 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * (step / config.steps)))
@@ -173,15 +235,26 @@ def train(
             optimizer.zero_grad()
             record(optimizer.metrics)
             if step % config.evaluate_every == 0 or step == config.steps:
-                history.append({"step": step, **{n: evaluate(model, hook, each, gapt) for n, each in sets.items()}})
+                history.append(
+                    {
+                        "step": step,
+                        **{n: evaluate(model, hook, each, gapt) for n, each in sets.items()},
+                    }
+                )
     last: Any = optimizer.metrics
-    return {"history": history, "compression_share": last.compression_steps / config.steps, "switches": last.switches}
+    return {
+        "history": history,
+        "compression_share": last.compression_steps / config.steps,
+        "switches": last.switches,
+    }
 
 
 def main() -> None:
     config, gapt, folder = runs.open_run(Config, sys.argv[1:], {"minutes": MINUTES, "paper": PAPER})
     if config.width % config.heads:
-        raise runs.CommandError(f"--width: must be a multiple of --heads {config.heads}, found {config.width}")
+        raise runs.CommandError(
+            f"--width: must be a multiple of --heads {config.heads}, found {config.width}"
+        )
     runs.pick_device(config.device)
     settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
     folder.begin(settings, children=config.methods, replace=config.overwrite)
@@ -190,10 +263,14 @@ def main() -> None:
         with child.recording(0, config.steps, name=method, quiet=config.quiet) as record:
             results[method] = train(config, gapt, method, record)["history"]
         for point in results[method]:
-            child.append("validation.jsonl", {"step": point["step"], **point["id"], "longer": point["ood"]})
+            child.append(
+                "validation.jsonl", {"step": point["step"], **point["id"], "longer": point["ood"]}
+            )
     view.conclude(folder, config.methods, settings)
     for method, (*_, last) in results.items():
-        print(f"{method}: exact answers {last['id']['accuracy']:.1%}, on longer factors {last['ood']['loss']:.3f} nats")
+        print(
+            f"{method}: exact answers {last['id']['accuracy']:.1%}, on longer factors {last['ood']['loss']:.3f} nats"
+        )
 
 
 if __name__ == "__main__":

@@ -32,20 +32,34 @@ class Config(BaseModel):
     out: str = "runs/forgetting"  # Folder for everything that is written.
     overwrite: bool = False  # Replace the run in --out.
     quiet: bool = False  # No progress bars.
-    seed: int = Field(100, ge=0, lt=2**62)  # Of weights, teachers, data and their order; tuned on 0 to 9.
+    seed: int = Field(
+        100, ge=0, lt=2**62
+    )  # Of weights, teachers, data and their order; tuned on 0 to 9.
     steps: int = Field(2000, ge=2)  # Optimizer steps.
     batch: int = Field(32, ge=2)  # Samples in a step.
     lr: float = Field(0.01, gt=0, allow_inf_nan=False)  # Learning rate.
-    schedule: Literal["constant", "cosine"] = "constant"  # Of the learning rate; cosine ends at a tenth.
+    schedule: Literal["constant", "cosine"] = (
+        "constant"  # Of the learning rate; cosine ends at a tenth.
+    )
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
+if __name__ == "__main__" and {"-h", "--help"} & set(
+    sys.argv
+):  # answers before torch, which takes seconds to load
     tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
 
 import torch
 from torch import Tensor, nn
 
-from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, Measures, ObjectiveConfig, RepresentationHook, runs
+from gapt_optim import (
+    EntropyConfig,
+    GAPTConfig,
+    GAPTOptimizer,
+    Measures,
+    ObjectiveConfig,
+    RepresentationHook,
+    runs,
+)
 from gapt_optim import viewing as view
 
 INPUTS, HIDDEN, OUTPUTS, TRAINING, TEST = 10, 20, 10, 500, 100
@@ -85,12 +99,16 @@ def make_task() -> tuple[Network, Experience, Experience]:
     for sign, half in ((1, slice(0, INPUTS // 2)), (-1, slice(INPUTS // 2, INPUTS))):
         teacher = Network()
         with torch.no_grad():
-            for weights, start, shift in zip(teacher.parameters(), student.parameters(), shifts, strict=True):
+            for weights, start, shift in zip(
+                teacher.parameters(), student.parameters(), shifts, strict=True
+            ):
                 weights.copy_(start + sign * shift)
             inputs = 0.25 * torch.randn(TRAINING + TEST, INPUTS)
             inputs[:, half] += 1.0
             answers = teacher(inputs)
-        experiences.append(Experience(inputs[:TRAINING], answers[:TRAINING], inputs[TRAINING:], answers[TRAINING:]))
+        experiences.append(
+            Experience(inputs[:TRAINING], answers[:TRAINING], inputs[TRAINING:], answers[TRAINING:])
+        )
     return student, experiences[0], experiences[1]
 
 
@@ -113,17 +131,30 @@ def batch_order(config: Config, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    config: Config, gapt: GAPTConfig, method: str, record: Callable[[Any], None] = lambda metrics: None
+    config: Config,
+    gapt: GAPTConfig,
+    method: str,
+    record: Callable[[Any], None] = lambda metrics: None,
 ) -> dict[str, Any]:
     """One run. The seed alone decides weights, teachers, data and their order, so methods share them."""
     torch.manual_seed(config.seed)
     student, p, n = make_task()
     order = batch_order(config, torch.Generator().manual_seed(config.seed + 1_000_003))
-    inputs, answers = torch.cat([p.inputs, n.inputs])[order], torch.cat([p.answers, n.answers])[order]
-    old, learned = {"sequential": p, "finetune": n}.get(config.setting), math.nan  # not seen in the second half
+    inputs, answers = (
+        torch.cat([p.inputs, n.inputs])[order],
+        torch.cat([p.answers, n.answers])[order],
+    )
+    old, learned = (
+        {"sequential": p, "finetune": n}.get(config.setting),
+        math.nan,
+    )  # not seen in the second half
 
     def rate(step: int) -> float:
-        return 1.0 if config.schedule == "constant" else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return (
+            1.0
+            if config.schedule == "constant"
+            else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        )
 
     with RepresentationHook(student, "hidden") as hook:
         adam = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
@@ -143,7 +174,11 @@ def train(
         result["forgotten_loss"] = held_out_loss(student, old)
         result["forgetting"] = result["forgotten_loss"] - learned
     last: Any = optimizer.metrics
-    return {**result, "compression_share": last.compression_steps / config.steps, "switches": last.switches}
+    return {
+        **result,
+        "compression_share": last.compression_steps / config.steps,
+        "switches": last.switches,
+    }
 
 
 @torch.no_grad()
@@ -192,7 +227,11 @@ def main() -> None:
         child.append("validation.jsonl", {"step": config.steps, **results[method]})
     view.conclude(folder, config.methods, settings)
     for method, result in results.items():
-        forgotten = f", of the old experience forgotten {result['forgetting']:.3f}" if "forgetting" in result else ""
+        forgotten = (
+            f", of the old experience forgotten {result['forgetting']:.3f}"
+            if "forgetting" in result
+            else ""
+        )
         print(f"{method}: separation {result['separation']:.2f}{forgotten}")
 
 

@@ -228,6 +228,26 @@ class GAPTConfig(_Section):
     alignment: AlignmentConfig = AlignmentConfig()
 
     @classmethod
+    def plain(cls, **changes: Any) -> GAPTConfig:
+        """Never compress: the bare optimizer, bit for bit, with its entropies recorded; ``changes`` override.
+
+        >>> GAPTConfig.plain(objective=ObjectiveConfig(weight=0.1)).gate.frozen
+        True
+        """
+        settings: dict[str, Any] = {"gate": GateConfig(frozen=True)}
+        return cls(**(settings | changes))
+
+    @classmethod
+    def penalty(cls, **changes: Any) -> GAPTConfig:
+        """Always compress: a constant weight on the entropy, that of ``objective``; ``changes`` override.
+
+        >>> GAPTConfig.penalty(objective=ObjectiveConfig(weight=0.1)).gate.initial_phase
+        'compression'
+        """
+        settings: dict[str, Any] = {"gate": GateConfig(initial_phase="compression", frozen=True)}
+        return cls(**(settings | changes))
+
+    @classmethod
     def published(cls, **changes: Any) -> GAPTConfig:
         """The settings of arXiv 2505.08727: its gate and its entropy (linear, not centered); ``changes`` override."""
         settings: dict[str, Any] = {

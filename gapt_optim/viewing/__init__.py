@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .conclusion import conclude, figures, summary
     from .doctor import diagnose
     from .findings import FINDINGS, Diagnosis, Finding
     from .history import RunHistory, compression_spans, read_metrics, read_run, sign_changes
@@ -28,18 +27,15 @@ _HOMES = {
     "Profile": "layer_profile",
     "RunHistory": "history",
     "compression_spans": "history",
-    "conclude": "conclusion",
     "diagnose": "doctor",
     "draw_alignment": "pictures",
     "draw_entropy_map": "pictures",
     "draw_profile": "profile_view",
     "draw_training": "pictures",
-    "figures": "conclusion",
     "profile": "layer_profile",
     "read_metrics": "history",
     "read_run": "history",
     "sign_changes": "history",
-    "summary": "conclusion",
     "write_profile": "profile_view",
     "write_report": "report",
 }
@@ -52,18 +48,15 @@ __all__ = [
     "Profile",
     "RunHistory",
     "compression_spans",
-    "conclude",
     "diagnose",
     "draw_alignment",
     "draw_entropy_map",
     "draw_profile",
     "draw_training",
-    "figures",
     "profile",
     "read_metrics",
     "read_run",
     "sign_changes",
-    "summary",
     "write_profile",
     "write_report",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..runs import CommandError, flag_error
+from .errors import CommandError, flag_error
 
 if TYPE_CHECKING:
     from .history import RunHistory

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runs import CommandError
+from .errors import CommandError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken")

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..runs import CommandError
+from .errors import CommandError
 from .history import Record, drop_from, read_record, switches_of, values_of
 
 _BARS = "▁▂▃▄▅▆▇█"
