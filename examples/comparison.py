@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gapt_optim import GAPTConfig
 from gapt_optim.viewing import draw_training, read_run, write_report
 
 MADE_BY = "an example of gapt_optim"
@@ -21,7 +22,7 @@ OF_A_METHOD = (
 )
 OF_ALL = ("settings.json", "results.json", "training.png", "report.html")
 ROWS = {  # what the table shows, and where it is in a result
-    "held-out loss (nats)": "loss",
+    "held-out loss": "loss",
     "entropy (nats)": "entropy",
     "linear entropy (nats)": "linear_entropy",
     "centered cosine entropy (nats)": "centered_cosine_entropy",
@@ -68,17 +69,30 @@ def check_folder(out: Path, *, resume: bool = False, overwrite: bool = False) ->
 
 
 def begin_folder(
-    out: Path, settings: Mapping[str, Any], more_files: Iterable[str] = (), *, keep: bool = False
+    out: Path,
+    settings: Mapping[str, Any],
+    configs: Mapping[str, GAPTConfig],
+    more_files: Iterable[str] = (),
+    *,
+    keep: bool = False,
 ) -> None:
-    """List what this run may write. Unless `keep`, delete what an earlier one listed."""
-    doomed = [] if keep else read_settings(out).get("files", [])
-    for name in doomed:
+    """Write the settings, and list what the run may write.
+
+    Args:
+        configs: of each method.
+        more_files: of the script's own, beside those that all scripts write.
+        keep: do not delete what an earlier run listed.
+    """
+    for name in [] if keep else read_settings(out).get("files", []):
         (out / name).unlink(missing_ok=True)
     files = [*OF_ALL, *more_files]
-    for method in settings["methods"]:
-        files += [f"{method}/{name}" for name in OF_A_METHOD]
-        (out / method).mkdir(parents=True, exist_ok=True)
+    files += [f"{method}/{name}" for method in configs for name in OF_A_METHOD]
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", {"made_by": MADE_BY, **settings, "files": files})
+    for method, config in configs.items():
+        (out / method).mkdir(exist_ok=True)
+        of_method = {"method": method, **settings, "gapt": config.model_dump(mode="json")}
+        write_json(out / method / "settings.json", of_method)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,7 +103,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def result_of(folder: Path, held_out: Mapping[str, Any]) -> dict[str, Any]:
-    """The last held-out values of a method, with what its last training step says of the phases."""
+    """The held-out values of a method, with what its last training step says of the phases."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     phases = {
         "compression_share": last["compression_steps"] / last["step"],
@@ -142,12 +156,15 @@ def meaning(results: Mapping[str, Mapping[str, Any]]) -> str:
             "trained exactly as plain did. Train for more steps, or lower --patience-memorization."
         )
     change = gapt["loss"] / plain["loss"] - 1
+    cost = f"{abs(change):.1%} {'above' if change > 0 else 'below'}"
+    if abs(change) < 0.0005:
+        cost = "within 0.05% of"
     first = (
         f"GAPT spent {gapt['compression_share']:.0%} of its steps in compression and ended with a "
-        f"held-out loss {abs(change):.1%} {'above' if change > 0 else 'below'} plain training's."
+        f"held-out loss {cost} plain training's."
     )
     before, after = (math.exp(run["centered_cosine_entropy"]) for run in (plain, gapt))
-    spread = f"the tokens of a window spread over {after:.2f} directions instead of {before:.2f}"
+    spread = f"a window spreads over {after:.2f} directions instead of {before:.2f}"
     if gapt["norm_ratio"] > 1.5 * plain["norm_ratio"]:
         hidden = "the longest token of a window grew beside the others, which hides them"
     elif gapt["mean_share"] > plain["mean_share"] + 0.15:

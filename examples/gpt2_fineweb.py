@@ -167,11 +167,6 @@ def check(s: Settings) -> None:
     if s.batch_size * s.accumulation % WORLD:
         total = s.batch_size * s.accumulation
         raise SystemExit(f"--batch-size: {total} sequences cannot be divided among {WORLD} ranks")
-    for method in s.methods:
-        try:
-            config_of(s, method)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
 
 
 def config_of(s: Settings, method: str) -> GAPTConfig:
@@ -469,11 +464,8 @@ def prepare(s: Settings) -> None:
         s.data, words = text.find(s.data)
         print(f"Training GPT-2 ({s.preset}), {' and '.join(s.methods)}, on {words}.", flush=True)
     tokens = [f"tokens/{name}" for name in text.FILES]
-    comparison.begin_folder(out, asdict(s), more_files=tokens, keep=s.resume)
-    for method in s.methods:
-        config = config_of(s, method).model_dump(mode="json")
-        settings = {"method": method, **asdict(s), "gapt": config}
-        comparison.write_json(out / method / "settings.json", settings)
+    configs: dict[str, GAPTConfig] = {method: config_of(s, method) for method in s.methods}
+    comparison.begin_folder(out, asdict(s), configs, tokens, keep=s.resume)
     open_corpus(s)
 
 

@@ -10,10 +10,10 @@ import arithmetic
 import pytest
 import torch
 from arithmetic import CONTEXT, SYMBOLS, TEST, TRAINING, VALIDATION, Config, answers, draw, encode, evaluate, part
-from gapt_optim.runs import run_script
 from torch import nn
 
 from gapt_optim import GAPTConfig, GateConfig, RepresentationHook, viewing
+from gapt_optim.runs import run_script
 from gapt_optim.viewing import read_run
 
 SMALL: dict[str, Any] = {

@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import text
-from gapt_optim.runs import CommandError, RunFolder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from text import Corpus, Source, hub_problem, load, make_bpe, open_source, prepare
+
+from gapt_optim.runs import CommandError, RunFolder
 
 
 def read(path: Path) -> list[str]:

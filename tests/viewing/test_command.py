@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from gapt_optim.runs import CommandError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from gapt_optim.runs import CommandError
 from gapt_optim.viewing import Profile, read_metrics
 from gapt_optim.viewing.command import main
 from gapt_optim.viewing.model_loading import TextBatches
