@@ -46,6 +46,10 @@ def read_settings(out: Path) -> dict[str, Any]:
     return settings if ours else {}
 
 
+def files_in(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+
+
 def check_folder(out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Refuse a folder that holds what no run of ours wrote, or a run that is not to be replaced."""
     if resume and overwrite:
@@ -54,8 +58,7 @@ def check_folder(out: Path, *, resume: bool = False, overwrite: bool = False) ->
         )
     if out.exists() and not out.is_dir():
         raise SystemExit(f"--out {out} is a file; give a folder")
-    listed = read_settings(out).get("files", [])
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    listed, found = read_settings(out).get("files", []), files_in(out)
     foreign = sorted(found.difference(listed))
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
@@ -83,8 +86,9 @@ def begin_folder(
         more_files: of the script's own, beside those that all scripts write.
         keep: do not delete what an earlier run listed.
     """
-    for name in [] if keep else read_settings(out).get("files", []):
-        (out / name).unlink(missing_ok=True)
+    if not keep:
+        for name in files_in(out).intersection(read_settings(out).get("files", [])):
+            (out / name).unlink()
     files = [*OF_ALL, *more_files]
     files += [f"{method}/{name}" for method in configs for name in OF_A_METHOD]
     out.mkdir(parents=True, exist_ok=True)

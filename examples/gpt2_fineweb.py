@@ -20,6 +20,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+# Read when torch loads: threads that spin while they wait slow down all else on a CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
