@@ -96,9 +96,7 @@ def test_what_is_forgotten_is_how_much_the_loss_on_n_rose(tmp_path: Path) -> Non
 
 
 def test_the_settings_reach_the_run() -> None:
-    expected = GAPTConfig(
-        entropy=EntropyConfig(kernel="linear", center=False), objective=ObjectiveConfig(weight=0.5)
-    )
+    expected = GAPTConfig(entropy=EntropyConfig(kernel="linear", center=False), objective=ObjectiveConfig(weight=0.5))
     assert forgetting.config_of(Settings(kernel="linear", weight=0.5), "gapt") == expected
 
 

@@ -58,6 +58,7 @@ def files(out: Path) -> set[str]:
     return found - {"training.png", "report.html"}
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tiny: list[str], tmp_path: Path, run: Run) -> None:
     process = start(*tiny, *SHARED, "--out", str(tmp_path / "ranks"))
     run(gpt2_fineweb, [*tiny, *SHARED, "--out", str(tmp_path / "one")])
