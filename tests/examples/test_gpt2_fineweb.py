@@ -171,9 +171,10 @@ def test_interrupted_run_goes_on_bit_for_bit(
     run(gpt2_fineweb, [*flags, "--out", str(tmp_path / "whole")])
     parts = tmp_path / "parts"
     stopped = f"{method}: stopped after step 7 of 12; go on with --resume"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=stopped):
+    with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, 13, number)  # inside the seventh step
-        run(gpt2_fineweb, [*flags, "--out", str(parts)])
+        with pytest.raises(SystemExit, match=stopped):
+            run(gpt2_fineweb, [*flags, "--out", str(parts)])
     assert len(read_lines(parts / method / "metrics.jsonl")) == 7
     run(gpt2_fineweb, ["--resume", "--out", str(parts)])
     assert_same_run(tmp_path / "whole" / method, parts / method)
@@ -193,9 +194,10 @@ def test_run_that_broke_off_goes_on_bit_for_bit(tiny: list[str], tmp_path: Path,
             raise MemoryError
         return draw(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt2_fineweb, "batch", broken)
-        run(gpt2_fineweb, [*tiny, "--out", str(parts)])
+        with pytest.raises(MemoryError):
+            run(gpt2_fineweb, [*tiny, "--out", str(parts)])
     with (parts / "gapt" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "pha')  # as a kill leaves it
     run(gpt2_fineweb, ["--resume", "--out", str(parts)])
@@ -216,9 +218,10 @@ def test_full_disk_leaves_the_last_checkpoint_whole(tiny: list[str], tmp_path: P
             Path(path).write_bytes(b"PK")
             raise OSError(28, "No space left on device")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", half)
-        run(gpt2_fineweb, [*tiny, "--methods", "gapt", "--out", str(parts)])
+        with pytest.raises(OSError, match="No space left"):
+            run(gpt2_fineweb, [*tiny, "--methods", "gapt", "--out", str(parts)])
     assert torch.load(parts / "gapt" / "checkpoint.pt", weights_only=True)["step"] == 5
     run(gpt2_fineweb, ["--resume", "--out", str(parts)])
     assert_same_run(whole / "gapt", parts / "gapt")
