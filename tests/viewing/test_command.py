@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gapt_optim.runs import CommandError
 from gapt_optim.viewing import Profile, read_metrics
 from gapt_optim.viewing.command import main
+from gapt_optim.viewing.errors import CommandError
 from gapt_optim.viewing.model_loading import TextBatches
 from gapt_optim.viewing.watch import Follower, follow, phase_line, sparkline
 
