@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +14,7 @@ from gapt_optim import GAPTConfig
 from gapt_optim.viewing import draw_training, read_run, write_report
 
 MADE_BY = "an example of gapt_optim"
-OF_A_METHOD = (
-    "settings.json",
-    "metrics.jsonl",
-    "validation.jsonl",
-    "checkpoint.pt",
-    "checkpoint.pt.partial",
-)
+OF_A_METHOD = ("settings.json", "metrics.jsonl", "validation.jsonl", "checkpoint.pt")
 OF_ALL = ("settings.json", "results.json", "training.png", "report.html")
 ROWS = {  # what the table shows, and where it is in a result
     "held-out loss": "loss",
@@ -50,6 +45,12 @@ def files_in(out: Path) -> set[str]:
     return {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
 
 
+def files_of_run(out: Path) -> set[str]:
+    """What a run of ours lists, and what stands beside such a file while it is written."""
+    listed = read_settings(out).get("files", [])
+    return {*listed, *(name + ".partial" for name in listed)}
+
+
 def check_folder(out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Refuse a folder that holds what no run of ours wrote, or a run that is not to be replaced."""
     if resume and overwrite:
@@ -58,8 +59,8 @@ def check_folder(out: Path, *, resume: bool = False, overwrite: bool = False) ->
         )
     if out.exists() and not out.is_dir():
         raise SystemExit(f"--out {out} is a file; give a folder")
-    listed, found = read_settings(out).get("files", []), files_in(out)
-    foreign = sorted(found.difference(listed))
+    listed, found = files_of_run(out), files_in(out)
+    foreign = sorted(found - listed)
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise SystemExit(
@@ -86,9 +87,9 @@ def begin_folder(
         more_files: of the script's own, beside those that all scripts write.
         keep: do not delete what an earlier run listed.
     """
-    if not keep:
-        for name in files_in(out).intersection(read_settings(out).get("files", [])):
-            (out / name).unlink()
+    doomed = set() if keep else files_in(out) & files_of_run(out)
+    for name in doomed - {"settings.json"}:  # which lists the others until they are gone
+        (out / name).unlink()
     files = [*OF_ALL, *more_files]
     files += [f"{method}/{name}" for method in configs for name in OF_A_METHOD]
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,14 @@ def begin_folder(
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """The file before stays whole until this one is."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content)
+    os.replace(partial, path)
 
 
 # The end

@@ -82,9 +82,7 @@ class Settings:
     warmup: int = 30  # steps of linear warm-up, before half a cosine to a tenth
     weight_decay: float = 0.1  # of the matrices
     clip: float = 1.0  # largest norm of the gradient
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-    )
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks' matrices
 
     # GAPT: the settings that people change first; GAPTConfig has them all
     weight: float = 0.03  # of the entropy in compression, per nat
@@ -372,7 +370,8 @@ def keep_until(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        comparison.write_text(path, "".join(kept))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -462,12 +461,12 @@ def train(s: Settings, method: str, corpus: text.Corpus, device: torch.device) -
 def prepare(s: Settings) -> None:
     """The folder, its settings and tokens, by the first rank."""
     out = Path(s.out)
+    configs: dict[str, GAPTConfig] = {method: config_of(s, method) for method in s.methods}
     if not s.resume:
         comparison.check_folder(out, overwrite=s.overwrite)
         s.data, words = text.find(s.data)
         print(f"Training GPT-2 ({s.preset}), {' and '.join(s.methods)}, on {words}.", flush=True)
     tokens = [f"tokens/{name}" for name in text.FILES]
-    configs: dict[str, GAPTConfig] = {method: config_of(s, method) for method in s.methods}
     comparison.begin_folder(out, asdict(s), configs, tokens, keep=s.resume)
     open_corpus(s)
 
