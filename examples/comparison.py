@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,24 @@ def result_of(folder: Path, held_out: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conclude(
-    out: Path, results: Mapping[str, Mapping[str, Any]], more_rows: Mapping[str, str] | None = None
+    out: Path,
+    results: Mapping[str, Mapping[str, Any]],
+    more_rows: Mapping[str, str] | None = None,
+    draw: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write results.json, a picture and a page; print a table and what it means."""
+    """Write results.json, a picture and a page; print a table and what it means.
+
+    Args:
+        more_rows: of the table: what they show, and where it is in a result.
+        draw: writes the picture, where it is not that of losses and entropies.
+    """
     versions = {name: version(name) for name in ("torch", "transformers")}
     write_json(out / "results.json", {"runs": results, "versions": versions})
     runs = {method: read_run(out / method) for method in results}
-    draw_training(runs, out / "training.png")
+    if draw is None:
+        draw_training(runs, out / "training.png")
+    else:
+        draw(out / "training.png")
     write_report(runs, out / "report.html", baseline="plain" if "plain" in runs else None)
     print()
     print(table(results, {**ROWS, **(more_rows or {})}))

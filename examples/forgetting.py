@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,6 +50,7 @@ class Settings:
     steps: int = 2000  # of learning from both
     finetune_steps: int = 500  # of fine-tuning on P afterwards
     batch_size: int = 32  # samples in a step
+    eval_every: int = 100  # steps between evaluations
     lr: float = 0.01
 
     # GAPT: the settings that people change first; GAPTConfig has them all
@@ -207,27 +209,55 @@ def train(s: Settings, method: str, folder: Path) -> dict[str, Any]:
     hook = RepresentationHook(student, "hidden")
     adam = torch.optim.Adam(student.parameters(), lr=s.lr, fused=True)
     optimizer = GAPTOptimizer(adam, hook, config_of(s, method), observers=[log, bar])
+    held_out: dict[int, dict[str, Any]] = {}
+
+    def write(step: int) -> None:
+        held_out[step] = evaluate(s, student, hook, p, n)
+        with (folder / "validation.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **held_out[step]}) + "\n")
 
     with log, bar:
         for step in range(len(order)):
-            if step == s.steps:
-                learned = evaluate(s, student, hook, p, n)
+            if step % s.eval_every == 0 or step == s.steps:
+                write(step)
             loss = (student(inputs[step]) - answers[step]).abs().mean()
             optimizer.backward(loss)  # was: loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    finetuned = evaluate(s, student, hook, p, n)
-
-    with (folder / "validation.jsonl").open("w") as file:
-        for step, values in ((s.steps, learned), (len(order), finetuned)):
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        write(len(order))
+    learned, finetuned = held_out[s.steps], held_out[len(order)]
     return {**learned, "forgotten": finetuned["loss_n"] - learned["loss_n"]}
+
+
+def draw(s: Settings, path: Path) -> None:
+    """What each method loses on P and on N, and how far apart it keeps them."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    shown = {"loss_p": "loss on P", "loss_n": "loss on N", "separation": "separation of P and N"}
+    for method in s.methods:
+        with (path.parent / method / "validation.jsonl").open() as file:
+            records = [json.loads(line) for line in file][1:]  # without that of the first weights
+        for panel, key in zip(panels, shown, strict=True):
+            steps, values = [r["step"] for r in records], [r[key] for r in records]
+            panel.plot(steps, values, label=method)
+    for panel, title in zip(panels, shown.values(), strict=True):
+        panel.set_ylabel(title)
+        panel.set_ylim(bottom=0)
+        panel.axvline(s.steps, color="gray", linestyle=":")
+    panels[0].set_title("Learning from P and N, then (right of the dotted line) from P alone")
+    panels[0].legend()
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
     s = tyro.cli(Settings)
-    if min(s.steps, s.finetune_steps) < 1 or s.batch_size < 2:
-        raise SystemExit("--steps and --finetune-steps must be at least 1, and --batch-size 2")
+    if min(s.steps, s.finetune_steps, s.eval_every) < 1 or s.batch_size < 2:
+        raise SystemExit(
+            "--steps, --finetune-steps and --eval-every must be at least 1, and --batch-size 2"
+        )
     configs: dict[str, GAPTConfig] = {method: config_of(s, method) for method in s.methods}
     out = Path(s.out)
     comparison.check_folder(out, overwrite=s.overwrite)
@@ -238,7 +268,7 @@ def main() -> None:
         learned = train(s, method, out / method)
         results[method] = comparison.result_of(out / method, learned)
     more = {"separation of P and N": "separation", "N forgotten, tuned on P": "forgotten"}
-    comparison.conclude(out, results, more)
+    comparison.conclude(out, results, more, draw=partial(draw, s))
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def test_separation_is_the_distance_in_units_of_the_spread() -> None:
 
 def test_what_is_forgotten_is_how_much_the_loss_on_n_rose(tmp_path: Path) -> None:
     found = train(tmp_path / "run", "plain", steps=100, finetune_steps=100)
-    learned, tuned = read_lines(tmp_path / "run" / "validation.jsonl")
-    assert (learned["step"], tuned["step"]) == (100, 200)
+    start, learned, tuned = read_lines(tmp_path / "run" / "validation.jsonl")
+    assert (start["step"], learned["step"], tuned["step"]) == (0, 100, 200)
     assert found["forgotten"] == tuned["loss_n"] - learned["loss_n"]
     assert found["forgotten"] > 0
     assert tuned["loss_p"] < learned["loss_p"]
@@ -108,6 +108,7 @@ def test_the_script_leaves_a_comparison(tmp_path: Path, run: Run, capsys: pytest
     assert "N forgotten, tuned on P" in said
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert (runs["plain"]["compression_share"], runs["penalty"]["compression_share"]) == (0, 1)
+    assert (out / "training.png").stat().st_size > 1000
     for method in ("plain", "penalty"):
         assert len(read_lines(out / method / "metrics.jsonl")) == 30
 
