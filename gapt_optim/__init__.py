@@ -6,11 +6,11 @@ from ._lazy import lazy_names
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from ._capture import Measurement, RepresentationHook
     from .alignment import Alignment, Angle, gradient_alignment, gradient_cosines
     from .config import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
     from .entropy import matrix_entropy
     from .gate import Phase, PhaseGate
+    from .hook import Measurement, RepresentationHook
     from .integrations.trackers import MLflow, TensorBoard, WandB
     from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
     from .optimizer import GAPTOptimizer
@@ -27,14 +27,14 @@ _HOMES = {
     "JSONLines": "metrics",
     "LayerConfig": "config",
     "MLflow": "integrations.trackers",
-    "Measurement": "_capture",
+    "Measurement": "hook",
     "Measures": "metrics",
     "ObjectiveConfig": "config",
     "Observer": "metrics",
     "Phase": "gate",
     "PhaseGate": "gate",
     "ProgressBar": "metrics",
-    "RepresentationHook": "_capture",
+    "RepresentationHook": "hook",
     "StepMetrics": "metrics",
     "TensorBoard": "integrations.trackers",
     "WandB": "integrations.trackers",

@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .entropy import Order, entropy_of_gram, gradient_of_rows, gram_of, saved_rows, window_weights
+from .kernels import Kernel
+from .windows import Windows
+
+if TYPE_CHECKING:
+    from .axes import View
+    from .passes import Capture
 
 _PIECE = 2**18
 
@@ -207,6 +215,93 @@ def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
                 f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
                 f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
             )
+
+
+class Angles:
+    """The angle at one layer, summed over the calls of a step.
+
+    The sums are <g,d>, |g|² and |d|², for the gradient g of the loss that arrives at the layer's output, and the
+    gradient d of the sum of the entropies of its windows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums: Tensor | None = None
+        self._probe = torch.zeros(3, device=device, requires_grad=True)
+        """In a compiled model the sums leave the backward as the gradient of this leaf: it runs no Python."""
+
+    def watch(self, seen: Tensor, capture: Capture, windows: Windows, order: Order, view: View) -> None:
+        """Add what arrives at ``seen``, a view of the hidden tensor, once the objective gave ``capture`` its factor."""
+
+        def arrived(g: Tensor) -> None:
+            factor, capture.factor = capture.factor, None
+            if factor is None:  # the gradient of something else
+                return
+            with torch.no_grad():
+                try:
+                    rows, _, _ = saved_rows(capture.saved, None)
+                except RuntimeError:  # changed in place since
+                    return
+                sums = _sums(view(g.detach()), gradient_of_rows(factor, rows, windows, order))
+                self._sums = sums if self._sums is None else self._sums + sums.to(self._sums)
+
+        seen.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def in_graph(self, h: Tensor, view: View, windows: Windows, order: Order) -> Tensor:
+        """``h`` with a place behind it where g arrives alone, for a compiled model."""
+        found: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
+            h, self._probe, *windows[1:], windows.size, order.alpha, *order.kernel, order.normalize, view
+        )
+        return found
+
+    def take(self, device: torch.device) -> Tensor:
+        """The sums (3,) since the last call, zeros where no backward came by."""
+        sums = self._sums if self._probe.grad is None else self._probe.grad
+        self.clear()
+        return torch.zeros(3, device=device) if sums is None else sums.to(device, non_blocking=True)
+
+    def clear(self) -> None:
+        self._sums = self._probe.grad = None
+
+
+class _Place(torch.autograd.Function):
+    """The identity. It knows d from its own forward, and gives the probe the sums of :class:`Angles`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        probe: Tensor,
+        index: Tensor | None,
+        keep: Tensor | None,
+        size: int,
+        alpha: float,
+        cosine: bool,
+        center: bool,
+        normalize: bool,
+        view: View,
+    ) -> Tensor:
+        windows, order = Windows(size, index, keep), Order(alpha, Kernel(cosine, center), normalize)
+        rows = view(h)
+        gram, live = gram_of(rows, windows, order)
+        shape = size, rows.shape[-1]
+        value, live, factor = entropy_of_gram(gram, live, order, shape, rows.dtype, with_factor=True)
+        assert factor is not None
+        factor = factor * window_weights(live, value, order.fewest, size)[:, None, None]
+        ctx.save_for_backward(h.clone(), index, keep, factor)  # a clone: what follows may work in place
+        ctx.size, ctx.order, ctx.view = size, order, view
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, index, keep, factor = ctx.saved_tensors
+        with torch.no_grad():
+            d = gradient_of_rows(factor, ctx.view(h), Windows(ctx.size, index, keep), ctx.order)
+            return (g, _sums(ctx.view(g), d), *[None] * 8)
+
+
+def _sums(g: Tensor, d: Tensor) -> Tensor:
+    g, d = g.reshape(-1).to(torch.float32), d.reshape(-1).to(torch.float32)
+    return torch.stack((torch.dot(g, d), torch.dot(g, g), torch.dot(d, d)))
 
 
 def _gradients(name: str, loss: Tensor, named: dict[str, Tensor]) -> tuple[Tensor | None, ...]:

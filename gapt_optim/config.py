@@ -6,6 +6,7 @@ a run. Every class is frozen, so a configuration can be shared.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -59,7 +60,6 @@ class GateConfig(_Section):
 
     >>> GateConfig(patience_memorization=30).rule
     'smoothed'
-    >>> plain, penalty = GateConfig(frozen=True), GateConfig(initial_phase="compression", frozen=True)
     """
 
     rule: Literal["smoothed", "published"] = "smoothed"
@@ -74,10 +74,11 @@ class GateConfig(_Section):
     """Updates without improvement of the entropy before memorization starts."""
 
     min_improvement: float = Field(0.01, ge=0.0, lt=1.0)
-    """Relative fall that counts as an improvement (0.01 = 1 %)."""
+    """Relative fall that counts as an improvement (0.01 = 1 %). `smoothed` measures it against the level, or against
+    twenty times the spread around it where that is larger, so that a loss near zero or below is judged as any other."""
 
     spike_tolerance: float = Field(0.2, gt=0.0)
-    """Relative rise of the training loss that ends compression at the next update (0.2 = 20 %)."""
+    """Relative rise of the training loss that ends compression at the next update (0.2 = 20 %); measured likewise."""
 
     smoothing: float = Field(0.9, ge=0.0, lt=1.0)
     """Decay of the moving averages per update; its time constant is -1/log(smoothing) updates.
@@ -126,91 +127,82 @@ class GateConfig(_Section):
 
 
 class ObjectiveConfig(_Section):
-    """What compression minimizes: loss + weight * entropy.
+    """What compression minimizes: loss + weight * entropy, or with ``direction="up"`` loss - weight * entropy.
 
-    >>> ObjectiveConfig(weight=0.1, floor=0.2).combine
-    'sum'
+    >>> floor = ObjectiveConfig(weight=1.0, direction="up", target_share=1.0)  # only below its value at the start
     """
 
     weight: float = Field(0.03, ge=0.0, allow_inf_nan=False)
     """Weight of the entropy in the objective, per nat."""
 
-    combine: Literal["sum", "project"] = "sum"
-    """How the entropy gradient joins the loss gradient at a layer: `sum` adds it, `project` first
-    drops the part that points against the loss gradient."""
+    direction: Literal["down", "up"] = "down"
+    """`down` presses entropies down, so that representations use fewer directions; `up` presses them up."""
 
-    floor: float = Field(0.0, ge=0.0, allow_inf_nan=False)
-    """A layer whose entropy is at or below this is not compressed further (same unit as the entropy)."""
+    target: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    """Where pressing stops, layer by layer (same unit as the entropy): a layer whose entropy is on the far side of it
+    is left alone. With `up` it is a floor from below. None = no end."""
+
+    target_share: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    """The same as a share of the layer's own entropy at step `start`. That step measures it and presses nothing."""
+
+    start: int = Field(0, ge=0)
+    """Optimizer steps before which nothing is pressed, whatever the phase."""
 
     max_nonfinite: int = Field(25, ge=1)
     """Steps in a row with a non-finite loss or entropy after which ``step()`` raises."""
 
+    @model_validator(mode="after")
+    def _one_target(self) -> ObjectiveConfig:
+        if self.target is not None and self.target_share is not None:
+            raise ValueError(
+                f"target={self.target} and target_share={self.target_share} both say where pressing stops; set one"
+            )
+        return self
+
 
 class LayerConfig(_Section):
-    """Which of the tapped layers count, and how their entropies are combined into one number.
+    """Which of the watched layers count, and how their entropies are combined into one number.
 
     >>> LayerConfig(skip_first=1, skip_last=1).schedule
     'all'
     """
 
-    schedule: Literal["all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"] = "all"
-    """Which layers a step compresses: `all` equally; `rotate` one at a time, in turn; `alternate` every other one;
-    `blocks` a third of the depth at a time, in turn; `progressive` the last one first, then more; `valley` mostly the
-    middle, `mountain` mostly the ends, `slope` mostly the late ones."""
+    schedule: Literal["all", "rotate"] = "all"
+    """Which layers a step presses: `all` equally, or `rotate`, one at a time in turn."""
 
     skip_first: int = Field(0, ge=0)
-    """Number of first layers to leave out. Applies only if more than skip_first + skip_last layers are tapped."""
+    """Number of first layers to leave out. Applies only if more than skip_first + skip_last layers are watched."""
 
     skip_last: int = Field(0, ge=0)
     """Number of last layers to leave out, under the same condition."""
 
-    reduce: Literal["mean", "max", "min", "largest_drop"] = "mean"
-    """What is minimized: the `mean`, `max` or `min` of the layers' entropies; `largest_drop`, the entropy of the layer
-    after the steepest fall."""
-
-    period: int = Field(100, ge=1)
-    """Compression steps after which `blocks` and `progressive` move on."""
+    reduce: Literal["mean", "largest_drop"] = "mean"
+    """What is pressed: the `mean` of the layers' entropies, or `largest_drop`, that of the layer behind the steepest
+    fall from one layer to the next."""
 
     @model_validator(mode="after")
     def _shape_needs_all_layers(self) -> LayerConfig:
         if self.reduce == "largest_drop" and self.schedule != "all":
             raise ValueError(
                 f'reduce="largest_drop" judges the profile of all layers, found schedule="{self.schedule}"; '
-                'use schedule="all", or reduce="mean", "max" or "min"'
+                'use schedule="all", or reduce="mean"'
             )
         return self
 
 
 class AlignmentConfig(_Section):
-    """Where and how often the angle between the loss and entropy gradients is measured.
+    """How often what is for people is taken: angles between the gradients of loss and entropy, and measures.
 
-    >>> AlignmentConfig(parameter_every=50).activation
-    True
+    >>> AlignmentConfig(parameter_every=50).every
+    10
     """
 
-    activation: bool = True
-    """Measure it at every tapped layer, every step, in the one backward pass."""
+    every: int = Field(10, ge=0)
+    """Optimizer steps from one measurement to the next of the angle at every watched layer, and of
+    ``metrics.measures``. The first step is measured; 0 = never."""
 
     parameter_every: int = Field(0, ge=0)
-    """Measure it between parameter gradients, every so many optimizer steps; 0 = never."""
-
-    parameter_streaming: bool = False
-    """Hold the entropy gradient of one parameter at a time instead of all. Compares the first micro-batch of the step
-    only. For one process, and reduce="mean", schedule="all", combine="sum", floor=0."""
-
-    project_parameters: bool = False
-    """On the steps that measure it, remove from the parameters' entropy gradient the part that points against the
-    loss gradient. Changes training; needs parameter_every > 0."""
-
-    @model_validator(mode="after")
-    def _project_needs_alignment(self) -> AlignmentConfig:
-        if self.project_parameters and self.parameter_every == 0:
-            raise ValueError(
-                "project_parameters=True needs parameter_every > 0: it acts on the steps of parameter alignment"
-            )
-        if self.project_parameters and self.parameter_streaming:
-            raise ValueError("project_parameters=True needs the whole entropy gradient: set parameter_streaming=False")
-        return self
+    """The same for the angle between parameter gradients, which takes one more gradient; 0 = never."""
 
 
 class GAPTConfig(_Section):
@@ -229,23 +221,13 @@ class GAPTConfig(_Section):
 
     @classmethod
     def plain(cls, **changes: Any) -> GAPTConfig:
-        """Never compress: the bare optimizer, bit for bit, with its entropies recorded; ``changes`` override.
-
-        >>> GAPTConfig.plain(objective=ObjectiveConfig(weight=0.1)).gate.frozen
-        True
-        """
-        settings: dict[str, Any] = {"gate": GateConfig(frozen=True)}
-        return cls(**(settings | changes))
+        """Memorization alone: the wrapped optimizer's own training, with entropies read; ``changes`` override."""
+        return cls(**({"gate": GateConfig(frozen=True)} | changes))
 
     @classmethod
     def penalty(cls, **changes: Any) -> GAPTConfig:
-        """Always compress: a constant weight on the entropy, that of ``objective``; ``changes`` override.
-
-        >>> GAPTConfig.penalty(objective=ObjectiveConfig(weight=0.1)).gate.initial_phase
-        'compression'
-        """
-        settings: dict[str, Any] = {"gate": GateConfig(initial_phase="compression", frozen=True)}
-        return cls(**(settings | changes))
+        """Compression alone: a constant weight on the entropy, from ``objective.start`` on; ``changes`` override."""
+        return cls(**({"gate": GateConfig(initial_phase="compression", frozen=True)} | changes))
 
     @classmethod
     def published(cls, **changes: Any) -> GAPTConfig:
@@ -256,19 +238,20 @@ class GAPTConfig(_Section):
         }
         return cls(**(settings | changes))
 
-    @property
-    def plain_objective(self) -> bool:
-        """The objective is loss + weight * mean entropy of the layers that count, with nothing left out."""
-        layers, objective = self.layers, self.objective
-        plain = layers.schedule == "all" and layers.reduce == "mean"
-        return plain and objective.combine == "sum" and objective.floor == 0
-
     @model_validator(mode="after")
-    def _parameters_need_a_plain_objective(self) -> GAPTConfig:
-        for name in ("parameter_streaming", "project_parameters"):
-            if getattr(self.alignment, name) and not self.plain_objective:
-                raise ValueError(
-                    f'alignment.{name}=True needs layers.schedule="all", layers.reduce="mean", objective.combine="sum" '
-                    "and objective.floor=0"
-                )
+    def _target_can_be_reached(self) -> GAPTConfig:
+        target, window = self.objective.target, self.entropy.window
+        if target is None:
+            return self
+        limit = math.inf
+        if self.entropy.normalize:
+            limit = 1.0
+        elif window is not None:
+            limit = math.log(window - self.entropy.center)
+        if target > limit:
+            raise ValueError(
+                f"objective.target={target} is above {limit:.4g}, the largest entropy with entropy.window={window}, "
+                f"center={self.entropy.center}, normalize={self.entropy.normalize}; set a lower target or a longer "
+                "window"
+            )
         return self

@@ -1,12 +1,7 @@
 """Matrix-based Rényi entropy of a representation matrix, with closed-form gradients.
 
-For Z with n rows and d columns, the Gram matrix of its rows is C. Two choices, the *kernel*, say how:
-
-    linear    C_ij = <z_i, z_j>
-    cosine    C_ij = <z_i, z_j> / (|z_i| |z_j|)
-
-and either may be *centered*, C <- H C H with H = I - 11ᵀ / n, as kernels are in CKA and HSIC. With the eigenvalues p
-of rho = C / tr C,
+With the eigenvalues p of rho = C / tr C, where C is the Gram matrix of the rows of Z under a kernel
+(:mod:`gapt_optim.kernels`),
 
     S_a(Z) = log(sum p^a) / (1 - a)                                     in nats,
     dS_a/dC = a / (1 - a) * (rho^(a-1) / tr(rho^a) - I) / tr C,
@@ -15,42 +10,42 @@ with the von Neumann entropy -sum p log p at a = 1 and the min-entropy -log max 
 Principe, "Measures of entropy from data using infinitely divisible kernels", 2015, whose normalized Gram matrix is
 that of `cosine`).
 
-Where n <= d, all of it follows from the linear Gram matrix K = Z Zᵀ alone. With D = diag(K_ii), C = D^-1/2 K D^-1/2
-and G = H (dS/d(HCH)) H, the matrix M with dS/dZ = M Z is 2 D^-1/2 (G - diag((G C)_ii)) D^-1/2. Where n > d, the rows
-are scaled and centered first, and the d x d matrix Zᵀ Z of these rows, which has the same eigenvalues, takes C's place.
+It is made of two autograd functions: :class:`Gram` takes rows to the Gram matrices K of their windows, and
+:class:`EntropyOfGram` takes K to S, with dS/dK in closed form. Everything behind S is ordinary autograd.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .kernels import (
+    LINEAR,
+    Kernel,
+    KernelMatrix,
+    full_precision,
+    inverse_norms,
+    kernel_rows,
+    least,
+    matmul,
+    measures_of_gram,
+    no_trace,
+    squared_norms,
+    wide,
+    windows_first,
+    windows_last,
+)
+from .windows import Windows, cut, joined, rows_that_count
 
 # Orders up to this are taken by matrix products. Beyond, powers of small eigenvalues leave float32's range.
 _LARGEST_POWER = 8
 
-
-class Kernel(NamedTuple):
-    """How the Gram matrix of rows is made."""
-
-    cosine: bool
-    """Rows are scaled to unit length."""
-    center: bool
-    """Then their mean is taken off."""
-
-    @property
-    def plain(self) -> bool:
-        """The linear Gram matrix as it is, in which a row of zeros is a row like any other."""
-        return not (self.cosine or self.center)
-
-
-LINEAR = Kernel(cosine=False, center=False)
-CENTERED_COSINE = Kernel(cosine=True, center=True)
+_PIECE = 2**24
+"""Numbers of a hidden tensor of low precision that are made float32 at once."""
 
 
 def matrix_entropy(
@@ -109,336 +104,259 @@ def matrix_entropy(
         except RuntimeError:
             expected, found = tuple(z.shape[:-1]), tuple(mask.shape)
             raise ValueError(f"mask must have shape {expected}, one value per row of z, found {found}") from None
-    cosine = kernel == "cosine"
-    value: Tensor = _MatrixEntropy.apply(z, float(alpha), cosine, bool(center), mask, normalize)  # type: ignore[no-untyped-call]
-    return value
+    shape, single = z.shape[-2:], torch.promote_types(z.dtype, torch.float32)
+    if 0 in shape:
+        return z.sum((-2, -1), dtype=single)
+    rows = z.reshape(math.prod(z.shape[:-2]), *shape)
+    keep = None if mask is None else mask.reshape(rows.shape[:-1])
+    order = Order(float(alpha), Kernel(kernel == "cosine", bool(center)), normalize)
+    gram, live = Gram.apply(rows, None, keep, shape[0], order.alpha, *order.kernel, None)  # type: ignore[no-untyped-call]
+    value, _, _ = entropies(gram, live, order, shape, z.dtype)
+    return value.reshape(z.shape[:-2]).to(single)
 
 
-class _MatrixEntropy(torch.autograd.Function):
+class Order(NamedTuple):
+    """Which entropy: its order, its kernel, and whether it is divided by the logarithm of the largest rank."""
+
+    alpha: float = 2.0
+    kernel: Kernel = Kernel(cosine=True, center=True)
+    normalize: bool = False
+
+    @property
+    def fewest(self) -> int:
+        """Rows that count which a window needs for an entropy: with fewer, there is one direction at most."""
+        return 3 if self.kernel.center else 2
+
+
+class Gram(torch.autograd.Function):
+    """Rows to the Gram matrices of their windows: K = Z Zᵀ, or Yᵀ Y of the kernel's rows Y where n > d.
+
+    It saves the rows as they are, and neither copies nor changes them.
+
+    ``apply(rows, index, keep, size, order, module)`` takes rows (batch, length, d), their windows
+    (:class:`gapt_optim.windows.Windows`), and the name of the module that returned them, or None. It gives K
+    (windows, m, m) with m = min(n, d), and the rows that count (windows,), None where K or the shape tell.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, alpha: float, cosine: bool, center: bool, mask: Tensor | None, normalize: bool
-    ) -> Tensor:
-        ctx.kernel = Kernel(cosine, center)
-        rows = masked(z, mask)
-        gram = gram_matrix(rows, alpha, ctx.kernel)
-        live = count_rows(rows, mask, alpha, ctx.kernel)
-        value, factor, _ = entropy_of_gram(
-            kernel_matrix(windows_last(gram), ctx.kernel, z.shape[-2:]),
-            alpha,
-            ctx.kernel,
-            z.shape[-2:],
-            z.dtype,
-            None if live is None else live.reshape(-1),
-            normalize,
-            with_gradient=ctx.needs_input_grad[0],
-        )
-        ctx.save_for_backward(z, mask, None if factor is None else windows_first(factor).reshape(gram.shape))
-        return value.reshape(z.shape[:-2]).to(torch.promote_types(z.dtype, torch.float32))
+        ctx: Any,
+        rows: Tensor,
+        index: Tensor | None,
+        keep: Tensor | None,
+        size: int,
+        alpha: float,
+        cosine: bool,
+        center: bool,
+        module: str | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.windows, ctx.order, ctx.module = size, Order(alpha, Kernel(cosine, center)), module
+        ctx.save_for_backward(rows.clone() if torch.compiler.is_compiling() else rows, index, keep)
+        ctx.set_materialize_grads(False)
+        gram, live = gram_of(rows, Windows(size, index, keep), ctx.order)
+        if live is not None:
+            ctx.mark_non_differentiable(live)
+        return gram, live
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, mask, factor = ctx.saved_tensors
-        return _Gradient.apply(z, grad, mask, factor, ctx.kernel), *[None] * 5  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        module, compiling = ctx.module, torch.compiler.is_compiling()
+        if module is not None and torch.is_grad_enabled() and not compiling:
+            raise RuntimeError(
+                f'the entropy of module "{module}" cannot be differentiated twice, and this backward pass was asked '
+                "for a graph (create_graph=True) in compression, or where parameter alignment is due; run what needs "
+                "second derivatives inside `with hook.measuring():`, or keep the gate in memorization with "
+                "GateConfig(frozen=True)"
+            )
+        rows, index, keep = saved_rows(ctx, module)
+        with torch.no_grad():
+            d = gradient_of_rows(grad + grad.mT, rows, Windows(ctx.windows, index, keep), ctx.order)
+            if module is not None:
+                # Without this, one overflowing layer would put nan into every weight below it.
+                d = d.nan_to_num_(0.0, 0.0, 0.0)
+        if torch.is_grad_enabled() and not compiling:
+            d = _Once.apply(d, rows)  # type: ignore[no-untyped-call]
+        return (d, *[None] * 7)
 
 
-class _Gradient(torch.autograd.Function):
-    """dS/dZ, tied to Z: once_differentiable would let it pass for a constant where ``grad`` is one."""
+def saved_rows(node: Any, module: str | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a :class:`Gram` node saved. Raises RuntimeError where the rows were changed in place since."""
+    try:
+        rows, index, keep = node.saved_tensors
+    except RuntimeError as error:
+        if module is None or "inplace" not in str(error):
+            raise
+        raise RuntimeError(
+            f'the output of module "{module}" was changed in place by what follows it, so that its entropy cannot be '
+            "differentiated; give the operation behind it inplace=False, or watch that module instead"
+        ) from error
+    return rows, index, keep
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, tied to what it is the gradient of: it would otherwise pass for a constant."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, grad: Tensor, mask: Tensor | None, factor: Tensor, kernel: Kernel) -> Tensor:
-        return entropy_gradient(factor * grad[..., None, None], masked(z, mask), kernel).to(z.dtype)
+    def forward(ctx: Any, gradient: Tensor, rows: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError("matrix_entropy is differentiable once; its gradient was differentiated again")
 
 
-def masked(z: Tensor, mask: Tensor | None) -> Tensor:
-    """``z`` with the rows where ``mask`` is false set to zero; a zero row does not change an entropy."""
-    return z if mask is None else z.masked_fill(~mask.unsqueeze(-1), 0)
+class EntropyOfGram(torch.autograd.Function):
+    """Gram matrices K to entropies S, in closed form.
 
-
-def count_rows(z: Tensor, mask: Tensor | None, alpha: float, kernel: Kernel) -> Tensor | None:
-    """Rows that count in each matrix, (...,); None where all do, or where :func:`entropy_of_gram` sees them itself."""
-    if kernel.plain:
-        return None if mask is None else mask.sum(-1)
-    if z.shape[-2] <= z.shape[-1]:
-        return None
-    z = _for_order(z, alpha)
-    return (_squared_norms(z) > _least(z)).sum(-1)
-
-
-def gram_matrix(z: Tensor, alpha: float, kernel: Kernel) -> Tensor:
-    """Z Zᵀ where n <= d; otherwise Yᵀ Y of the rows Y that ``kernel`` makes of Z.
-
-    Returns:
-        (..., m, m) with m = min(n, d), in the dtype that ``alpha`` needs.
+    ``apply(gram, live, order, shape, dtype)``: see :func:`entropy_of_gram`. It gives S (windows,), the rows that count
+    (windows,) or None, and the factor F (windows, m, m) = 2 dS/dK, with dS/dZ = F Z; only S has a gradient.
     """
-    z = _for_order(z, alpha)
-    with _full_precision(z):
-        if z.shape[-2] <= z.shape[-1]:
-            return _matmul(z, z.mT)
-        y = _kernel_rows(z, kernel)
-        return _matmul(y.mT, y)
+
+    @staticmethod
+    def forward(
+        ctx: Any, gram: Tensor, live: Tensor | None, order: Order, shape: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        value, live, factor = entropy_of_gram(gram, live, order, shape, dtype, with_factor=True)
+        assert factor is not None
+        ctx.save_for_backward(factor)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(factor, *([] if live is None else [live]))
+        return value, live, factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        (factor,) = ctx.saved_tensors
+        half = (grad * 0.5)[:, None, None]
+        # A factor of 0 times one that is not finite would be nan.
+        return (torch.where(half != 0, factor * half, 0), *[None] * 4)
 
 
-def entropy_gradient(factor: Tensor, z: Tensor, kernel: Kernel) -> Tensor:
-    """dS/dZ (..., n, d) from the matrix of :func:`entropy_of_gram`, in float32 or better."""
-    dtype = torch.promote_types(z.dtype, torch.float32)
+def gram_of(rows: Tensor, windows: Windows, order: Order) -> tuple[Tensor, Tensor | None]:
+    """What :class:`Gram` gives, without a gradient of its own."""
+    z = cut(rows, windows)
+    size, features = z.shape[-2:]
+    live = rows_that_count(windows, *rows.shape[:2]) if order.kernel.plain else None
+    wide_rows = size <= features
+    if not order.kernel.plain and not wide_rows:
+        live = torch.cat([_live(part, order) for part in _pieces(z)])
+    grams = [_products(_for_order(part, order.alpha), order.kernel, wide=wide_rows) for part in _pieces(z)]
+    return (grams[0] if len(grams) == 1 else torch.cat(grams)), live
+
+
+def _products(z: Tensor, kernel: Kernel, *, wide: bool) -> Tensor:
+    with full_precision(z):
+        if wide:
+            return matmul(z, z.mT)
+        y = kernel_rows(z, kernel)
+        return matmul(y.mT, y)
+
+
+def _live(z: Tensor, order: Order) -> Tensor:
+    z = _for_order(z, order.alpha)
+    return (squared_norms(z) <= least(z)).logical_not_().sum(-1)  # a row that is not finite counts
+
+
+def gradient_of_rows(factor: Tensor, rows: Tensor, windows: Windows, order: Order) -> Tensor:
+    """dS/dZ in the shape and dtype of ``rows``, from the symmetric ``factor`` (windows, m, m) with dS/dZ = F Z."""
+    z = cut(rows, windows)
+    parts = _pieces(z)
+    if len(parts) == 1:
+        d = _gradient(factor, z, order.kernel).to(rows.dtype)
+    else:
+        d = torch.empty_like(z)
+        factors = factor.split([len(part) for part in parts])
+        for out, own, part in zip(_pieces(d), factors, parts, strict=True):
+            out.copy_(_gradient(own, part, order.kernel))
+    return joined(d, windows, *rows.shape[:2])
+
+
+def _gradient(factor: Tensor, z: Tensor, kernel: Kernel) -> Tensor:
     z = z.to(factor.dtype)  # a factor of order 1 / |z|² may lie outside of float32 where the gradient does not
-    with _full_precision(z):
+    with full_precision(z):
         if z.shape[-2] <= z.shape[-1]:
-            return _matmul(factor, z).to(dtype)
+            return matmul(factor, z)
         if kernel.plain:
-            return _matmul(z, factor).to(dtype)
-        d = _matmul(_kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
+            return matmul(z, factor)
+        d = matmul(kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
         if kernel.cosine:
-            scale = _inverse_norms(_squared_norms(z)).unsqueeze(-1)
+            scale = inverse_norms(squared_norms(z)).unsqueeze(-1)
             unit = z * scale
             d = (d - unit * (d * unit).sum(-1, keepdim=True)) * scale
-        return d.to(dtype)
+        return d
 
 
-def windows_last(gram: Tensor) -> Tensor:
-    """(..., m, m) as (m, m, windows): operations on so small matrices are fast where they run over windows."""
-    flat = gram.unsqueeze(0).flatten(0, -3)
-    moved = flat.permute(1, 2, 0)
-    # Few large matrices stay as they lie in memory.
-    return moved.contiguous() if len(flat) > gram.shape[-1] else moved
+def _pieces(z: Tensor) -> Sequence[Tensor]:
+    """``z`` in parts where its whole float32 copy would take as much memory as two activations."""
+    if z.dtype in (torch.float32, torch.float64) or z.numel() <= _PIECE or torch.compiler.is_compiling():
+        return (z,)
+    return z.split(max(1, _PIECE // (z.shape[-2] * z.shape[-1])))
 
 
-def windows_first(matrices: Tensor) -> Tensor:
-    """(m, m, windows) as (windows, m, m), contiguous."""
-    m, _, count = matrices.shape
-    # A transposition of two dimensions is several times as fast as a permutation of three.
-    return matrices.reshape(m * m, count).mT.contiguous().reshape(count, m, m)
-
-
-def kernel_matrix(gram: Tensor, kernel: Kernel, shape: Sequence[int]) -> KernelMatrix:
-    """The matrix of ``kernel`` from that of :func:`gram_matrix`, windows last, for matrices Z of ``shape`` (n, d)."""
-    n, d = shape
-    return KernelMatrix(gram, LINEAR) if n > d else KernelMatrix(gram, kernel)
-
-
-class KernelMatrix:
-    """The Gram matrices of a kernel, from the linear ones K = Z Zᵀ.
-
-    Args:
-        gram: (n, n, windows), linear. Under all but the plain kernel a row of zeros does not count.
-        kernel: the kernel. Where n > d, the Gram matrix is that of the kernel already, to be given as the plain one.
-    """
-
-    def __init__(self, gram: Tensor, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.live: Tensor | None = None
-        """(windows,) rows that count; None where all do."""
-        self.noise: Tensor | None = None
-        """(windows,) rounding of the matrix, where it is the difference of larger ones: a trace at or below it is 0."""
-        matrix = gram
-        if not kernel.plain:
-            inverse = _inverse(gram.diagonal().mT)
-            self.alive = (inverse > 0).to(gram.dtype)  # (n, windows), 1 for rows that count, otherwise 0
-            self.live = self.alive.sum(0)
-            self.count = self.live.clamp(min=1)
-        if kernel.cosine:
-            self.scale = inverse.sqrt_()
-            matrix = (gram * self.scale).mul_(self.scale.unsqueeze(1))
-        self.uncentered = matrix
-        if kernel.center:
-            assert self.live is not None  # a kernel that centers is not the plain one
-            whole = self.live if kernel.cosine else matrix.diagonal().sum(-1)  # a live row of cosine has 1 there
-            self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp_(min=_least(gram))
-            matrix = self._centered(matrix)
-        self.inverse = _inverse(matrix.diagonal().sum(-1), self.noise)
-        """(windows,) 1 / trace; 0 for a matrix that counts as zero."""
-        # It is this that is squared, not the matrix, so that the range of scales is that of the trace.
-        self.rho = matrix.mul_(self.inverse) if kernel.center else matrix * self.inverse
-        """(n, n, windows), the matrix with trace 1."""
-
-        # Computed once. A cached_property holds a lock, which breaks a compiled graph.
-        self._purity: Tensor | None = None
-        self._order_2: Tensor | None = None
-
-    @property
-    def purity(self) -> Tensor:
-        """(windows,) tr(rho²); 1 for a matrix that counts as zero."""
-        if self._purity is None:
-            total = self.rho.square().sum((0, 1))
-            self._purity = total.masked_fill_(total < _no_trace(self.rho, 2), 1)
-        return self._purity
-
-    @property
-    def order_2(self) -> Tensor:
-        """(windows,) entropy of order 2."""
-        if self._order_2 is None:
-            self._order_2 = self.purity.log().clamp_(max=0).abs_()
-        return self._order_2
-
-    def differential(self, factor: Tensor) -> Tensor:
-        """2 dS/dK of the linear Gram matrices, from 2 dS/d(matrix), in its place."""
-        if self.kernel.center:
-            factor = self._centered(factor, out=factor)
-        if self.kernel.cosine:
-            # A length of its own changes nothing: the gradient of a row is orthogonal to it.
-            factor.diagonal().sub_((factor * self.uncentered).sum(0).mT)
-            factor.mul_(self.scale).mul_(self.scale.unsqueeze(1))
-        return factor
-
-    def _centered(self, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-        """H M H, with H = diag(l) - l lᵀ / count over the rows l that count."""
-        # Entries between a row that counts and one that does not are 0.
-        means = matrix.sum(0).div_(self.count).mul_(self.alive)
-        half = torch.sub(means, means.sum(0) / self.count, alpha=0.5).mul_(self.alive)
-        matrix = torch.addcmul(matrix, self.alive, half.unsqueeze(1), value=-1, out=out)
-        return matrix.addcmul_(self.alive.unsqueeze(1), half, value=-1)
+def entropies(
+    gram: Tensor, live: Tensor | None, order: Order, shape: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`entropy_of_gram`, differentiable; the factor is there where a gradient may flow."""
+    if torch.is_grad_enabled() and gram.requires_grad:
+        found = EntropyOfGram.apply(gram, live, order, shape, dtype)  # type: ignore[no-untyped-call]
+        value, live, factor = found
+        return value, live, factor
+    return entropy_of_gram(gram, live, order, shape, dtype, with_factor=False)
 
 
 def entropy_of_gram(
-    gram: KernelMatrix,
-    alpha: float,
-    kernel: Kernel,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    live: Tensor | None,
-    normalize: bool,
-    *,
-    with_gradient: bool,
+    gram: Tensor, live: Tensor | None, order: Order, shape: Sequence[int], dtype: torch.dtype, *, with_factor: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Entropy of each window, and the symmetric matrix that turns Z into its gradient.
 
     Args:
-        gram: from :func:`kernel_matrix`.
-        alpha: order of the entropy.
-        kernel: the kernel of the entropy.
+        gram: (windows, m, m) from :class:`Gram`.
+        live: (windows,) rows that count, as :class:`Gram` gives them.
+        order: which entropy.
         shape: (n, d) of the matrices Z; with ``dtype``, it tells rank from rounding.
         dtype: that of Z.
-        live: (windows,) rows that count, from :func:`count_rows`.
-        normalize: divide by the logarithm of the largest rank.
-        with_gradient: False returns None for the factor and saves its work.
+        with_factor: False returns None for the factor and saves its work.
 
     Returns:
-        The entropy (windows,) in nats and the factor (m, m, windows) = 2 dS/dK, both in the Gram matrix's dtype, and
-        the rows that count (windows,), None where all do. Where the Gram matrix is not finite, neither is the entropy.
+        The entropy (windows,) in nats, the rows that count (windows,), None where all do, and the factor
+        (windows, m, m) = 2 dS/dK. Where the Gram matrix is not finite, neither is the entropy.
     """
-    value, factor = _entropy_of(gram, alpha, shape, dtype, with_gradient)
-    inverse, live = gram.inverse, live if gram.live is None else gram.live
-    if normalize:
-        scale = _normalizer(value, live, shape, kernel)
+    n, d = shape
+    matrix = KernelMatrix(windows_last(gram), LINEAR if n > d else order.kernel)
+    value, factor = _entropy_of(matrix, order.alpha, shape, dtype, with_factor)
+    inverse, live = matrix.inverse, live if matrix.live is None else matrix.live
+    if order.normalize:
+        scale = _normalizer(value, live, shape, order.kernel)
         value, inverse = value * scale, inverse * scale
-    return value, None if factor is None else gram.differential(factor.mul_(inverse)), live
+    if factor is None:
+        return value, live, None
+    return value, live, windows_first(matrix.differential(factor.mul_(inverse)))
 
 
-def measures_of_gram(gram: Tensor, known: KernelMatrix) -> tuple[Tensor, Tensor]:
-    """What can hide in an entropy, from the linear Gram matrices of the rows of Z, (n, n, windows).
-
-    Args:
-        gram: linear.
-        known: a matrix made of it, to be used again where it is one of those needed.
-
-    Returns:
-        (windows, 4): order-2 entropy of the linear kernel, of the centered cosine one, the largest over the median norm
-        of the rows, and the share of their squared norm that lies in their mean; and (windows,) the rows that count,
-        which are those that are not zero.
-    """
-    linear, cosine = (
-        known if known.kernel == kernel else KernelMatrix(gram, kernel) for kernel in (LINEAR, CENTERED_COSINE)
-    )
-    live = cosine.live
-    assert live is not None  # under all but the plain kernel
-    share = gram.sum((0, 1)).mul_(linear.inverse).div_(cosine.count).clamp_(0, 1)
-    return torch.stack((linear.order_2, cosine.order_2, _norm_ratio(gram.diagonal(), live), share)).mT, live
+def measures_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`gapt_optim.kernels.measures_of_gram` of linear Gram matrices (windows, n, n)."""
+    last = windows_last(gram)
+    return measures_of_gram(last, KernelMatrix(last, LINEAR))
 
 
-def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as :func:`measures_of_gram` where n > d, from the rows (windows, n, d) and d x d matrices."""
-    z = _wide(z)
-    squares = _squared_norms(z)
-    live = (squares > _least(z)).sum(-1).to(z.dtype)
-    share = z.sum(-2).square().sum(-1) * _inverse(squares.sum(-1)) / live.clamp(min=1)
-    with _full_precision(z):
-        y = _kernel_rows(z, CENTERED_COSINE)
-        # Not windows_last, whose choice by size would cost a compiled model another compilation.
-        grams = (_matmul(rows.mT, rows).permute(1, 2, 0) for rows in (z, y))
-        linear, cosine = (KernelMatrix(gram, LINEAR).order_2 for gram in grams)
-    return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1))).mT, live
-
-
-def window_weights(live: Tensor, dtype: torch.dtype, fewest: int | Tensor) -> Tensor:
-    """What each window counts for in the mean of a layer.
-
-    Those with ``fewest`` rows that count have a weight of 1, the others next to nothing, which vanishes beside it: they
-    say nothing, as one row has one direction, and so have two about their mean, whatever they are. Where all windows
-    are such, those a single row short of it are taken, and those without any row only where no other is.
+def window_weights(live: Tensor | None, like: Tensor, fewest: int, size: int) -> Tensor:
+    """1 for the windows that can have an entropy, and 0 for those with fewer than ``fewest`` rows that count.
 
     Args:
-        live: rows that count, from :func:`entropy_of_gram` or :func:`measures_of_gram`.
-        dtype: of the weights.
-        fewest: 2, and 3 for a centered kernel.
+        live: (windows,) rows that count; None where all ``size`` do.
+        like: (windows,), for dtype and device.
     """
-    return (live.to(dtype) - (fewest - 1 - torch.finfo(dtype).eps)).clamp_(min=1e-30, max=1)
-
-
-def _norm_ratio(squares: Tensor, live: Tensor) -> Tensor:
-    """Largest over median norm of the rows that count, (...,), from squared norms (..., n); 1 where none counts."""
-    n = squares.shape[-1]
-    if n == 0:
-        return torch.ones_like(live)
-    norms = squares.sort(-1).values.sqrt()  # the rows that do not count come first
-    # Of the others, the one in the middle counts for the median, or two for a half each: those whose place, from the
-    # last one at 0 backwards, is less than 1 from (live - 1) / 2.
-    places = torch.arange(n - 1, -1, -1, dtype=live.dtype, device=live.device)
-    away = torch.add(places + 0.5, live.unsqueeze(-1), alpha=-0.5).abs_()
-    median = away.neg_().add_(1).clamp_(min=0).mul_(norms).sum(-1)
-    return (norms[..., -1] / median).masked_fill_(live == 0, 1)
-
-
-def _wide(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    if live is None:
+        return torch.ones_like(like) if size >= fewest else torch.zeros_like(like)
+    return (live >= fewest).to(like.dtype)
 
 
 def _for_order(z: Tensor, alpha: float) -> Tensor:
     # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
-    return _wide(z) if _by_power(alpha) else z.to(torch.float64)
-
-
-def _squared_norms(z: Tensor) -> Tensor:
-    return z.square().sum(-1)
-
-
-def _least(like: Tensor) -> float:
-    """A squared norm or a trace at or below this counts as zero: it has no reciprocal."""
-    return 8 * torch.finfo(torch.promote_types(like.dtype, torch.float32)).tiny
-
-
-def _inverse(values: Tensor, least: Tensor | float | None = None) -> Tensor:
-    """1 / values, and 0 where they are at or below ``least``."""
-    if least is None:
-        least = _least(values)
-    if isinstance(least, float):
-        return F.threshold(values, least, math.inf).reciprocal_()
-    return values.masked_fill(values <= least, math.inf).reciprocal_()
-
-
-def _inverse_norms(squares: Tensor) -> Tensor:
-    """1 / norm of rows, 0 for those that count as zero; nan where a square overflows, as that row has a direction."""
-    return (_inverse(squares) + squares * 0).sqrt_()
-
-
-def _kernel_rows(z: Tensor, kernel: Kernel) -> Tensor:
-    """The rows whose linear Gram matrix is that of ``kernel``. Rows that are all equal, to rounding, become zero."""
-    if kernel.plain:
-        return z
-    squares = _squared_norms(z)
-    if kernel.cosine:
-        z = z * _inverse_norms(squares).unsqueeze(-1)
-    if not kernel.center:
-        return z
-    alive = (squares > _least(z)).to(z.dtype)
-    count = alive.sum(-1).clamp(min=1)[..., None, None]
-    y = (z - z.sum(-2, keepdim=True) / count) * alive.unsqueeze(-1)
-    whole, left = (_squared_norms(rows).sum(-1) for rows in (z, y))
-    return y * (left > 16 * torch.finfo(z.dtype).eps * whole)[..., None, None].to(z.dtype)
+    return wide(z) if _by_power(alpha) else z.to(torch.float64)
 
 
 def _normalizer(like: Tensor, live: Tensor | None, shape: Sequence[int], kernel: Kernel) -> Tensor:
@@ -460,21 +378,16 @@ def _entropy_of(
     if alpha == 2:
         return gram.order_2, _slope(gram.rho, gram.purity, 2) if with_gradient else None
     rho = windows_first(gram.rho)
-    with _full_precision(rho):
+    with full_precision(rho):
         if _by_power(alpha):
             power = torch.linalg.matrix_power(rho, int(alpha) - 1)
             total = (power * rho).sum((-2, -1))
-            total = total.masked_fill(total < _no_trace(gram.rho, int(alpha)), 1)
+            total = total.masked_fill(total < no_trace(gram.rho, int(alpha)), 1)
             value = total.log().clamp_(max=0).abs_().div_(alpha - 1)
             return value, _slope(power.permute(1, 2, 0), total, int(alpha)) if with_gradient else None
         noise = None if gram.noise is None else gram.noise * gram.inverse
         value, factor = _from_eigenvalues(rho, alpha, with_gradient, _rank_tolerance(dtype, *shape), noise)
         return value, None if factor is None else windows_last(factor)
-
-
-def _no_trace(rho: Tensor, alpha: int) -> float:
-    """tr(rho^alpha) is at least m^(1 - alpha), with m rows; below this there was no trace to normalize by."""
-    return 0.5 * float(max(len(rho), 1)) ** (1 - alpha)
 
 
 def _slope(power: Tensor, total: Tensor, alpha: int) -> Tensor:
@@ -536,15 +449,3 @@ def _rank_tolerance(dtype: torch.dtype, n: int, d: int) -> float:
     """Smallest eigenvalue, relative to the largest, that is told from rounding; `torch.linalg.matrix_rank`'s rule."""
     largest, eps = max(n, d), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     return max((largest * eps) ** 2, largest * torch.finfo(torch.float64).eps)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    # For a batch of windows, matmul's own arrangements take as long as the product.
-    return torch.bmm(a, b) if a.ndim == 3 and b.ndim == 3 else a @ b
-
-
-def _full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Keeps an enclosing autocast from turning float32 products into bfloat16."""
-    if torch.is_autocast_enabled(z.device.type):
-        return torch.autocast(z.device.type, enabled=False)
-    return contextlib.nullcontext()

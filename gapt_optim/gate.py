@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
+from pydantic import Field
+
+from .config import GateConfig
 
 
 class Phase(str, Enum):
@@ -30,24 +32,48 @@ class Phase(str, Enum):
         return self.value
 
 
-@dataclass
-class _State:
-    """Everything the gate remembers. `smoothed` and `published` each use the part they need."""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
-    phase: str
-    switches: int = 0
-    updates: int = 0  # smoothed: counted in the first phase, until its entry_loss has settled
-    stale: int = 0  # smoothed: updates since the watched average last improved
-    loss: float | None = None  # smoothed: moving averages
+
+@dataclass
+class GateState:
+    """Everything the gate remembers, as a checkpoint holds it. `smoothed` and `published` each use their part."""
+
+    phase: Literal["memorization", "compression"]
+    switches: Count = 0
+    updates: Count = 0
+    """smoothed: counted in the first phase, until its entry_loss has settled"""
+    stale: Count = 0
+    """smoothed: updates since the watched average last improved"""
+    loss: float | None = None
+    """smoothed: moving average, as the four below"""
     entropy: float | None = None
-    best: float | None = None  # smoothed: best value of the watched average in this phase
-    training_loss: float | None = None  # that of ``loss``, unless that is held out
-    entry_loss: float | None = None  # smoothed: averaged training loss when this phase began
-    entry_entropy: float | None = None  # smoothed: the same of the entropy
-    stale_memorization: int = 0  # published: s_m
-    stale_compression: int = 0  # published: s_c
-    lowest_loss: float | None = None  # published: E
-    lowest_entropy: float | None = None  # published: M
+    training_loss: float | None = None
+    """that of ``loss``, unless that is held out"""
+    last_loss: float | None = None
+    """smoothed: of the training loss, as the two below"""
+    last_move: float = 0.0
+    """from the loss before that to the last"""
+    spread: float = 0.0
+    """of the loss in memorization: what compression does to it is no noise"""
+    best: float | None = None
+    """smoothed: best value of the watched average in this phase"""
+    entry_loss: float | None = None
+    """smoothed: averaged training loss when this phase began"""
+    entry_entropy: float | None = None
+    stale_memorization: Count = 0
+    """published: s_m"""
+    stale_compression: Count = 0
+    """published: s_c"""
+    lowest_loss: float | None = None
+    """published: E"""
+    lowest_entropy: float | None = None
+    """published: M"""
+
+
+_SPREAD_DECAY = 0.9
+_SPREADS = 20
+"""A level is at least so many spreads: the noise of a loss is then a small share of it, whatever its mean is."""
 
 
 class PhaseGate:
@@ -85,10 +111,10 @@ class PhaseGate:
             memorization starts). None when it did not switch.
     """
 
-    def __init__(self, config: gapt_optim.GateConfig | None = None) -> None:
-        self.config = config if config is not None else gapt_optim.GateConfig()
+    def __init__(self, config: GateConfig | None = None) -> None:
+        self.config = config if config is not None else GateConfig()
         self.reason: str | None = None
-        self._state = _State(phase=self.config.initial_phase)
+        self._state = GateState(phase=self.config.initial_phase)
 
     @property
     def phase(self) -> Phase:
@@ -130,24 +156,27 @@ class PhaseGate:
 
     def _smoothed(self, loss: float, entropy: float, training_loss: float, *, warming_up: bool) -> str | None:
         config, s = self.config, self._state
+        self._follow_spread(training_loss)
         s.loss = _average(s.loss, loss, config.smoothing)
         s.entropy = _average(s.entropy, entropy, config.smoothing)
         s.training_loss = _average(s.training_loss, training_loss, config.smoothing)
         if s.switches == 0 and s.updates < _updates_within(2, config.smoothing):
             # A run that starts in compression has no level yet: a single noisy loss is none to judge a rise against.
             s.updates, s.entry_loss, s.entry_entropy = s.updates + 1, s.training_loss, s.entropy
-        compressing = s.phase == Phase.COMPRESSION.value
+        compressing, watches_training = s.phase == Phase.COMPRESSION.value, config.signal == "train"
         entry = s.training_loss if s.entry_loss is None else s.entry_loss
 
         watched = s.entropy if compressing else s.loss
         # An entropy that shrinks to nothing goes on falling relative to itself: it is judged by its level at the start.
         level = s.entry_entropy if compressing and s.entry_entropy is not None else s.best
-        if s.best is None or watched < s.best - config.min_improvement * abs(level or s.best):
+        scale = _scale(level or s.best, s.spread if watches_training and not compressing else 0.0)
+        if s.best is None or watched < s.best - config.min_improvement * scale:
             s.best, s.stale = watched, 0
         elif compressing or not warming_up:
             s.stale += 1
         shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
-        if compressing and s.training_loss - entry > config.spike_tolerance * shown * abs(entry):
+        tolerance = config.spike_tolerance * shown * _scale(entry, s.spread)
+        if compressing and s.training_loss - entry > tolerance:
             reason = "spike"
         elif not compressing and s.stale >= config.patience_memorization:
             reason = "plateau"
@@ -157,6 +186,15 @@ class PhaseGate:
             return None
         s.best, s.stale, s.entry_loss, s.entry_entropy = None, 0, s.training_loss, s.entropy
         return reason
+
+    def _follow_spread(self, loss: float) -> None:
+        """Noise bends a curve at every update; a trend hardly does, so its bends are what is averaged."""
+        s = self._state
+        move = 0.0 if s.last_loss is None else loss - s.last_loss
+        if s.phase == Phase.MEMORIZATION.value and s.last_loss is not None:
+            bend = abs(move - s.last_move) / math.sqrt(6)  # of independent noise: its deviation, but for a factor near 1
+            s.spread = _SPREAD_DECAY * s.spread + (1 - _SPREAD_DECAY) * bend
+        s.last_loss, s.last_move = loss, move
 
     def _published(self, loss: float, entropy: float) -> str | None:
         config, s = self.config, self._state
@@ -187,7 +225,7 @@ class PhaseGate:
         unknown = set(state) ^ set(asdict(self._state))
         if unknown:
             raise ValueError(f"gate state has missing or unknown fields {sorted(unknown)}: is it from another version?")
-        self._state = _State(**state)
+        self._state = GateState(**state)
         self.reason = None
 
     def __repr__(self) -> str:
@@ -196,6 +234,11 @@ class PhaseGate:
 
 def _average(mean: float | None, value: float, decay: float) -> float:
     return value if mean is None else decay * mean + (1 - decay) * value
+
+
+def _scale(level: float | None, spread: float) -> float:
+    """What a relative change is relative to."""
+    return max(abs(level or 0.0), _SPREADS * spread)
 
 
 def _updates_within(time_constants: float, decay: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
@@ -36,6 +36,18 @@ class Measures:
     """Largest over median norm of the window's tokens, at least 1."""
     mean_share: float
     """Share of the squared norm of the window's tokens that lies in their mean, in [0, 1]."""
+
+    @classmethod
+    def of_sums(cls, totals: Sequence[float], weights: Sequence[float]) -> Measures:
+        """From sums over windows, and the weights of these; a window that says nothing of a measure has none of it.
+
+        Where no window says anything, entropies are 0, norms equal and nothing is shared.
+        """
+        linear, cosine, ratio, share = (
+            total / weight if weight else nothing
+            for total, weight, nothing in zip(totals, weights, (0.0, 0.0, 1.0, 0.0), strict=True)
+        )
+        return cls(linear, cosine, ratio, share)
 
     @classmethod
     def mean(cls, measures: Iterable[Measures]) -> Measures:
@@ -76,7 +88,8 @@ class StepMetrics:
     layer_measures: dict[str, Measures] = field(default_factory=dict)
     """The same per tapped layer."""
     entropy_share: float | None = None
-    """Share of the objective that is entropy, weight * entropy / (loss + weight * entropy); None in memorization."""
+    """Share of the objective that is entropy, |weight * entropy| / (|loss| + |weight * entropy|), in [0, 1]; None in
+    memorization."""
     alignment: Alignment | None = None
     """Activation alignment; None where it is off."""
     parameter_alignment: Alignment | None = None

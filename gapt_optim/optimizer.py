@@ -6,18 +6,21 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsFloat
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-import gapt_optim  # for its configurations: pydantic, which is slow to import, comes with the first one
-
-from ._capture import RepresentationHook, store_of
-from ._objective import check_loss
-from ._step import StepState, notify, warn_of_another_model
-from ._torch import Bases, OptimizerWrapper
+from ._tell import tell
+from .config import GAPTConfig
 from .gate import Phase
+from .hook import RepresentationHook
 from .metrics import Observer, StepMetrics
+from .notices import tell_of_another_model
+from .objective import check_loss
+from .progress import checked_state
+from .several import OptimizerWrapper, Several
+from .step import Step
 
 
 class GAPTOptimizer(OptimizerWrapper):
@@ -44,8 +47,6 @@ class GAPTOptimizer(OptimizerWrapper):
         config: settings, by default ``GAPTConfig()``.
         process_group: ranks to average loss and entropy over, by default all of them.
         observers: called with :class:`StepMetrics` after each step. One that raises is removed with a warning.
-        announce: log the first switch to compression and the first switch back, one line each, through the logger
-            ``gapt_optim``.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and says what to do.
@@ -58,61 +59,63 @@ class GAPTOptimizer(OptimizerWrapper):
         self,
         optimizer: Optimizer | Sequence[Optimizer],
         hook: RepresentationHook,
-        config: gapt_optim.GAPTConfig | None = None,
+        config: GAPTConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
         observers: Sequence[Observer] = (),
-        announce: bool = True,
     ) -> None:
         if not isinstance(hook, RepresentationHook):
             raise TypeError(
                 f"hook must be a RepresentationHook, found {type(hook).__name__}; one hook watches any number of "
                 "layers: RepresentationHook(model, [...])"
             )
-        if not isinstance(config, gapt_optim.GAPTConfig | None):
+        if not isinstance(config, GAPTConfig | None):
             raise TypeError(f"config must be a GAPTConfig, found {type(config).__name__}: GAPTConfig(...)")
-        bases = Bases(optimizer)
-        if any(isinstance(base, GAPTOptimizer) for base in bases.all):
+        several = Several(optimizer)
+        if any(isinstance(base, GAPTOptimizer) for base in several.all):
             raise TypeError("optimizer is a GAPTOptimizer already; wrap its .base, with one hook for all layers")
         if not isinstance(observers, Sequence) or not all(map(callable, observers)):
             raise TypeError(f"observers must be a sequence of callables, found {observers!r}")
         if hook.removed:
             raise ValueError("hook was removed; make a new RepresentationHook")
-        if store_of(hook).plan is not None:
+        if hook.watching.plan is not None:
             raise ValueError("hook already serves another GAPTOptimizer; make a second RepresentationHook on the model")
-        config = config if config is not None else gapt_optim.GAPTConfig()
-        self._build(bases, hook, config, process_group, observers, announce)
-        warn_of_another_model(store_of(hook).model(), self.param_groups, bases.all)
+        config = config if config is not None else GAPTConfig()
+        self._build(several, hook, config, process_group, observers)
+        tell_of_another_model(hook.watching.model(), self.param_groups, several.all)
 
     def _build(
         self,
-        bases: Bases,
+        several: Several,
         hook: RepresentationHook,
-        config: gapt_optim.GAPTConfig,
+        config: GAPTConfig,
         process_group: dist.ProcessGroup | None,
         observers: Sequence[Observer],
-        announce: bool,
     ) -> None:
-        self._wrap(bases)
+        self._wrap(several)
         self._config, self._hook, self._observers = config, hook, list(observers)
-        store = store_of(hook)
-        self._state = StepState(config, store, process_group, announce=announce)
-        self._state.refuse_incomparable(self.param_groups)
-        self._state.begin()  # attaches the hook: nothing may be refused from here on
-        weakref.finalize(self, store.release)  # a hook outlives its optimizer; what it captures then would be kept
+        watching = hook.watching
+        try:
+            self._step = Step(config, watching, process_group)
+            self._step.refuse_incomparable(self.param_groups)
+        except BaseException:
+            watching.release()
+            raise
+        watching.entropy = config.entropy
+        weakref.finalize(self, watching.release)  # a hook outlives its optimizer; what it captures then would be kept
 
     @property
     def phase(self) -> Phase:
         """Phase of the current step."""
-        return self._state.progress.phase
+        return self._step.progress.phase
 
     @property
     def metrics(self) -> StepMetrics | None:
         """Metrics of the last step, None before the first."""
-        return self._state.metrics
+        return self._step.metrics
 
     @property
-    def config(self) -> gapt_optim.GAPTConfig:
+    def config(self) -> GAPTConfig:
         """The settings. To change them, make a new optimizer."""
         return self._config
 
@@ -136,32 +139,37 @@ class GAPTOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or shape.
-            RuntimeError: a tapped module did not run, or DDP does not average its gradients; the message names it. Or
-                the loss does not require grad.
+            RuntimeError: in compression, no watched module ran for this loss; the message says why. Or the loss does
+                not require grad.
         """
         return self._record(loss, scaled_by)
 
-    def backward(self, loss: Tensor, *, scale: float | Tensor = 1.0, scaled_by: float = 1.0) -> None:
-        """``(objective(loss) * scale).backward()``.
+    def backward(
+        self, loss: Tensor, *, scale: float | Tensor = 1.0, scaled_by: float = 1.0, **backward_options: Any
+    ) -> None:
+        """``(objective(loss) * scale).backward(**backward_options)``.
 
         Args:
             loss, scaled_by: as for :meth:`objective`.
             scale: factor on what is differentiated, such as 1 / micro-batches. With a GradScaler, use
                 ``scaler.scale(optimizer.objective(loss)).backward()`` instead.
+            backward_options: of ``Tensor.backward``, such as ``retain_graph``, ``create_graph`` and ``inputs``.
         """
         if not isinstance(scale, SupportsFloat):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale
-        self._state.differentiate(total, part, scale * scaled_by, self.param_groups)
+        self._step.differentiate(total, part, scale * scaled_by, self.param_groups, backward_options)
 
     def _record(self, loss: Tensor, scaled_by: float) -> Tensor:
         # Called by both of the above, so that a warning points at the line of the user's own that called either.
         check_loss(loss, scaled_by)
-        self._state.compare_ranks(loss.device)
-        self._state.forget_skipped(self.param_groups)
-        return self._state.objective(loss, scaled_by)
+        groups = self.param_groups
+        self._step.forget_dropped(groups)
+        total = self._step.objective(loss, scaled_by)
+        self._step.note_gradients(groups)
+        return total
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
         """Step the wrapped optimizer, then let the gate choose the phase of the next step.
@@ -169,37 +177,61 @@ class GAPTOptimizer(OptimizerWrapper):
         Args:
             closure: evaluates the model, calls :meth:`backward` and returns the loss. It runs once, with
                 gradients on (LBFGS runs it as often as it needs).
-            options: passed to the wrapped optimizer; of several, to those that accept them.
+            options: passed to the wrapped optimizer, or to each of several.
 
         Returns:
             The closure's result, or that of the wrapped optimizer's ``step``.
 
         Raises:
             FloatingPointError: loss or entropy was not finite for ``max_nonfinite`` steps in a row.
+            ValueError: ranks differ in settings, layers or state.
         """
-        state = self._state
-        reading = state.start_reading() if closure is None else None
-        result = self._step_bases(closure, **options)
+        step, device = self._step, self._device()
+        step.compare_ranks(device)
+        reading = None
+        if closure is None:
+            step.look_at_gradients(self.param_groups)
+            reading = step.start_reading(device)
+        step.within_step = True
+        try:
+            result = self._step_bases(closure, **options)
+        finally:
+            step.within_step = False
         if self._skipped_by_scaler():
             self.discard_step()
             return result
         if closure is not None:
-            reading = state.start_reading()
-        state.forget()
-        if reading is None:
-            state.note_silence()
+            reading = step.start_reading(device)
+        step.forget()
+        numbers = None if reading is None else reading()
+        if numbers is None or not numbers.micro_batches:
+            step.note_silence()
             return result
-        metrics = state.finish(reading(), self.param_groups)
-        notify(self._observers, metrics)
-        state.refuse_nonfinite(metrics)
+        metrics = step.finish(numbers, self.param_groups)
+        self._notify(metrics)
+        step.refuse_nonfinite(metrics)
         return result
+
+    def _device(self) -> torch.device:
+        """Where ranks meet: that of the parameters."""
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in parameters), torch.device("cpu"))
+
+    def _notify(self, metrics: StepMetrics) -> None:
+        """Call each observer; one that raises is dropped with a warning."""
+        for observer in list(self._observers):
+            try:
+                observer(metrics)
+            except Exception as error:  # a full disk must not end a training run
+                self._observers.remove(observer)
+                tell(f"observer {type(observer).__name__} raised {type(error).__name__}: {error}; it is dropped")
 
     def discard_step(self) -> None:
         """Discard what was recorded since the last step, because its gradients were dropped and no step is taken.
 
         For loops that skip a step, for example after an overflow in half precision.
         """
-        self._state.discard()
+        self._step.discard()
 
     def record_validation(self, loss: float | Tensor) -> None:
         """Record a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
@@ -210,33 +242,30 @@ class GAPTOptimizer(OptimizerWrapper):
         Raises:
             TypeError, ValueError: ``loss`` is not one number.
         """
-        self._state.record_validation(loss)
+        self._step.record_validation(loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
         self._wrapped.zero_grad(set_to_none)
-        self._state.forget_gradients(self.param_groups)
+        self._step.forget_gradients(self.param_groups)
 
     # State
 
     def _own_state(self) -> dict[str, Any]:
-        return self._state.state_dict()
+        return self._step.state_dict()
 
     def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
-        from ._step.saved import checked_state
-
         return checked_state(own, self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        self._state.load_state_dict(own)
+        self._step.load_state_dict(own)
 
     def __getstate__(self) -> dict[str, Any]:
         # Observers hold files and process groups live in one process: neither goes along.
-        own = {"announce": self._state.announce, "own": self._own_state()}
-        return {"base": self.base, "hook": self._hook, "config": self.config, **own}
+        return {"base": self.base, "hook": self._hook, "config": self.config, "own": self._own_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._build(Bases(state["base"]), state["hook"], state["config"], None, (), state.get("announce", True))
+        self._build(Several(state["base"]), state["hook"], state["config"], None, ())
         self._load_own_state(state["own"])
 
     def __copy__(self) -> GAPTOptimizer:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,6 +104,13 @@ def run(model: nn.Module, optimizer: GAPTOptimizer | Optimizer, steps: range) ->
     return list(train(model, optimizer, steps))
 
 
+def without_ours(saved: Any) -> Any:
+    """What a base saves, without the entry that its groups have from us: None, for flattened checkpoints."""
+    if isinstance(saved, dict):
+        return {k: without_ours(value) for k, value in saved.items() if not (k == "gapt" and value is None)}
+    return [without_ours(value) for value in saved] if isinstance(saved, list) else saved
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(model.state_dict())
 
@@ -129,19 +135,3 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or (a != a and b != b), f"{where}: {a!r} != {b!r}"
-
-
-def assert_refused_and_unchanged(
-    damage: Callable[[dict[str, Any]], Any], named: str, make: Callable[[nn.Module], Any] = adamw
-) -> None:
-    """A state dict of an earlier step, once damaged, is refused by an error that matches, and changes nothing."""
-    model = make_net()
-    optimizer = wrap(model, make)
-    run(model, optimizer, range(2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    run(model, optimizer, range(2, 4))
-    before = copy.deepcopy(optimizer.state_dict())
-    damage(saved)
-    with pytest.raises(ValueError, match=named):
-        optimizer.load_state_dict(saved)
-    assert_same(optimizer.state_dict(), before)

@@ -29,7 +29,7 @@ from gapt_optim import (
     PhaseGate,
     RepresentationHook,
 )
-from gapt_optim._step import progress
+from gapt_optim import progress
 
 from .loops import (
     COMPRESSING,
@@ -198,14 +198,17 @@ def test_nothing_is_stale_after_loading_on_either_side(side: str) -> None:
 
 
 @pytest.mark.parametrize("base", [adamw, matrices_and_rest])
-def test_state_and_groups_of_the_base_are_never_written_to(base: Any) -> None:
+def test_the_state_of_the_base_is_never_written_to(base: Any) -> None:
     model = make_net()
     optimizer = wrap(model, base, GAPTConfig(gate=RESTLESS))
     bases = optimizer.base if isinstance(optimizer.base, tuple) else (optimizer.base,)
-    own = [{key for group in each.param_groups for key in group} for each in bases]
     run(model, optimizer, range(12))
     optimizer.state_dict()
-    assert [{key for group in each.param_groups for key in group} for each in bases] == own
+    groups = [group for each in bases for group in each.param_groups]
+    bare = base(make_net())
+    own = [group for each in (bare if isinstance(bare, list) else [bare]) for group in each.param_groups]
+    assert [group.keys() for group in groups] == [group.keys() | {"gapt"} for group in own]
+    assert all(group["gapt"] is None for group in groups)  # for flattened checkpoints, and nothing is read from it
     for each in bases:
         assert {key for state in each.state.values() for key in state} <= {
             "step",
@@ -215,13 +218,35 @@ def test_state_and_groups_of_the_base_are_never_written_to(base: Any) -> None:
         }
 
 
-def test_only_two_names_are_passed_on() -> None:
-    optimizer = wrap(make_net())
-    optimizer.base.special = 1
-    for name in ("special", "train", "eval", "grad_scale"):
+def test_public_attributes_of_a_single_base_are_found() -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    for name in ("is_second_order", "train", "eval", "grad_scale"):
         assert not hasattr(optimizer, name)
-    with pytest.raises(AttributeError, match="'GAPTOptimizer' object has no attribute 'special'"):
-        _ = optimizer.special
+    optimizer.base.is_second_order = True  # for which timm's training script asks
+    optimizer.base._private = optimizer.base.phase = 1
+    assert optimizer.is_second_order is True
+    assert optimizer.phase is Phase.MEMORIZATION  # what is ours is ours
+    for name in ("is_third_order", "_private"):
+        with pytest.raises(AttributeError, match=f"'GAPTOptimizer' object has no attribute '{name}'$"):
+            getattr(optimizer, name)
+
+
+def test_a_method_that_steps_by_itself_does_so_past_us() -> None:
+    class Sharp(torch.optim.SGD):
+        def first_step(self, zero_grad: bool = False) -> None:
+            super().step()
+            if zero_grad:
+                self.zero_grad()
+
+    model = make_net()
+    optimizer = wrap(model, lambda m: Sharp(m.parameters(), lr=0.1))
+    before = weights(model)
+    optimizer.backward(loss_of(model, 0))
+    optimizer.first_step(zero_grad=True)  # type: ignore[attr-defined]
+    assert not torch.equal(model.head.weight, before["head.weight"])
+    assert all(p.grad is None for p in model.parameters())
+    assert optimizer.metrics is None
 
 
 def test_train_and_eval_of_a_schedule_free_base() -> None:

@@ -67,6 +67,22 @@ def test_a_step_of_the_base_alone_is_told_once(stepped: str) -> None:
 # In-place activations
 
 
+def test_evaluations_of_a_closure_are_no_steps_past_us() -> None:
+    model = make_net()
+    optimizer = wrap(model, lambda m: torch.optim.LBFGS(m.parameters(), lr=0.01, max_iter=25))
+    evaluations = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        optimizer.backward(loss)
+        evaluations.append(loss)
+        return loss
+
+    assert said(lambda: optimizer.step(closure)) == []
+    assert len(evaluations) > 20
+
+
 class ResidualBlock(nn.Module):
     """As in every ResNet: the activation works on the output of the BatchNorm in place."""
 
@@ -449,7 +465,7 @@ def flat(model: nn.Module, optimizer: GAPTOptimizer, schedule: LRScheduler | Non
     return phases
 
 
-IMPATIENT = GAPTConfig(gate=GateConfig(patience_memorization=5, smoothing=0.0), alignment={"activation": False})  # type: ignore[arg-type]
+IMPATIENT = GAPTConfig(gate=GateConfig(patience_memorization=5, smoothing=0.0), alignment={"every": 0})  # type: ignore[arg-type]
 
 
 def warmed_up(steps: int, config: GAPTConfig = IMPATIENT) -> tuple[nn.Module, GAPTOptimizer, LRScheduler]:

@@ -10,10 +10,13 @@ from ..optimizer import GAPTOptimizer
 
 def unwrapped(optimizer: Any) -> GAPTOptimizer | None:
     """The GAPTOptimizer in ``optimizer``, through the wrappers of Accelerate and Lightning; None if there is none."""
-    # Lightning's wrapper is an instance of the class it wraps, so the search goes to the innermost.
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return optimizer if isinstance(optimizer, GAPTOptimizer) else None
+    # Lightning's wrapper is an instance of the class it wraps, so the search goes to the innermost. What we wrap may
+    # have an optimizer in it too, as Lookahead has, so it does not end with what has none.
+    found = None
+    while optimizer is not None:
+        found = optimizer if isinstance(optimizer, GAPTOptimizer) else found
+        optimizer = getattr(optimizer, "optimizer", None)
+    return found
 
 
 class Replacement:

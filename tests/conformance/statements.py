@@ -237,7 +237,7 @@ def load_state_dict_hooks(case: Case, form: str) -> None:
     optimizer.load_state_dict(saved)
     assert seen == ["pre", "post"]
     assert all(group["lr"] == rate for group in optimizer.param_groups)
-    assert all("gapt" not in group for group in optimizer.param_groups)
+    assert all(group.get("gapt") is None for group in optimizer.param_groups)
 
 
 def can_be_copied(case: Case, form: str) -> None:
@@ -388,6 +388,8 @@ def sparse_gradients(case: Case, form: str) -> None:
 
 def parameter_groups_can_be_changed(case: Case, form: str) -> None:
     """Changing the list of groups changes the optimizer's own."""
+    if form in ("several", "bare pair"):
+        raise DoesNotApplyError("the list of several is a new one at every access")
     subject = made(case, form)
     for optimizer in subject.optimizers:
         count = len(optimizer.param_groups)

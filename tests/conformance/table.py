@@ -25,6 +25,8 @@ EXPLAINED = {
     "groups are added": "With several optimizers a group is added to one of them, "
     "`optimizer.base[i].add_param_group(...)`; the wrapper's own method refuses and says so.",
     "wrong groups are refused": "As above.",
+    "parameter groups can be changed": "With several, `param_groups` is a new list of the optimizers' own groups at "
+    "every access: the groups are changed in place, the lists are those of `optimizer.base[i]`.",
     "hooks on all optimizers": "They are called with the wrapped optimizers, once for each of their steps.",
     "goes in the right direction": "With `maximize` not as one of several: AdamW beside it minimizes.",
     "gradient scaler": "Not for LBFGS, which needs a closure, and SparseAdam: a scaler unscales no sparse gradients "

@@ -123,8 +123,18 @@ def test_an_overflow_takes_no_step() -> None:
     assert all(m.alignment is not None and m.alignment.cosine is not None for m in metrics)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_order_of_wrapping_and_preparing_is_told(several: bool) -> None:
+    model = make_net()
+    prepared = Accelerator(cpu=True).prepare(adamw(model))
+    with pytest.raises(TypeError, match=r"prepared by Accelerate.*wrap first, then prepare.*accelerator\.prepare\("):
+        GAPTOptimizer([prepared] if several else prepared, RepresentationHook(model, "layers.*"))
+
+
 def test_the_wrapper_is_found_inside_the_prepared_optimizer() -> None:
     run = Run()
     assert run.optimizer.optimizer is run.gapt
+    assert unwrapped(run.optimizer) is run.gapt
+    run.gapt.base.optimizer = adamw(run.model)  # as Lookahead has one
     assert unwrapped(run.optimizer) is run.gapt
     assert unwrapped(adamw(run.model)) is None

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gapt_optim import matrix_entropy
-from gapt_optim.entropy import LINEAR as LINEAR_KERNEL
-from gapt_optim.entropy import KernelMatrix, measures_of_gram, measures_of_rows
+from gapt_optim.kernels import LINEAR as LINEAR_KERNEL
+from gapt_optim.kernels import KernelMatrix, measures_of_gram, measures_of_rows
 from tests.reference import KERNELS, reference_measures, reference_rows
 
 LINEAR, CENTERED_COSINE = KERNELS["linear"], KERNELS["centered cosine"]

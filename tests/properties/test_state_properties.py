@@ -1,4 +1,4 @@
-"""A damaged state dict is refused as a whole, naming the field, or training goes on from it."""
+"""What is ours in a state dict, damaged: refused as a whole, naming the field, or training goes on from it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ HOSTILE = st.one_of(
     st.lists(st.one_of(st.none(), st.integers(-2, 2), st.text(max_size=3)), max_size=3),
     st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
 )
+
+
+NOT_NONE = HOSTILE.filter(lambda value: value is not None)
+"""None is what the groups of a wrapped optimizer have: the state dict is of that one alone."""
 
 
 def paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -129,38 +133,12 @@ def test_any_change_of_our_part(base: str, config: str, data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("base", BASES)
-@given(text=st.one_of(HOSTILE, st.binary(max_size=9), st.just("[" * 200_000), st.just("9" * 10_000)))
+@given(text=st.one_of(NOT_NONE, st.binary(max_size=9), st.just("[" * 200_000), st.just("9" * 10_000)))
 def test_our_part_of_another_kind(base: str, text: Any) -> None:
     model, optimizer = trained(base, "smoothed")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["gapt"] = text
     assert refused_as_a_whole_or_goes_on(model, optimizer, saved, ("gapt",))
-
-
-NO_NUMBER = st.one_of(
-    st.text(max_size=5),
-    st.just(float("nan")),
-    st.lists(st.text(max_size=3), max_size=3),
-    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
-)
-
-
-@pytest.mark.parametrize("base", BASES)
-@given(data=st.data())
-def test_any_change_of_how_a_state_dict_is_built(base: str, data: st.DataObject) -> None:
-    """Numbers that are numbers are the wrapped optimizer's own business, as without us."""
-    model, optimizer = trained(base, "smoothed")
-    saved = copy.deepcopy(optimizer.state_dict())
-    path = data.draw(st.sampled_from([path for path in paths(saved) if path and "gapt" not in path]))
-    holder = at(saved, path[:-1])
-    if data.draw(st.booleans()):
-        holder[path[-1]] = data.draw(NO_NUMBER)
-    elif len(path) < 4 and path[0] != "state":
-        del holder[path[-1]]
-    elif isinstance(holder, dict):
-        holder[data.draw(st.text(max_size=5))] = data.draw(NO_NUMBER)
-    fields = ("param_groups", "state", "parts", "parameter groups", "unknown entries")
-    refused_as_a_whole_or_goes_on(model, optimizer, saved, fields)
 
 
 @pytest.mark.slow

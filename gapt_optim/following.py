@@ -1,0 +1,451 @@
+"""Following tokens: which argument the rows of a tensor come from, and which of its axes is which.
+
+A model's first forward pass runs under :class:`Following`, which sees each operation and notes beside its result whose
+rows these are. That settles what shapes cannot: two sequences of one length, a text mask and as many image patches, as
+many channels as positions. What it found is kept by layer; later passes run without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+BATCH, LENGTH, POSITION, FEATURES = "batch", "length", "position", "features"
+FLAT, FLAT_SEQUENCE_FIRST = "batch * length", "length * batch"
+
+Axes: TypeAlias = tuple[str | None, ...]
+"""What each axis of a tensor is, None where that is not known."""
+Source: TypeAlias = tuple[object, str]
+"""A call, and the name of an argument of it."""
+
+
+class Span(NamedTuple):
+    """Where the tokens of an argument lie in the rows of a tensor."""
+
+    start: int
+    """The row of the first one; negative where the first ones were cut off."""
+    length: int | None
+    """Rows that the tensor should have: another number tells that it was pooled or subsampled."""
+
+
+POOLED = Span(0, 0)
+"""Of rows that were made one."""
+
+
+class Trace(NamedTuple):
+    """What is known of a tensor."""
+
+    spans: Mapping[Source, Span | None]
+    """The arguments that its rows come from; None for rows in another order, as those that were sent to an expert."""
+    axes: Axes
+
+
+class Following(TorchFunctionMode):
+    """Notes whose rows each tensor has, from the arguments given to :meth:`begin` on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._traces: Any = WeakIdKeyDictionary()
+
+    def begin(self, tensor: Tensor, source: Source, axes: Axes) -> None:
+        """``tensor`` is the argument ``source`` of a call."""
+        before = self.of(tensor)
+        axes = axes if before is None else _merged(axes, before.axes)
+        length = tensor.shape[axes.index(LENGTH)] if LENGTH in axes else None
+        spans = {} if before is None else dict(before.spans)
+        self._traces[tensor] = Trace({**spans, source: Span(0, length)}, axes)
+
+    def of(self, tensor: Any) -> Trace | None:
+        found: Trace | None = self._traces.get(tensor) if isinstance(tensor, Tensor) else None
+        return found
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function in the model
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+            # An operation in a form that is not known here leaves its result without a trace.
+            with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+                self._note(_name(func), list(args), kwargs, result)
+        return result
+
+    def _note(self, name: str, args: list[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        if name == "__setitem__":
+            target, value = args[0], self.of(args[2])
+            if value is not None and isinstance(target, Tensor):
+                self._traces[target] = _united(self.of(target), value, target)
+            return
+        if name in _JOINED:
+            self._note_joined(args, kwargs, result)
+            return
+        source = self._source(name, args, kwargs)
+        if source is None:
+            return
+        trace = self.of(source)
+        assert trace is not None
+        if name in _PARTS:
+            self._note_parts(name, args, kwargs, source, trace, result)
+            return
+        out = result if isinstance(result, Tensor) else result[0]
+        if isinstance(out, Tensor):
+            axes = _axes(name, args, kwargs, source, trace.axes, out, self._last_of_product(name, args, source))
+            spans = _spans(name, args, source, trace)
+            if _pooled(source, trace.axes, out, axes):
+                spans = dict.fromkeys(spans, POOLED)
+            found = Trace(spans, axes)
+            for other in self._others(name, args, source):
+                found = _united(found, other, out)
+            self._traces[out] = found
+
+    def _note_joined(self, args: list[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+        dim = _argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % out.ndim
+        before, found = 0, None
+        for part in args[0]:
+            trace = self.of(part)
+            if trace is not None:
+                if trace.axes[dim] == LENGTH:
+                    trace = trace._replace(spans=_shifted(trace, before, out.shape[dim] - part.shape[dim]))
+                found = _united(found, trace, out)
+            before += part.shape[dim]
+        if found is not None:
+            self._traces[out] = found
+
+    def _note_parts(
+        self, name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, trace: Trace, parts: Any
+    ) -> None:
+        dim = _argument(args, kwargs, 1 if name == "unbind" else 2, "dim", 0) % source.ndim
+        before = 0
+        for part in parts:
+            if name == "unbind":
+                self._traces[part] = trace._replace(axes=(*trace.axes[:dim], *trace.axes[dim + 1 :]))
+            elif trace.axes[dim] == LENGTH:
+                spans = _shifted(trace, -before, part.shape[dim] - source.shape[dim])
+                self._traces[part] = trace._replace(spans=spans)
+                before += part.shape[dim]
+            else:
+                self._traces[part] = trace
+
+    def _source(self, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The tensor whose rows the result has: that of a query, the first factor, the first one that is traced."""
+        tensors = list(_tensors([*args, *kwargs.values()]))
+        if name in _ATTENTION or name in _PRODUCTS:
+            first = tensors[0] if tensors else None
+            if self.of(first) is not None:
+                return first
+            # A matrix of weights times x; but a query that comes of no argument has rows of its own.
+            weights = name in _PRODUCTS and first is not None and first.ndim <= 2
+            tensors = tensors[1:] if weights or name in ("addmm", "baddbmm") else []
+        if name == "where":
+            tensors = tensors[1:]
+        traced = [tensor for tensor in tensors if self.of(tensor) is not None]
+        if name in _UNITED:  # of which the largest has the shape
+            traced.sort(key=lambda tensor: -tensor.ndim)
+        return traced[0] if traced else None
+
+    def _last_of_product(self, name: str, args: list[Any], source: Tensor) -> str | None:
+        """The last axis of a product: features, but of scores it is that of keys."""
+        second = self.of(args[1]) if name in _PRODUCTS and len(args) == 2 and args[0] is source else None
+        return FEATURES if second is None else second.axes[-1]
+
+    def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[Trace]:
+        if name in _UNITED:
+            for tensor in _tensors(args[1:] if name == "where" else args):
+                trace = None if tensor is source else self.of(tensor)
+                if trace is not None:
+                    yield trace
+
+
+_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention", "cdist"}
+_PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"}
+_UNITED = {
+    *("add", "sub", "mul", "div", "true_divide", "where", "lerp", "maximum", "minimum", "addcmul"),
+    *("add_", "sub_", "mul_", "div_", "rsub", "masked_scatter", "index_add", "index_add_"),
+    *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__"),
+    *("__truediv__", "copy_", "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+}
+"""Operations whose result has the rows of several of their tensors."""
+_PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "unbind"}
+_REORDERED = {"index_select", "gather", "take_along_dim", "masked_select", "sort", "topk", "take", "argsort", "roll"}
+_JOINED = {"cat", "concat", "concatenate"}
+_RESHAPED = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as", "reshape_as"}
+_SWAPPED = {"transpose", "swapaxes", "swapdims", "transpose_"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
+def _name(func: Any) -> str:
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":  # a property, as x.T
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return name
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+# Axes
+
+
+def _axes(
+    name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
+) -> Axes:
+    """What the axes of the result ``out`` are, where those of ``source`` are ``axes``; ``last`` is that of a product."""
+    layer = _of_layer(name, args, source, axes, out)
+    if layer is not None:
+        return layer
+    moved = _moved(name, args, kwargs, axes)
+    if moved is not None:
+        return moved
+    if name == "__getitem__":
+        return _axes_of_part(args, source, axes, out)
+    if name == "einsum":
+        return _einsum(args, source, axes)
+    if name == "stack":
+        dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        return (*axes[:dim], None, *axes[dim:])
+    if name in _PRODUCTS and out.ndim == len(axes):
+        return (*axes[:-1], last)
+    return _generic(name, args, kwargs, source, axes, out)
+
+
+def _generic(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
+    if out.shape == source.shape or (out.ndim == source.ndim and name not in _RESHAPED):
+        return axes
+    if out.numel() == source.numel():
+        return reshaped(tuple(source.shape), tuple(out.shape), axes)
+    if out.ndim == source.ndim - 1:
+        dim = _argument(args, kwargs, 1, "dim", None)
+        if isinstance(dim, (tuple, list)) and len(dim) == 1:
+            dim = dim[0]
+        if isinstance(dim, int):
+            dim %= source.ndim
+            return (*axes[:dim], *axes[dim + 1 :])
+    if out.ndim > source.ndim and out.shape[-source.ndim :] == source.shape:  # broadcast or expanded
+        return (*(None,) * (out.ndim - source.ndim), *axes)
+    return (None,) * out.ndim
+
+
+def _of_layer(name: str, args: list[Any], source: Tensor, axes: Axes, out: Tensor) -> Axes | None:
+    """Of an operation that says which axis has the features."""
+    if name in ("linear", "layer_norm", "rms_norm"):
+        return (*axes[:-1], FEATURES)
+    if name == "embedding":
+        return (*axes, FEATURES)
+    convolution = re.fullmatch(r"conv(?:_transpose)?([123])d", name)
+    if convolution:
+        positions = tuple(LENGTH if axis == LENGTH else POSITION for axis in axes[-int(convolution[1]) :])
+        batch: Axes = (axes[0] or BATCH,) if out.ndim == len(positions) + 2 else ()
+        return (*batch, FEATURES, *positions)
+    if name in ("batch_norm", "group_norm", "instance_norm") and out.ndim > 2:
+        return (axes[0] or BATCH, FEATURES, *(axis or POSITION for axis in axes[2:]))
+    if name in _RECURRENT and out.ndim == 3 and isinstance(args[-1], bool):
+        return (BATCH, LENGTH, FEATURES) if args[-1] else (LENGTH, BATCH, FEATURES)
+    if name == "multi_head_attention_forward" and out.ndim == 3:
+        return (LENGTH, BATCH, FEATURES)
+    return None
+
+
+def _moved(name: str, args: list[Any], kwargs: Mapping[str, Any], axes: Axes) -> Axes | None:
+    n = len(axes)
+    order = list(range(n))
+    if name in _SWAPPED:
+        first = _argument(args, kwargs, 1, "dim0", kwargs.get("axis0", 0))
+        second = _argument(args, kwargs, 2, "dim1", kwargs.get("axis1", 0))
+        order[first], order[second] = order[second], order[first]
+    elif name in ("t", "T", "mT", "H", "mH", "adjoint") and n >= 2:
+        order[-1], order[-2] = order[-2], order[-1]
+    elif name == "permute":
+        dims = kwargs.get("dims", args[1:])
+        dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+        order = [dim % n for dim in dims]
+    elif name in ("movedim", "moveaxis"):
+        source, target = args[1] % n, args[2] % n
+        order.insert(target, order.pop(source))
+    else:
+        return None
+    return tuple(axes[axis] for axis in order)
+
+
+def reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Axes) -> Axes:
+    """The axes of a tensor of shape ``before`` seen as one of shape ``after``.
+
+    >>> reshaped((2, 5, 12), (2, 5, 3, 4), ("batch", "length", "features"))
+    ('batch', 'length', 'features', 'features')
+    >>> reshaped((2, 5, 12), (10, 12), ("batch", "length", "features"))
+    ('batch * length', 'features')
+    """
+    if before == after:
+        return axes
+    found: list[str | None] = [None] * len(after)
+    left = [axis for axis, size in enumerate(before) if size != 1]
+    right = [axis for axis, size in enumerate(after) if size != 1]
+    while left and right:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        size_in, size_out = before[ins[0]], after[outs[0]]
+        while size_in != size_out:
+            if size_in < size_out:
+                ins.append(left.pop(0))
+                size_in *= before[ins[-1]]
+            else:
+                outs.append(right.pop(0))
+                size_out *= after[outs[-1]]
+        for out, axis in zip(outs, _split(_joint([axes[i] for i in ins]), len(outs)), strict=True):
+            found[out] = axis
+    return tuple(found)
+
+
+def _joint(axes: list[str | None]) -> str | None:
+    """What several axes are as one."""
+    if axes == [BATCH, LENGTH]:
+        return FLAT
+    if axes == [LENGTH, BATCH]:
+        return FLAT_SEQUENCE_FIRST
+    return axes[0] if len(set(axes)) == 1 else None
+
+
+def _split(axis: str | None, parts: int) -> list[str | None]:
+    if parts == 2 and axis == FLAT:
+        return [BATCH, LENGTH]
+    if parts == 2 and axis == FLAT_SEQUENCE_FIRST:
+        return [LENGTH, BATCH]
+    if parts > 1 and axis in (FLAT, FLAT_SEQUENCE_FIRST):
+        return [None] * parts
+    return [axis] * parts
+
+
+def _axes_of_part(args: list[Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
+    if args[0] is not source:  # a table, indexed by the tokens
+        return (*axes, *(FEATURES,) * (out.ndim - source.ndim))
+    indexed = _indexed(args[1], source)
+    if indexed is None:
+        return (None,) * out.ndim
+    return tuple(axes[axis] if axis is not None else None for axis, _ in indexed)
+
+
+def _indexed(index: Any, source: Tensor) -> list[tuple[int | None, slice | None]] | None:
+    """For each axis of ``source[index]``, which axis of ``source`` it was and its slice; None if tensors index it."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(not (item is None or item is Ellipsis or isinstance(item, (int, slice))) for item in items):
+        return None
+    used = sum(isinstance(item, (int, slice)) and not isinstance(item, bool) for item in items)
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    found: list[tuple[int | None, slice | None]] = []
+    axis = 0
+    for item in items:
+        if item is None:
+            found.append((None, None))
+        elif item is Ellipsis:
+            found += [(axis + i, None) for i in range(source.ndim - used)]
+            axis += source.ndim - used
+        else:
+            if isinstance(item, slice):
+                found.append((axis, item))
+            axis += 1
+    return found
+
+
+def _einsum(args: list[Any], source: Tensor, axes: Axes) -> Axes:
+    inputs, output = args[0].replace(" ", "").split("->")
+    operands = list(_tensors(args[1:]))
+    position = next(i for i, tensor in enumerate(operands) if tensor is source)
+    named = dict(zip(inputs.split(",")[position], axes, strict=True))
+    return tuple(named.get(letter, FEATURES if i == len(output) - 1 else None) for i, letter in enumerate(output))
+
+
+# Spans
+
+
+def _spans(name: str, args: list[Any], source: Tensor, trace: Trace) -> Mapping[Source, Span | None]:
+    """Where the tokens lie in the result, of what lay in ``source``."""
+    if name in _REORDERED:
+        return dict.fromkeys(trace.spans)
+    if name == "__getitem__" and args[0] is source:
+        indexed = _indexed(args[1], source)
+        if indexed is None:
+            return dict.fromkeys(trace.spans)
+        for axis, part in indexed:
+            if axis is not None and part is not None and trace.axes[axis] == LENGTH:
+                return _sliced(trace, part, source.shape[axis])
+    if name == "pad" and (len(args) < 3 or args[2] == "constant"):
+        for i in range(len(args[1]) // 2):
+            if trace.axes[source.ndim - 1 - i] == LENGTH:
+                return _shifted(trace, args[1][2 * i], args[1][2 * i] + args[1][2 * i + 1])
+    return trace.spans
+
+
+def _pooled(source: Tensor, before: Axes, out: Tensor, after: Axes) -> bool:
+    """The rows were made one, or one of them was taken."""
+    if LENGTH not in before or source.shape[before.index(LENGTH)] == 1:
+        return False
+    if LENGTH in after:
+        return out.shape[after.index(LENGTH)] == 1
+    return out.ndim < source.ndim and out.numel() < source.numel()
+
+
+def _shifted(trace: Trace, start: int, more: int) -> Mapping[Source, Span | None]:
+    """The spans with ``start`` rows more before the tokens, and ``more`` in all."""
+    if trace.axes.count(LENGTH) > 1 and (start or more):  # rows in blocks, each of which changed
+        return dict.fromkeys(trace.spans)
+    return {
+        source: None if span is None else Span(span.start + start, None if span.length is None else span.length + more)
+        for source, span in trace.spans.items()
+    }
+
+
+def _sliced(trace: Trace, part: slice, size: int) -> Mapping[Source, Span | None]:
+    start, stop, step = part.indices(size)
+    if step != 1:
+        return dict.fromkeys(trace.spans)
+    return _shifted(trace, -start, max(stop - start, 0) - size)
+
+
+# Several tensors
+
+
+def _united(first: Trace | None, second: Trace, out: Tensor) -> Trace:
+    """The trace of what two tensors made together: a span that fits counts before one that does not."""
+    if first is None:
+        return Trace(second.spans, _broadcast(second.axes, out.ndim))
+    axes = _merged(_broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim))
+    length = out.shape[axes.index(LENGTH)] if LENGTH in axes else None
+    spans = dict(first.spans)
+    for source, span in second.spans.items():
+        present = spans.get(source)
+        if present is None or (span is not None and present.length != length and span.length == length):
+            spans[source] = span
+    return Trace(spans, axes)
+
+
+def _broadcast(axes: Axes, ndim: int) -> Axes:
+    return ((None,) * (ndim - len(axes)) + axes)[-ndim:] if ndim else ()
+
+
+def _merged(first: Axes, second: Axes) -> Axes:
+    return tuple(a or b for a, b in zip(first, second, strict=True))
+
+
+def compiled_within(model: torch.nn.Module) -> bool:
+    """A part of the model is compiled, which a mode around it would compile once more."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,512 @@
+"""What a watched module's output means: its hidden tensor, the axes of it, the rows that count, and the documents."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import _get_current_function_mode
+
+from . import axes as axes_
+from ._tell import tell
+from .axes import Kind, kind_of
+from .following import Axes, Following, Trace, compiled_within
+from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
+
+Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
+"""From the arguments of the model's call, by name, to (batch, length), or None."""
+
+_MOST_LOOKS = 32
+"""Forward passes under :class:`Following`, of one model: one for each kind of call that it gets."""
+
+
+class Reading(NamedTuple):
+    """What one output of a watched module means."""
+
+    h: Tensor
+    """The hidden tensor in it, as the module returned it."""
+    rows: Tensor
+    """(batch, length, features): a view of ``h`` where strides allow it. Rows without an order are one sequence."""
+    live: Tensor | None
+    """(batch, length) bool, true where a row counts; None where all do."""
+    segments: Tensor | None
+    """(batch, length) integers; where they change, another document begins. None for one document in each sequence."""
+    axes: str
+    """What the axes of ``h`` are, as ``layout=`` has them."""
+    why_axes: str
+    why_rows: str
+    guess: str | None
+    """What is only likely, and what to pass to say it; None where it is known."""
+    view: Callable[[Tensor], Tensor]
+    """From a tensor of the shape of ``h`` to its rows."""
+
+
+class Decision(NamedTuple):
+    """What was found out about the outputs of one layer in calls of one kind."""
+
+    axes: Axes
+    why_axes: str
+    choice: Choice | None
+    problem: str | None
+    guess: str | None
+    followed: bool
+
+
+class Watched(NamedTuple):
+    """What is known of a watched module before it runs."""
+
+    kind: Kind
+    layout: str | None
+    mask: Pick | None
+    segments: Pick | None
+    inside: list[int]
+    """The callers around it, the outermost first."""
+
+
+class Layout:
+    """Reads the outputs of the watched modules of a model.
+
+    Place :meth:`Caller.enter <Calls.enter>` of each of :meth:`callers` as a forward pre-hook (with keyword arguments,
+    before others) and ``leave`` as a forward hook that is always called; then :meth:`read` in the watched modules'.
+
+    Args:
+        model: the model that is called, held weakly.
+        modules: the watched modules by name.
+        output: picks the hidden tensor from an output.
+        mask: from the arguments of the model's call, by name, to a mask (batch, length), true or not 0 where a row
+            counts, or None; or a mapping from globs of layers to such functions. By default, masks are found.
+        layout: what the axes are, as ``"batch height width channels"``; or a mapping from globs to such strings.
+        segments: as ``mask``, to the numbers of documents (batch, length).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a glob matches none of the modules, or a layout names no batch or no features.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        *,
+        output: Callable[[Any], Tensor] | None = None,
+        mask: Pick | Mapping[str, Pick] | None = None,
+        layout: str | Mapping[str, str] | None = None,
+        segments: Pick | Mapping[str, Pick] | None = None,
+    ) -> None:
+        _check_function("output", output)
+        self._model = weakref.ref(model)
+        self._output = output
+        self._picks_masks = mask is not None
+        masks = by_layer("mask", mask, modules)
+        layouts = by_layer("layout", layout, modules)
+        segment_picks = by_layer("segments", segments, modules)
+        for picks, argument in ((masks, "mask"), (segment_picks, "segments")):
+            for pick in picks.values():
+                _check_function(argument, pick)
+        for text in layouts.values():
+            axes_.parsed(text)
+        found = dict(_callers(model, modules))
+        self._callers = [(weakref.ref(module), Calls(self, module, i)) for i, module in enumerate(found.values())]
+        names = list(found)
+        self._watched = {
+            name: Watched(
+                kind_of(model, name, module),
+                layouts.get(name),
+                masks.get(name),
+                segment_picks.get(name),
+                [i for i, around in enumerate(names) if i and (name == around or name.startswith(around + "."))],
+            )
+            for name, module in modules.items()
+        }
+        self._names = names
+        self.calls: list[Call] = []
+        """Under way, the innermost last."""
+        self._following: Following | None = None
+        self._decisions: dict[Any, Decision] = {}
+        self._situations: set[Any] = set()
+        self._looks = 0
+        self._told: set[str] = set()
+
+    def callers(self) -> list[tuple[nn.Module, Calls]]:
+        """The model and the modules around watched ones whose calls bring tokens, each with what its hooks call."""
+        return [(module, calls) for ref, calls in self._callers if (module := ref()) is not None]
+
+    # Calls
+
+    def enter(self, call: Call) -> None:
+        """A call begins."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            call.depth = _depth()
+            while self.calls and self.calls[-1].depth >= call.depth:  # one that ended by an interrupt
+                self.calls.pop()
+            if self._following is not None and not self.calls:
+                self._stop()
+        self.calls.append(call)
+        if compiling:
+            return
+        if len(self.calls) == 1 and self._following is None and self._is_new(call):
+            self._following = Following()
+            self._following.__enter__()  # type: ignore[no-untyped-call]
+        if self._following is not None:
+            for name, tensor in call.tensors.items():
+                self._following.begin(tensor, (call, name), axes_of(call, name))
+
+    def leave(self, number: int) -> None:
+        """The innermost call of this caller ended, or raised."""
+        if self.calls and self.calls[-1].caller.number == number:
+            self.calls.pop()
+            if not self.calls and self._following is not None and not torch.compiler.is_compiling():
+                self._stop()
+
+    def _is_new(self, call: Call) -> bool:
+        """No pass of this kind was looked at yet."""
+        if call.situation in self._situations or self._looks >= _MOST_LOOKS:
+            return False
+        model = self._model()
+        if model is None or compiled_within(model):
+            return False
+        self._situations.add(call.situation)
+        self._looks += 1
+        return True
+
+    def _stop(self) -> None:
+        following, self._following = self._following, None
+        if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
+            following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    # Outputs
+
+    def read(self, name: str, output: Any) -> Reading:
+        """What ``output``, of the watched module ``name``, means.
+
+        Raises:
+            TypeError: it holds no hidden tensor of floating point.
+            ValueError: its axes are ambiguous, or it does not have those of ``layout=``, or the shape of a mask or of
+                segments that was given.
+        """
+        watched = self._watched[name]
+        h = checked_hidden(name, output, self._output)
+        if h.is_nested:
+            return self._read_nested(name, h, watched)
+        decision = self._decision(name, h, watched)
+        batch_and_length = None
+        if h.ndim == 2 and decision.axes[0] in ("batch * length", "length * batch"):
+            batch_and_length = self._sizes_of_flat(len(h), decision.choice)
+        view = axes_.View(decision.axes, batch_and_length)
+        rows = view(h)
+        live, why_rows, guess = self._live(name, watched, rows, h, decision)
+        if live is not None and live.shape != rows.shape[:2]:
+            view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
+            rows = view(h)
+        segments, why_segments = self._segments(name, watched, rows)
+        return Reading(
+            h,
+            rows,
+            live,
+            segments,
+            axes_.described(decision.axes),
+            decision.why_axes,
+            why_rows + (f"; documents by {why_segments}" if why_segments else ""),
+            guess,
+            view,
+        )
+
+    def hidden(self, name: str, output: Any) -> Tensor:
+        """The hidden tensor in an output of the watched module ``name``."""
+        return checked_hidden(name, output, self._output)
+
+    def _decision(self, name: str, h: Tensor, watched: Watched) -> Decision:
+        """What is known of outputs of this kind; found out once where the pass is followed."""
+        compiling = torch.compiler.is_compiling()
+        turn = 0
+        if self.calls and not compiling:
+            turn = self.calls[0].runs.get(name, 0)
+            self.calls[0].runs[name] = turn + 1
+        key = (name, h.ndim, *[call.situation for call in self.calls])
+        if self._following is None:
+            known = self._decisions.get((*key, turn), self._decisions.get((*key, 0)))
+            if known is not None and self._still_fits(known, h):
+                return known
+            return self._decided(name, h, watched, None)
+        decision = self._decided(name, h, watched, self._following.of(h))
+        if decision.followed:
+            self._decisions[(*key, turn)] = decision
+        return decision
+
+    def _still_fits(self, decision: Decision, h: Tensor) -> bool:
+        return decision.choice is None or decision.choice.call < len(self.calls)
+
+    def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
+        sizes = self._sizes()
+        if watched.layout is not None:
+            axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
+        else:
+            axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
+        if self._following is None:
+            return Decision(axes, why, None, None, guess, followed=False)
+        if self._picks_masks:
+            return Decision(axes, why, None, None, guess, followed=True)
+        batch, length = axes_.batch_and_length(h, axes)
+        if axes[0] in ("batch * length", "length * batch"):
+            batch, length = self._sizes_of_flat(len(h), None) or (1, len(h))
+        if trace is None or not trace.spans:  # it comes from no argument, or got lost
+            choice, _, _ = by_shape(self.calls, name, (batch, length))
+            if choice is not None and h.ndim > 2:
+                lost = "its rows could not be followed from the arguments of the call"
+                return Decision(axes, why, choice, None, guess or lost, followed=True)
+            return Decision(axes, why, None, None, guess, followed=True)
+        choice, problem = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
+        return Decision(axes, why, choice, problem, guess, followed=True)
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """(batch, length) of the tokens that the calls under way were given, the innermost first."""
+        found = []
+        for call in reversed(self.calls):
+            for name in call.tensors:
+                axes = axes_of(call, name)
+                if axes and axes[:2] == ("batch", "length"):
+                    found.append((call.tensors[name].shape[0], call.tensors[name].shape[1]))
+        return found
+
+    def _sizes_of_flat(self, rows: int, choice: Choice | None) -> tuple[int, int] | None:
+        return next(((batch, length) for batch, length in self._sizes() if batch * length == rows), None)
+
+    # Rows
+
+    def _live(
+        self, name: str, watched: Watched, rows: Tensor, h: Tensor, decision: Decision
+    ) -> tuple[Tensor | None, str, str | None]:
+        """(batch, length) of the rows that count, why, and what of it is a guess."""
+        if self._picks_masks:
+            return self._picked(name, "mask", watched.mask, rows, h), "mask=", decision.guess
+        choice, problem, guess = decision.choice, decision.problem, decision.guess
+        batch, length = rows.shape[0], rows.shape[1]
+        if not decision.followed:
+            if h.ndim == 2 and rows.shape[0] == 1:
+                flat = self._sizes_of_flat(len(h), None)
+                if flat is not None and flat[1] > 1:
+                    batch, length = flat
+            choice, problem, guessed = by_shape(self.calls, name, (batch, length))
+            guess = guess or guessed
+            if h.ndim == 2 and choice is None:
+                problem = None  # a vector for each sequence has no tokens left
+        if choice is None:
+            if problem is not None and not self._is_pooled(h, decision):
+                self._tell_misfit(name, problem, (rows.shape[0], rows.shape[1]))
+            elif all(not call.masks for call in self.calls):
+                self._tell_bypassed(name, watched)
+                self._tell_unknown(name, (rows.shape[0], rows.shape[1]))
+            return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
+        if guess is not None and not guess.startswith("layout="):
+            self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
+        live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
+        if live.shape[0] != batch:
+            live = live.expand(batch, -1)
+        return live, choice.why, guess
+
+    @staticmethod
+    def _is_pooled(h: Tensor, decision: Decision) -> bool:
+        """One vector for each sequence has no tokens left."""
+        return h.ndim == 2 and decision.axes[0] == "batch"
+
+    def _picked(self, name: str, argument: str, pick: Pick | None, rows: Tensor, h: Tensor) -> Tensor | None:
+        """What ``mask=`` or ``segments=`` gives for these rows."""
+        call = next((call for call in reversed(self.calls) if call.caller.is_model), None)
+        if pick is None or call is None:
+            return None
+        key = f"{argument} {id(pick)}" if not torch.compiler.is_compiling() else argument
+        if key not in call.picked or torch.compiler.is_compiling():
+            call.picked[key] = pick(call.arguments)
+        found = call.picked[key]
+        if found is None:
+            return None
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
+        found = found.to(rows.device)
+        if found.ndim > 2 and rows.shape[0] == found.shape[0]:
+            found = found.flatten(1)
+        if argument == "mask":
+            found = found.to(torch.bool)
+        batch, length = rows.shape[0], rows.shape[1]
+        if found.shape == (batch, length):
+            return found
+        if h.ndim == 2 and found.ndim == 2 and found.numel() == len(h):
+            return found
+        if h.ndim == 2 and found.ndim == 2 and len(found) == len(h):
+            return None  # a vector for each sequence, which has no tokens left
+        raise ValueError(
+            f'{argument}= gave shape {tuple(found.shape)}, but the output of module "{name}" has '
+            + (f"(batch, seq) = {(batch, length)}" if h.ndim > 2 else f"{len(h)} rows")
+            + "; return a tensor of that shape, or None"
+        )
+
+    def _segments(self, name: str, watched: Watched, rows: Tensor) -> tuple[Tensor | None, str]:
+        if watched.segments is not None:
+            found = self._picked(name, "segments", watched.segments, rows, rows)
+            return found, "segments="
+        return documents(self.calls, rows)
+
+    def _read_nested(self, name: str, h: Tensor, watched: Watched) -> Reading:
+        """In evaluation, ``nn.TransformerEncoder`` packs masked sequences into a nested tensor."""
+        if torch.is_grad_enabled() and h.requires_grad:
+            raise TypeError(
+                f'module "{name}" returned a nested tensor, which cannot be watched in training; watch a module with '
+                "padded sequences in its output, and pass mask="
+            )
+        length = max((size[1] for size in self._sizes()), default=0)
+        rows, live = padded(h, length)
+        return Reading(h, rows, live, None, "batch length features", "a nested tensor", "its own lengths", None, lambda _: rows)
+
+    # Telling
+
+    def _tell_misfit(self, name: str, problem: str, rows: tuple[int, int]) -> None:
+        argument = problem.split(" ")[0]
+        self._tell_once(
+            f'{problem} does not fit layer "{name}", whose output has (batch, length) = {rows}: all of its rows count. '
+            f"Pass mask= with a function of the call's arguments that gives such a mask, as "
+            f'mask={{"{name}": lambda call: shortened(call["{argument}"])}}'
+        )
+
+    def _tell_bypassed(self, name: str, watched: Watched) -> None:
+        """A module around the layer takes a mask, but did not run as a module: its forward was called."""
+        under_way = {call.caller.number for call in self.calls}
+        innermost = watched.inside[-1] if watched.inside else 0
+        if self.calls and innermost not in under_way:
+            masks = self._callers[innermost][1].caller.masks
+            self._tell_once(
+                f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
+                f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
+            )
+
+    def _tell_unknown(self, name: str, rows: tuple[int, int]) -> None:
+        """A call was given what may be a mask of these rows."""
+        for call in self.calls:
+            for argument, value in call.tensors.items():
+                if may_mask(argument) and value.shape == rows and not value.is_floating_point():
+                    self._tell_once(
+                        f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
+                        "which of its values do is not known: all rows count. Pass mask=lambda call: "
+                        f'call["{argument}"] if it is true where a token counts, or lambda call: None',
+                        subject=f"argument {argument}",
+                    )
+
+    def _tell_once(self, message: str, subject: str | None = None) -> None:
+        if torch.compiler.is_compiling() or (subject or message) in self._told:
+            return
+        self._told.add(subject or message)
+        tell(message)
+
+
+class Calls:
+    """What the hooks on one caller call: ``enter`` before its forward, ``leave`` after it, also where it raised."""
+
+    def __init__(self, layout: Layout, module: nn.Module, number: int) -> None:
+        self._layout = layout
+        self.caller = Caller(module, number)
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layout.enter(Call(self.caller, args, kwargs))
+
+    def leave(self) -> None:
+        self._layout.leave(self.caller.number)
+
+
+def _callers(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
+    around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
+    found = [(name, module) for name, module in model.named_modules() if name in around and module is not model]
+    return [("", model), *((name, module) for name, module in found if bring_tokens(module))]
+
+
+def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``argument`` says of each layer: one value for all, or the first glob of a mapping that matches it.
+
+    Raises:
+        ValueError: a glob matches no layer.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    for glob in value:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"{argument} has a key {glob!r} that matches none of the layers {', '.join(names)}")
+    return {name: value[glob] for glob in reversed(list(value)) for name in names if fnmatchcase(name, glob)}
+
+
+def _check_function(argument: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
+
+
+def _depth() -> int:
+    depth, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def hidden_tensor(output: Any) -> Any:
+    """The tensor itself, ``last_hidden_state``, the only tensor of a mapping, or the first item."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "last_hidden_state", None) is not None:
+        return output.last_hidden_state
+    if isinstance(output, Mapping):
+        tensors = [value for value in output.values() if isinstance(value, Tensor)]
+        return output.get("last_hidden_state", tensors[0] if len(tensors) == 1 else None)
+    if isinstance(output, (tuple, list)) and output:  # Dynamo of torch 2.6 knows no tuple | list
+        return output[0]
+    return None
+
+
+def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
+    """The hidden tensor in the output of the module ``name``: what ``pick`` (``output=``) gives, or the usual one.
+
+    Raises:
+        TypeError: it is no tensor, a DTensor, or not of floating point.
+        ValueError: it has fewer than two dimensions.
+    """
+    h = hidden_tensor(output) if pick is None else pick(output)
+    if isinstance(h, PackedSequence):
+        raise TypeError(
+            f'module "{name}" returned a PackedSequence, in which the rows of all sequences are mixed; watch a module '
+            "behind torch.nn.utils.rnn.pad_packed_sequence(..., batch_first=True), and pass mask= for its padding"
+        )
+    if not isinstance(h, Tensor):
+        what = "its default choice" if pick is None else "output="
+        raise TypeError(
+            f'module "{name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
+            "tensor; pass output=lambda out: ... to pick the hidden tensor"
+        )
+    if type(h).__name__ == "DTensor":
+        raise TypeError(
+            f'module "{name}" returned a DTensor; its entropy would be that of one shard. Watch a module whose '
+            "output is a plain tensor, for example one that gathers or replicates it"
+        )
+    if not h.is_floating_point():
+        raise TypeError(
+            f'module "{name}" returned a tensor of {h.dtype}; entropy needs floating point. Choose another '
+            "module in layers, or another tensor of its output with output="
+        )
+    if h.ndim < 2:
+        raise ValueError(
+            f'module "{name}" returned a tensor of shape {tuple(h.shape)}; expected (batch, d), '
+            "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
+        )
+    return h
+
+
+def padded(h: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """A nested tensor as (batch, length, d) with zeros behind its sequences, and the mask of what is not padding."""
+    lengths = torch.tensor([len(sequence) for sequence in h.unbind()])
+    length = max(length, int(lengths.max()))
+    rows = torch.nested.to_padded_tensor(h, 0.0, output_size=(len(lengths), length, h.size(-1)))
+    return rows, (torch.arange(length) < lengths[:, None]).to(h.device)

@@ -1,0 +1,240 @@
+"""The objective of one micro-batch: its loss, and in compression the weighted entropy of its layers.
+
+From the entropies of windows on, it is ordinary autograd: sums over weights, means, a weight. So every scaling of the
+loss reaches the entropy by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, SupportsFloat
+
+import torch
+from torch import Tensor
+
+from .config import GAPTConfig, ObjectiveConfig
+from .entropy import entropies, measures_of, window_weights
+from .passes import Capture, Plan
+
+
+class Pressure(NamedTuple):
+    """What is pressed in the step under way."""
+
+    config: GAPTConfig
+    layers: tuple[str, ...]
+    """Those whose entropy is in the objective: all that count, or the one whose turn it is."""
+    active: bool
+    """The entropy is part of what is differentiated."""
+    targets: dict[str, float] | None = None
+    """Where pressing stops, by layer; None where it has no end."""
+    compared: bool = False
+    """The gradient of the mean entropy is wanted by itself."""
+
+
+class Objective(NamedTuple):
+    """What :func:`build_objective` makes of a loss."""
+
+    total: Tensor
+    """Scalar to differentiate; the loss itself, bit for bit, in memorization."""
+    layers: list[str]
+    """Those that ran for this loss."""
+    sums: Tensor
+    """(2, layers): over windows, the sums of the entropy and of the weights; without a graph."""
+    measures: Tensor | None
+    """(2, layers, 4): the same of what can hide in an entropy; None where they are not due."""
+    penalty: Tensor | None
+    """Scalar without a graph, what compression adds to the loss; None in memorization."""
+    mean_entropy: Tensor | None
+    """Scalar with a graph, where its gradient is wanted."""
+
+
+def build_objective(
+    loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, pressure: Pressure, scaled_by: float
+) -> Objective:
+    """Join a loss and what the watched modules left for it.
+
+    Args:
+        loss: scalar.
+        taken: per layer, one item per call of it.
+        plan: how the entropies are computed.
+        pressure: what is pressed.
+        scaled_by: factor that the loss was multiplied by already; the entropy gets it too.
+    """
+    layers = list(taken)
+    calls = [capture for of_layer in taken.values() for capture in of_layer]
+    if not calls:
+        return Objective(loss, [], torch.zeros(2, 0, device=loss.device), None, None, None)
+    with torch.set_grad_enabled(pressure.active or pressure.compared):
+        of_calls, weights, measures = _sums_of_calls(calls, plan, loss.device)
+        if len(calls) > len(layers):
+            times = [len(of_layer) for of_layer in taken.values()]
+            of_calls, weights = (_over(values, times) for values in (of_calls, weights))
+            measures = None if measures is None else _over(measures.mT, times).mT
+        sums = torch.stack((of_calls.detach(), weights))
+        if not (pressure.active or pressure.compared):
+            return Objective(loss, layers, sums, measures, None, None)
+        means = of_calls / weights.clamp(min=1)
+        places = [i for i, name in enumerate(layers) if name in pressure.layers]
+        if len(places) < len(layers):
+            means, weights = (values[places] if places else values[:0] for values in (means, weights))
+        judged = [layers[i] for i in places]
+        mean_entropy = None
+        if pressure.compared:
+            mean_entropy = _finite(_mean(means, weights), loss)[0]
+        if not pressure.active:
+            return Objective(loss, layers, sums, measures, None, mean_entropy)
+        penalty = pressure.config.objective.weight * _pressed(means, weights, judged, pressure)
+        penalty, _ = _finite(penalty, loss)
+        added = penalty if scaled_by == 1.0 else penalty * scaled_by
+        return Objective(loss + added.to(loss.dtype), layers, sums, measures, penalty.detach(), mean_entropy)
+
+
+def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each call, the sum of the entropies of its windows, the number of those that count, and sums of measures.
+
+    Matrices of equal size are computed as one batch: they are so small that it is the number of operations that costs.
+    """
+    alike: dict[object, list[int]] = {}
+    for i, call in enumerate(calls):
+        assert call.gram is not None
+        n, features = call.shape
+        # Eigenvalues are told from rounding by the features, and a normalized entropy is divided by their logarithm.
+        width = features if plan.order.normalize or plan.order.alpha != 2 else 0
+        like = (call.gram.shape[1:], n > features, width, call.gram.dtype, call.gram.device, call.live is None)
+        alike.setdefault(like, []).append(i)
+    totals: list[Tensor] = []
+    counts: list[Tensor] = []
+    measures: list[Tensor] = []
+    for members in alike.values():
+        batch = [calls[i] for i in members]
+        total, count, of_measures = _sums_of_alike(batch, plan)
+        totals.append(total.to(device))
+        counts.append(count.to(device))
+        if of_measures is not None:
+            measures.append(of_measures.to(device))
+    order = [i for members in alike.values() for i in members]
+    if len(totals) == 1:
+        return totals[0], counts[0], measures[0] if measures else None
+    dtype = torch.float64 if any(total.dtype == torch.float64 for total in totals) else totals[0].dtype
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+    joined = [torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts)]
+    if not measures:
+        return joined[0], joined[1], None
+    return joined[0], joined[1], torch.cat([part.to(dtype) for part in measures], 1)[:, back]
+
+
+def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same for calls of equal shape: (calls,), (calls,), and (2, calls, 4) where measures are due."""
+    order, first = plan.order, calls[0]
+    gram = _joined([call.gram for call in calls])
+    assert gram is not None
+    live = _joined([call.live for call in calls])
+    value, live, factor = entropies(gram, live, order, first.shape, first.dtype)
+    weight = window_weights(live, value, order.fewest, first.shape[0])
+    sizes = [len(call.gram) for call in calls if call.gram is not None]
+    _give_factors(calls, factor, weight, sizes)
+    counted = torch.where(weight > 0, value, 0)
+    totals, counts = (_over(values, sizes) for values in (counted, weight))
+    measures = None
+    if plan.due:
+        with torch.no_grad():
+            measures = _measures(calls, gram.detach(), sizes)
+    return totals, counts, measures
+
+
+def _give_factors(calls: list[Capture], factor: Tensor | None, weight: Tensor, sizes: list[int]) -> None:
+    """Of calls whose angle is taken."""
+    if factor is None or not any(call.angled for call in calls):
+        return
+    weighted = (factor * weight[:, None, None]).split(sizes)
+    for call, own in zip(calls, weighted, strict=True):
+        if call.angled:
+            call.factor = own
+
+
+def _measures(calls: list[Capture], gram: Tensor, sizes: list[int]) -> Tensor | None:
+    """(2, calls, 4): over the windows of each call, sums of what can hide in an entropy, and of the weights."""
+    beside = [call.measures for call in calls]
+    if None not in beside:
+        found = torch.cat([each[0] for each in beside if each]), torch.cat([each[1] for each in beside if each])
+    elif calls[0].shape[0] > calls[0].shape[1]:
+        return torch.zeros(2, len(calls), 4, dtype=gram.dtype, device=gram.device)  # of a pass before they were due
+    else:
+        found = measures_of(gram)
+    values, weights = weighted_measures(*found)
+    return torch.stack([_over(each.mT, sizes).mT for each in (values, weights)])
+
+
+def weighted_measures(measures: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """(windows, 4) each: measures where a window has enough rows for them, otherwise 0, and which are counted."""
+    two, three = ((live >= fewest).to(measures.dtype) for fewest in (2, 3))
+    weights = torch.stack((two, three, two, two), -1)
+    return torch.where(weights > 0, measures, 0), weights
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if len(given) > 1 else given[0] if given else None
+
+
+def _over(values: Tensor, sizes: list[int]) -> Tensor:
+    """(..., sum of sizes) summed within each of ``sizes``, (..., len(sizes))."""
+    if len(set(sizes)) == 1:
+        return values.unflatten(-1, (len(sizes), sizes[0])).sum(-1)
+    return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1)
+
+
+def _mean(means: Tensor, weights: Tensor) -> Tensor:
+    """Over the layers that can have an entropy."""
+    return means.sum() / (weights > 0).sum().clamp(min=1)
+
+
+def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressure) -> Tensor:
+    """What the weight multiplies: the entropies of the layers as one number, to be minimized."""
+    objective = pressure.config.objective
+    if not layers:
+        return means.sum()
+    values = means if objective.direction == "down" else -means
+    if pressure.targets is not None:
+        values = _up_to(means, weights, layers, pressure.targets, objective)
+    if pressure.config.layers.reduce == "largest_drop" and len(layers) > 1:
+        return values[(-means.detach().diff()).argmax() + 1]
+    return _mean(values, weights)
+
+
+def _up_to(
+    means: Tensor, weights: Tensor, layers: list[str], targets: dict[str, float], objective: ObjectiveConfig
+) -> Tensor:
+    """What is left to the target, layer by layer; 0 beyond it, and where a layer has no target yet."""
+    nothing = 0.0 if objective.direction == "up" else math.inf
+    target = torch.tensor([targets.get(name, nothing) for name in layers], dtype=means.dtype).to(means.device)
+    left = means - target if objective.direction == "down" else target - means
+    return torch.where(weights > 0, left.clamp(min=0), 0)
+
+
+def _finite(value: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """``value``, and 0 where it or the loss is not finite; and whether they are."""
+    finite = (value.detach() + loss.detach().reshape(())).isfinite()
+    return torch.where(finite, value, 0), finite
+
+
+def check_loss(loss: Tensor, scaled_by: float) -> None:
+    """Raise TypeError or ValueError where :func:`build_objective` has no use for an argument, naming it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a tensor, found {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(
+            f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
+            "reduce it first, for example with loss.mean()"
+        )
+    if not isinstance(scaled_by, SupportsFloat):
+        raise TypeError(f"scaled_by must be a number, found {type(scaled_by).__name__}; give 1 / micro-batches")
+    if not (math.isfinite(scaled_by) and scaled_by > 0):
+        raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")
+
+
+def counted_layers(names: Sequence[str], skip_first: int, skip_last: int) -> tuple[str, ...]:
+    """Which of the watched layers count. Skipping applies only where it leaves a layer."""
+    n = len(names)
+    return tuple(names) if n <= skip_first + skip_last else tuple(names[skip_first : n - skip_last])

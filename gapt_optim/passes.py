@@ -1,0 +1,240 @@
+"""Forward passes, and what the watched modules leave in them until a loss takes it.
+
+A loss uses the captures of the passes whose graph it is made of. A pass whose graph is gone is gone too, so that
+nothing of a batch that was skipped reaches the gate or the weights. Nothing here refers to a module, so that it never
+keeps a model alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .entropy import Order
+from .windows import Windows
+
+MOST_COMPILED = 8
+"""Calls of a layer in a compiled model that are kept for a loss to come: its forward is traced, and cannot count."""
+MOST_LOOSE = 64
+"""Calls of watched modules by themselves that are kept for a loss to come."""
+
+
+class Plan(NamedTuple):
+    """What the step under way does with the outputs of watched modules. It is decided before the forward pass."""
+
+    order: Order
+    window: int | None
+    pressed: frozenset[str] = frozenset()
+    """Layers whose entropy is differentiated."""
+    due: bool = False
+    """Angles and measures are taken."""
+    angles: bool = False
+    """Angles are taken at some steps: a compiled model has a place for them at every step."""
+
+
+class Capture:
+    """What one call of a watched module leaves for the objective."""
+
+    def __init__(
+        self,
+        name: str,
+        gram: Tensor | None = None,
+        live: Tensor | None = None,
+        shape: tuple[int, int] = (0, 0),
+        dtype: torch.dtype = torch.float32,
+        measures: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.name = name
+        self.gram = gram
+        """(windows, m, m); None once it was taken, or its pass is gone."""
+        self.live = live
+        """(windows,) rows that count; None where the matrices or the shape tell."""
+        self.shape = shape
+        """(rows, features) of a window."""
+        self.dtype = dtype
+        """Of the hidden tensor."""
+        self.measures = measures
+        """Where rows outnumber features, what :func:`gapt_optim.kernels.measures_of_rows` gives."""
+        self.node: Any = None
+        """Of autograd's graph, that made the hidden tensor; None above frozen layers, and in a compiled model."""
+        self.saved: Any = None
+        """The Gram node, for the rows that it saved; None where nothing is differentiated."""
+        self.angled = False
+        """The angle at this call is taken."""
+        self.factor: Tensor | None = None
+        """(windows, m, m), from the objective on, where it is."""
+
+
+class Repeat(NamedTuple):
+    """What was decided for one call of a watched module, for activation checkpointing to do again."""
+
+    place: int
+    """Address of the module's input, by which a recomputed call is known."""
+    rows: Callable[[Tensor], Tensor]
+    """From the hidden tensor to its rows."""
+    windows: Windows
+    differentiated: bool
+
+
+class Pass:
+    """One forward pass of the watched model."""
+
+    def __init__(self) -> None:
+        self.captures: list[Capture] = []
+        self.repeats: dict[str, list[Repeat]] = {}
+        self.used = False
+        """A loss used some of its captures."""
+        self._graph: weakref.ref[_Graph] | None = None
+
+    def follow(self, output: Any) -> None:
+        """Forget everything once the graph behind the model's ``output`` is gone."""
+        nodes = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        if not nodes:
+            return
+        graph = _Graph()
+        for node in nodes:
+            node.metadata.setdefault("gapt_optim", []).append(graph)  # lives as long as the node
+        forget = weakref.WeakMethod(self.forget)
+
+        def gone(_: Any) -> None:
+            method = forget()
+            if method is not None:
+                method()
+
+        self._graph = weakref.ref(graph, gone)
+
+    @property
+    def gone(self) -> bool:
+        """Its graph is gone, or it left none."""
+        return self._graph is None or self._graph() is None
+
+    def forget(self) -> None:
+        for capture in self.captures:
+            capture.gram = capture.live = capture.measures = capture.node = capture.saved = None
+        self.captures = []
+        self.repeats = {}
+
+
+class _Graph:
+    """Stands in autograd's nodes, and goes with them."""
+
+
+class Passes:
+    """The passes that one hook knows of."""
+
+    def __init__(self) -> None:
+        self.open: Pass | None = None
+        """The model's call that is under way."""
+        self.loose = Pass()
+        """Of watched modules that are called by themselves, outside of any call of the model."""
+        self.kept: list[Pass] = []
+
+    def begin(self) -> None:
+        """The model is called."""
+        self.open = Pass()
+
+    def end(self, output: Any) -> None:
+        """The model returned ``output``; None where it raised."""
+        ended, self.open = self.open, None
+        if ended is None or torch.compiler.is_compiling():
+            return
+        ended.follow(output)
+        self.kept = [each for each in self.kept if not each.gone]
+        if ended.gone:
+            ended.forget()
+        else:
+            self.kept.append(ended)
+
+    def current(self) -> Pass:
+        """Where a capture belongs that is made now."""
+        if self.open is not None:
+            return self.open
+        if len(self.loose.captures) >= MOST_LOOSE:
+            self.loose.captures = self.loose.captures[1:]
+        return self.loose
+
+    def all(self) -> Iterator[Pass]:
+        yield from self.kept
+        yield self.loose
+        if self.open is not None:
+            yield self.open
+
+    def take(self, behind: set[Any]) -> list[Capture]:
+        """Captures of the passes in the graph of a loss, given the nodes ``behind`` it; they are no longer here."""
+        taken: list[Capture] = []
+        passes = list(self.all())
+        for each in passes:
+            own = [capture for capture in each.captures if capture.node in behind]
+            # Above frozen layers a capture has no node: it belongs to the loss if its pass does.
+            free = [capture for capture in each.captures if capture.node is None]
+            without_graph = len(free) == len(each.captures) and each is passes[-1 if self.open is None else -2]
+            if own or (free and without_graph):
+                each.used = True
+                found = set(own + free)
+                taken += [capture for capture in each.captures if capture in found]
+                each.captures = [capture for capture in each.captures if capture not in found]
+        return taken
+
+    def unused(self) -> set[str]:
+        """Layers whose outputs no loss used, though their pass was."""
+        return {capture.name for each in self.all() if each.used for capture in each.captures}
+
+    def clear(self) -> None:
+        """Forget what no graph would tell to be gone."""
+        self.loose.forget()
+        self.loose = Pass()
+
+
+def nodes_behind(loss: Tensor) -> set[Any]:
+    """Every node of the graph that ``loss`` was computed by.
+
+    DistributedDataParallel passes all that the model returns through one node: behind that, only what the loss uses
+    is followed.
+    """
+    found: set[Any] = set()
+    waiting: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr)]
+    while waiting:
+        node, output = waiting.pop()
+        if node is None:
+            continue
+        if type(node).__name__ == "_DDPSinkBackward":
+            needed = [i for i, needs in enumerate(node.needs_input_grad[1:]) if needs]
+            edges = [edge for edge in node.next_functions if edge[0] is not None]
+            waiting.append(edges[needed.index(output)])
+            found.add(node)
+        elif node not in found:
+            found.add(node)
+            waiting.extend(node.next_functions)
+    return found
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """The tensors in what a module returned, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in([getattr(value, name) for name in value.__dataclass_fields__])
+
+
+def recomputing() -> bool:
+    """Activation checkpointing runs a part of the forward again, in its form that is not reentrant."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def transformed() -> bool:
+    """Inside a transform of torch.func, whose gradients are no part of a step."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None

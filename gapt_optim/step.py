@@ -1,0 +1,369 @@
+"""The step under way: what it does, what was recorded of it, and how the next one is decided."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, SupportsFloat
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .alignment import activation_alignment
+from .comparison import GradientComparison, named_parameters, refuse_incomparable
+from .config import GAPTConfig
+from .gate import Phase
+from .hook import Watching, order_of
+from .metrics import Measures, StepMetrics
+from .notices import Notices
+from .objective import Pressure, build_objective, counted_layers
+from .passes import Plan
+from .progress import Progress, flat_state
+from .ranks import group_of, refuse_different_ranks
+from .sums import StepNumbers, StepSums
+
+_LOGGER = logging.getLogger("gapt_optim")
+_WHY = {
+    "plateau": "the loss stopped falling",
+    "spike": "the training loss rose",
+    "compressed": "the entropy stopped moving",
+}
+Groups = list[dict[str, Any]]
+
+
+class Step:
+    """Everything of the wrapper's own that changes from step to step.
+
+    It is one object that is changed in place: a framework may call some methods of the optimizer on a proxy, which
+    shares it.
+
+    Args:
+        config: the optimizer's settings.
+        watching: of the optimizer's hook.
+        process_group: ranks to average over; None for all.
+    """
+
+    def __init__(self, config: GAPTConfig, watching: Watching, process_group: dist.ProcessGroup | None) -> None:
+        self.config, self.watching, self.process_group = config, watching, process_group
+        self.names = list(watching.watches)
+        self.counted = counted_layers(self.names, config.layers.skip_first, config.layers.skip_last)
+        self.progress = Progress(config)
+        self.sums = StepSums(self.names)
+        self.metrics: StepMetrics | None = None
+        self.within_step = False
+        """LBFGS evaluates its closure, and zeroes gradients in it, as often as it likes."""
+        self._order = order_of(config.entropy)
+        self._notices = Notices()
+        self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
+        self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
+        self._gradients: Gradients | None = None  # as the last loss found them
+        self._gradients_show = True
+        """.grad shows what a backward left. Under DeepSpeed it does not."""
+        self._ranks_compared = False
+        self.begin()
+
+    # What this step does
+
+    def begin(self) -> None:
+        """Decide what the next step does."""
+        config, counts = self.config, self.progress.counts
+        every, parameter_every = config.alignment.every, config.alignment.parameter_every
+        self._comparison = self._mean_entropy = None
+        self.group = group_of(self.process_group)  # ranks may have met after the optimizer was made
+        compressing = self.progress.phase is Phase.COMPRESSION
+        started = counts.steps >= config.objective.start
+        turn = self.counted
+        if config.layers.schedule == "rotate":
+            turn = (self.counted[counts.compression_steps % len(self.counted)],)
+        self.pressure = Pressure(
+            config,
+            layers=turn,
+            active=compressing and started,
+            targets=self._targets(),
+            compared=parameter_every > 0 and counts.steps % parameter_every == 0,
+        )
+        differentiated = self.pressure.active or self.pressure.compared
+        self.plan = Plan(
+            self._order,
+            config.entropy.window,
+            pressed=frozenset(self.counted) if differentiated else frozenset(),
+            due=every > 0 and counts.steps % every == 0,
+            angles=every > 0,
+        )
+        self.watching.plan = self.plan
+
+    def _targets(self) -> dict[str, float] | None:
+        target = self.config.objective.target
+        return self.progress.targets if target is None else dict.fromkeys(self.counted, target)
+
+    # What a step records
+
+    def objective(self, loss: Tensor, scaled_by: float) -> Tensor:
+        """One micro-batch: records it, and returns what to differentiate."""
+        if not loss.requires_grad:  # the captures have a graph all the same: the entropy alone would train, or nothing
+            raise RuntimeError(
+                "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
+                "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
+            )
+        taken = self.watching.take(loss)
+        if not taken:
+            self._nothing_taken(loss)
+        self._notices.no_entropy(taken, center=self.config.entropy.center)
+        if self.plan.pressed:
+            self._notices.no_gradient(taken, self.counted)
+        self._notices.divided(loss, scaled_by)
+        objective = build_objective(loss, taken, self.plan, self.pressure, scaled_by)
+        self._mean_entropy = objective.mean_entropy
+        undivided = loss if scaled_by == 1.0 else loss.detach() / scaled_by
+        self.sums.add(undivided, objective, alone=self.group is None)
+        return objective.total
+
+    def _nothing_taken(self, loss: Tensor) -> None:
+        """No watched module ran for this loss."""
+        why = self.watching.why_nothing(loss)
+        if self.plan.pressed:
+            raise RuntimeError(why)
+        self._notices.once("nothing", f"{why}. Until then nothing is known of entropies, and the gate stays")
+
+    def differentiate(
+        self, total: Tensor, loss: Tensor, scale: float | Tensor, groups: Groups, options: dict[str, Any]
+    ) -> None:
+        """One backward pass of ``total``, and the parameter alignment of the loss and entropy in it when it is due.
+
+        Args:
+            total: what is differentiated.
+            loss: the loss's part of it.
+            scale: factor on the entropy's part.
+            groups: the optimizer's parameter groups.
+            options: of ``Tensor.backward``.
+        """
+        mean_entropy, self._mean_entropy = self._mean_entropy, None
+        if mean_entropy is None or not mean_entropy.requires_grad:
+            total.backward(**options)  # type: ignore[no-untyped-call]
+            return
+        if self._comparison is None or not self._comparison.begun:
+            parameters = named_parameters(self.watching.model(), groups)
+            self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
+        self._comparison.backward(total, loss, mean_entropy * scale, options)
+
+    def _weight(self) -> float | None:
+        """Of the mean entropy's gradient in what is differentiated; None where that is no multiple of it."""
+        config = self.config
+        if not self.pressure.active:
+            return 0.0
+        if self.pressure.targets is not None or config.layers.reduce != "mean" or config.layers.schedule != "all":
+            return None
+        return config.objective.weight if config.objective.direction == "down" else -config.objective.weight
+
+    def refuse_incomparable(self, groups: Groups) -> None:
+        """Raises RuntimeError where parameter alignment is wanted and cannot be."""
+        if self.config.alignment.parameter_every:
+            refuse_incomparable(named_parameters(self.watching.model(), groups))
+
+    def note_gradients(self, groups: Groups) -> None:
+        """A backward is about to come: whether it left anything shows by what gradients are now."""
+        self._gradients = Gradients(groups)
+
+    def forget_dropped(self, groups: Groups) -> None:
+        """Losses whose gradients are gone, or never came, are of no step: a scaler's overflow, an exception."""
+        if self._gradients_show and self._dropped(groups):
+            self.discard()
+            if not self.within_step:
+                self._notices.unstepped()
+
+    def _dropped(self, groups: Groups) -> bool:
+        return self.sums.micro_batches > 0 and self._gradients is not None and self._gradients.unchanged(groups)
+
+    def look_at_gradients(self, groups: Groups) -> None:
+        """At a step: where its losses left nothing in ``.grad``, that tells nothing of later ones."""
+        if self._gradients_show and self._dropped(groups):
+            self._gradients_show = False
+
+    def forget_gradients(self, groups: Groups) -> None:
+        """Gradients were zeroed: what was compared with them is gone."""
+        self._comparison = None
+        if self.sums.micro_batches:
+            self._gradients = Gradients(groups)
+
+    def forget(self) -> None:
+        """The step is over: what was captured and recorded for it goes."""
+        self.watching.clear()
+        self.sums.clear()
+        self._gradients = None
+
+    def discard(self) -> None:
+        """No step is taken: what was recorded for it goes, and its plan is made anew."""
+        self.sums.clear()
+        for watch in self.watching.watches.values():
+            watch.angles.clear()
+        self._gradients = None
+        self._notices.forget_losses()
+        self.begin()
+
+    def record_validation(self, loss: float | Tensor) -> None:
+        """One held-out loss.
+
+        Raises:
+            TypeError, ValueError: it is not one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must be one number, found shape {tuple(loss.shape)}; give its mean")
+            loss = loss.item()
+        if not isinstance(loss, SupportsFloat):
+            raise TypeError(f"loss must be a number or a tensor of one, found {type(loss).__name__}")
+        value = float(loss)
+        if math.isfinite(value):
+            self.progress.counts.unjudged_validation.append(value)
+        else:
+            self._notices.once("validation", f"a held-out loss of {value} is left out: the gate cannot judge it")
+
+    # How a step ends
+
+    def compare_ranks(self, device: torch.device) -> None:
+        """Before the first step, and after loading: all ranks have the same settings, layers and state.
+
+        Raises:
+            ValueError: on all ranks, where they differ; the message names the field and the values.
+        """
+        if not self._ranks_compared:
+            if self.group is not None:
+                refuse_different_ranks(flat_state(self.state_dict()), self.group, device)
+            self._ranks_compared = True
+
+    def start_reading(self, device: torch.device) -> Callable[[], StepNumbers] | None:
+        """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
+        if self.group is None and not self.sums.micro_batches:
+            return None
+        angles = self.watching.take_angles(device) if self.plan.due else None
+        return self.sums.start_reading(angles, self.progress.counts.unjudged_validation, device, self.group)
+
+    def finish(self, numbers: StepNumbers, groups: Groups) -> StepMetrics:
+        """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""
+        progress, phase, pressure, due = self.progress, self.progress.phase, self.pressure, self.plan.due
+        judged = [name for name in self.counted if name in numbers.entropies] or list(numbers.entropies)
+        entropy = math.fsum(numbers.entropies[name] for name in judged) / len(judged) if judged else None
+        compared = self._comparison.finish() if self._comparison is not None else None
+        reason = progress.advance(
+            numbers.loss, entropy, numbers.entropies, numbers.validation, largest_learning_rate(groups)
+        )
+        self.begin()
+        measured = [numbers.measures[name] for name in judged if name in numbers.measures]
+        counts = progress.counts
+        whole = abs(numbers.loss) + abs(numbers.penalty)
+        self.metrics = StepMetrics(
+            step=counts.steps,
+            phase=phase.value,
+            next_phase=progress.phase.value,
+            reason=reason,
+            loss=numbers.loss,
+            entropy=entropy,
+            layer_entropy=numbers.entropies,
+            measures=Measures.mean(measured) if measured else None,
+            layer_measures=numbers.measures,
+            entropy_share=abs(numbers.penalty) / whole if phase is Phase.COMPRESSION and whole else None,
+            alignment=activation_alignment(
+                list(numbers.angles), list(numbers.angles.values()), [n for n in self.counted if n in numbers.angles]
+            )
+            if due and numbers.angles
+            else None,
+            parameter_alignment=compared() if compared is not None else None,
+            validation_loss=None if math.isnan(numbers.validation) else numbers.validation,
+            switches=progress.gate.switches,
+            compression_steps=counts.compression_steps,
+            nonfinite_steps=counts.nonfinite_steps,
+        )
+        self._tell(numbers, self.metrics, pressure, missing=pressure.compared and compared is None)
+        return self.metrics
+
+    def _tell(self, numbers: StepNumbers, metrics: StepMetrics, pressure: Pressure, *, missing: bool) -> None:
+        """What is said at the end of a step, so that a warning that is made an error leaves a step that is complete."""
+        if metrics.reason is not None and (self.group is None or dist.get_rank(self.group) == 0):
+            _LOGGER.info(
+                "step %d: %s ends, as %s (loss %.4g, entropy %.4g); %s begins",
+                metrics.step, metrics.phase, _WHY[metrics.reason], metrics.loss, metrics.entropy, metrics.next_phase,
+            )  # fmt: skip
+        if missing and numbers.ran and not self._notices.said("frozen"):
+            self._notices.once(
+                "uncompared",
+                "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
+            )
+        if pressure.active:
+            self._notices.small_share(numbers.loss, numbers.penalty, self.config.objective.weight)
+        watched = {name: watch.module() for name, watch in self.watching.watches.items()}
+        self._notices.absent(numbers.ran, self.names, self.watching.model(), watched)
+        self._notices.stepped()
+
+    def refuse_nonfinite(self, metrics: StepMetrics) -> None:
+        """Raises FloatingPointError after too many steps in a row that were not finite."""
+        run = self.progress.counts.nonfinite_run
+        if run >= self.config.objective.max_nonfinite:
+            raise FloatingPointError(
+                f"loss or entropy was not finite for {run} steps in a row (loss {metrics.loss}, entropy "
+                f"{metrics.entropy}); lower the learning rate, or raise ObjectiveConfig.max_nonfinite to go on longer"
+            )
+
+    def note_silence(self) -> None:
+        """A step without a loss; several in a row are a mistake."""
+        self._notices.silent()
+
+    # What a checkpoint holds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self.progress.state_dict(), "layers": self.names, "config": self.config.model_dump()}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checked state, or start fresh."""
+        self.progress = Progress(self.config)
+        if state is not None:
+            self.progress.load_state_dict(state)
+        self._ranks_compared = False
+        self.forget()
+        self.discard()
+
+
+class Gradients:
+    """What ``.grad`` of an optimizer's parameters was at one moment."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._then = [_Gradient.of(p) for group in groups for p in group["params"]]
+
+    def unchanged(self, groups: Groups) -> bool:
+        """Nothing has been added to any gradient since.
+
+        Sharded parameters get their gradients when a backward ends that reduces them: they tell nothing.
+        """
+        parameters = [p for group in groups for p in group["params"]]
+        if len(parameters) != len(self._then) or any(type(p).__name__ == "DTensor" for p in parameters[:1]):
+            return False
+        return all(_same(p.grad, then) for p, then in zip(parameters, self._then, strict=True))
+
+
+class _Gradient(NamedTuple):
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Gradient | None:
+        gradient = parameter.grad
+        return None if gradient is None else cls(weakref.ref(gradient), gradient._version)
+
+
+def _same(now: Tensor | None, then: _Gradient | None) -> bool:
+    if now is None or then is None:
+        return now is None
+    return then.tensor() is now and then.version == now._version
+
+
+def largest_learning_rate(groups: Groups) -> float | None:
+    """None where no group has one that is known here: a tensor on a device would have to be waited for."""
+    known = [
+        float(lr)
+        for lr in (group.get("lr") for group in groups)
+        if isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1 and lr.device.type == "cpu")
+    ]
+    return max((lr for lr in known if math.isfinite(lr)), default=None)

@@ -1,0 +1,363 @@
+"""Which rows count: the calls under way, the masks that they were given, and the tokens that these are of."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
+
+_MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
+"""How arguments that mask tokens are called, or end."""
+_NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
+_OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
+_PADDING = {
+    nn.MultiheadAttention: "key_padding_mask",
+    nn.TransformerEncoder: "src_key_padding_mask",
+    nn.TransformerEncoderLayer: "src_key_padding_mask",
+    nn.TransformerDecoder: "tgt_key_padding_mask",
+    nn.TransformerDecoderLayer: "tgt_key_padding_mask",
+}
+_ENDS_OF_DOCUMENTS = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seq_lens_q")
+_DOCUMENTS = ("seq_idx", "document_ids", "sequence_ids")
+IGNORED = -100
+"""The label of what no loss is taken of: in encoder-decoders, padding."""
+
+
+class Caller:
+    """A module whose calls bring tokens and masks: the model, or one around a watched module."""
+
+    def __init__(self, module: nn.Module, number: int) -> None:
+        self.number = number
+        self.is_model = number == 0
+        self.kind = type(module).__name__
+        self.parameters = argument_names(module)
+        self.sequence_first = sequence_first(module)
+        self.masks = [name for name in self.parameters if is_mask(name)]
+        self.decodes = "decoder_input_ids" in self.parameters
+        self.reads_memory = "encoder_hidden_states" in self.parameters or "tgt_key_padding_mask" in self.parameters
+
+
+class Call:
+    """One call of it, with its arguments by name; those inside a mapping or dataclass under their own names."""
+
+    def __init__(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.caller = caller
+        names = list(caller.parameters)
+        names += [f"argument {i}" for i in range(len(names), len(args))]
+        self.arguments: dict[str, Any] = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo of torch 2.6
+        named = {name: self.arguments[name] for name in names if name in self.arguments}
+        self.tensors = tensors_of({**named, **self.arguments})  # in the order of the signature
+        self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
+        self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
+        self.live: dict[str, Tensor] = {}
+        self.documents: Tensor | None = None
+        self.picked: dict[str, Any] = {}
+        self.runs: dict[str, int] = {}
+        self.depth = 0
+
+    def tokens(self, mask: str) -> list[str]:
+        """The arguments that have the tokens of the argument ``mask``, by names and shapes; the first ones count."""
+        batch, length = sizes_of_mask(self.tensors[mask])
+        fitting = [
+            name
+            for name in of_prefix(prefix_of(mask), self.tensors, self.caller.parameters)
+            if fits_tokens(self.tensors[name], batch, length)
+        ]
+        if mask == "key_padding_mask" and "key" in fitting:
+            return ["key"]
+        exact = [name for name in fitting if {*self.tensors[name].shape[:2]} == {batch, length}]
+        fitting = exact or fitting  # before an image of as many pixels
+        ids = [name for name in fitting if not self.tensors[name].is_floating_point()]
+        embedded = [name for name in fitting if name.endswith(("embeds", "hidden_states"))]
+        return list(dict.fromkeys([*fitting[:1], *ids, *embedded]))
+
+    def others(self, mask: str) -> list[str]:
+        """Arguments of floating point that are not tokens of ``mask``."""
+        tokens = self.tokens(mask)
+        return [
+            name
+            for name, value in self.tensors.items()
+            if value.is_floating_point() and value.ndim > 2 and name not in tokens and not is_mask(name)
+        ]
+
+
+class Choice(NamedTuple):
+    """Which mask a layer's rows have: an argument of one of the calls under way, and the row of its first token."""
+
+    call: int
+    name: str
+    start: int
+    why: str
+
+
+# Arguments
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's call, which DDP and torch.compile hide behind *args."""
+    parameters = inspect.signature(module.forward).parameters
+    inner = getattr(module, "_orig_mod", getattr(module, "module", None))
+    if isinstance(inner, nn.Module) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+        return argument_names(inner)
+    return [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for key in value:
+                if isinstance(value[key], Tensor) and str(key) not in found:
+                    found[str(key)] = value[key]
+        elif isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):
+                if isinstance(item, Tensor):
+                    found[f"{name}[{i}]"] = item
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                if isinstance(getattr(value, field.name), Tensor):
+                    found.setdefault(field.name, getattr(value, field.name))
+    return found
+
+
+def is_mask(name: str) -> bool:
+    return name.endswith(_MASKS) and name not in _NOT_OF_TOKENS
+
+
+def may_mask(name: str) -> bool:
+    """An argument whose name says that it is a mask, of one kind or another."""
+    return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
+
+
+def prefix_of(mask: str) -> str:
+    """``"decoder_"`` of ``decoder_attention_mask``."""
+    return mask[: -len(next(end for end in _MASKS if mask.endswith(end)))]
+
+
+def of_prefix(prefix: str, tensors: Mapping[str, Tensor], parameters: Iterable[str]) -> list[str]:
+    """The arguments that go with a mask of this prefix."""
+    names = [name for name in tensors if not is_mask(name) and name != "labels"]
+    if prefix:
+        own = [name for name in names if name.startswith(prefix) or name == prefix[:-1]]
+        if own:
+            return own
+    prefixes = {prefix_of(name) for name in parameters if is_mask(name)} | {"encoder_", "decoder_", "memory_"}
+    return [name for name in names if not any(p and (name.startswith(p) or name == p[:-1]) for p in prefixes)]
+
+
+def sizes_of_mask(mask: Tensor) -> tuple[int, int]:
+    return mask.shape[0], mask.shape[-1]
+
+
+def fits_tokens(tensor: Tensor, batch: int, length: int) -> bool:
+    """``tensor`` has as many tokens as a mask (batch, length), or fewer where those before them are cached."""
+    if tensor.ndim < 2 or tensor.dtype == torch.bool:
+        return False
+    if tensor.shape[0] != batch:
+        return bool(tensor.ndim == 3 and tensor.shape[1] == batch and tensor.shape[0] == length)
+    return length in tensor.shape[1:] or (not tensor.is_floating_point() and tensor.shape[1] < length)
+
+
+def axes_of(call: Call, name: str) -> Axes:
+    """What is known of the axes of an argument before anything is computed from it."""
+    tensor = call.tensors[name]
+    unknown = (None,) * tensor.ndim
+    if tensor.ndim not in (2, 3) or (tensor.ndim == 2 and tensor.is_floating_point()):
+        return unknown
+    features = (FEATURES,) * (tensor.ndim - 2)
+    if call.caller.sequence_first:
+        return (LENGTH, BATCH, *features)
+    for mask in call.masks:
+        shape = sizes_of_mask(call.tensors[mask])
+        if name in call.tokens(mask):
+            if shape[0] != shape[1] and shape == (tensor.shape[1], tensor.shape[0]):
+                return (LENGTH, BATCH, *features)
+            if shape == tuple(tensor.shape[:2]):
+                return (BATCH, LENGTH, *features)
+    return (BATCH, LENGTH) if tensor.ndim == 2 else unknown
+
+
+# Which mask
+
+
+def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool) -> tuple[Choice | None, str | None]:
+    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit.
+
+    Rows in another order have none where they are ``flat``, as those that were sent to an expert. In the shape of the
+    tokens they were put back.
+    """
+    problem = None
+    for two_dimensional in (True, False):
+        for position in reversed(range(len(calls))):
+            call = calls[position]
+            for name in call.masks:
+                if (call.tensors[name].ndim == 2) != two_dimensional:
+                    continue
+                spans = [trace.spans[(call, token)] for token in call.tokens(name) if (call, token) in trace.spans]
+                spans = [span for span in spans if span != POOLED]
+                if not spans:
+                    continue
+                span = next((span for span in spans if span is not None), None)
+                if span is None and not flat:
+                    span = Span(0, call.tensors[name].shape[-1])
+                if fits(call.tensors[name], span, rows):
+                    assert span is not None
+                    return Choice(position, name, span.start, f"{name} of {call.caller.kind}"), None
+                problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
+    for position in reversed(range(len(calls))):
+        call = calls[position]
+        if call.caller.decodes and "decoder_attention_mask" not in call.tensors and "labels" in call.tensors:
+            span = trace.spans.get((call, "labels")) or trace.spans.get((call, "decoder_input_ids"))
+            if span is not None and fits(call.tensors["labels"], span, rows):
+                return Choice(position, "labels", span.start, f"labels of {IGNORED}"), None
+    return None, problem
+
+
+def fits(mask: Tensor, span: Span | None, rows: tuple[int, int]) -> bool:
+    """The mask has a value for each of the rows (batch, length)."""
+    batch, length = sizes_of_mask(mask)
+    if span is None or batch not in (1, rows[0]):
+        return False
+    if span.length is None:
+        return length == rows[1]
+    return span.length == rows[1] and length >= rows[1] - max(span.start, 0)
+
+
+def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choice | None, str | None, str | None]:
+    """The mask by nesting and shape alone, where nothing was followed; what does not fit; what makes it a guess."""
+    problem = None
+    parts = layer.split(".")
+    for position in reversed(range(len(calls))):
+        call = calls[position]
+        decoding = call.caller.decodes and any("decoder" in part for part in parts)
+        names = [name for name in call.masks if decoding == name.startswith("decoder_")] if call.caller.decodes else (
+            [name for name in call.masks if prefix_of(name) in ("", "src_", "tgt_")]
+        )  # fmt: skip
+        for name in sorted(names, key=lambda name: call.tensors[name].ndim):
+            batch, length = sizes_of_mask(call.tensors[name])
+            if batch in (1, rows[0]) and (length == rows[1] or (length > rows[1] and is_past(call, rows))):
+                others = call.others(name)
+                guess = f"{name} may belong to another argument than {others[0]}" if others else None
+                return Choice(position, name, 0, f"{name} of {call.caller.kind}, by its shape"), None, guess
+            problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
+        if decoding and not names and "labels" in call.tensors and call.tensors["labels"].shape == rows:
+            return Choice(position, "labels", 0, f"labels of {IGNORED}"), None, None
+        if not names and not call.caller.is_model and call.caller.reads_memory and _reads_memory(call):
+            return None, None, None  # the mask around a decoder is that of the tokens which the encoder has
+        if decoding and not names:
+            return None, None, None
+    return None, problem, None
+
+
+def _reads_memory(call: Call) -> bool:
+    return "encoder_hidden_states" in call.tensors or "memory" in call.tensors
+
+
+def is_past(call: Call, rows: tuple[int, int]) -> bool:
+    """The call was given as many tokens as there are rows; its mask is also of those that are cached."""
+    return any(
+        not value.is_floating_point() and tuple(value.shape) == rows
+        for name, value in call.tensors.items()
+        if not is_mask(name)
+    )
+
+
+# Reading it
+
+
+def live_rows(call: Call, choice: Choice, length: int) -> Tensor:
+    """(batch, length) bool, true where a row counts: rows before the first token do."""
+    if choice.name not in call.live:
+        call.live[choice.name] = keep(choice.name, call)
+    live = call.live[choice.name]
+    tokens = length - max(choice.start, 0)
+    if live.shape[1] != tokens:
+        live = live[:, -tokens:]
+    return F.pad(live, (choice.start, 0), value=True) if choice.start > 0 else live
+
+
+def keep(name: str, call: Call) -> Tensor:
+    """Where tokens count: (batch, length) bool. What kind of mask it is, its values tell, on the device."""
+    mask = call.tensors[name]
+    if name == "labels":
+        return mask != IGNORED
+    inverted = (
+        name.endswith("key_padding_mask")
+        or (name.endswith("padding_mask") and mask.dtype == torch.bool)
+        or (name == "input_mask" and "attention_mask" in call.caller.parameters)  # as in XLNet
+    )
+    if mask.is_floating_point():
+        if inverted and name != "input_mask":
+            return _seen(mask >= 0)
+        # Added to the scores: 0 for what counts, and a large number, negative but for some local attention.
+        additive = (mask < 0).any() | (mask == 0).all() | (mask >= 1000).any()
+        least = 0 if mask.ndim == 2 else -1000  # with a bias of positions in it
+        kept = torch.where(additive, mask >= least, mask != 0)
+        return _seen(~kept if inverted else kept)
+    return _seen(mask == 0 if inverted else mask != 0)
+
+
+def _seen(keep: Tensor) -> Tensor:
+    """Of (batch, heads, queries, keys): keys that any query sees."""
+    return keep.flatten(1, -2).any(1) if keep.ndim > 2 else keep
+
+
+# Documents
+
+
+def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
+    """(batch, length) numbers of documents, from the outermost call that knows them."""
+    batch, length = rows.shape[:2]
+    for call in calls:
+        for name in _DOCUMENTS:
+            if name in call.tensors and call.tensors[name].shape == (batch, length):
+                return call.tensors[name], name
+        for name in _ENDS_OF_DOCUMENTS:
+            if name in call.tensors and call.tensors[name].ndim == 1 and batch == 1:
+                ends = call.tensors[name]
+                places = torch.arange(length, device=ends.device, dtype=ends.dtype)
+                return torch.searchsorted(ends, places, right=True)[None], name
+        positions = call.tensors.get("position_ids")
+        if positions is not None and positions.shape == (batch, length) and (call.caller.is_model or has_ids(call)):
+            if call.documents is None:
+                restarts = positions[:, 1:] <= positions[:, :-1]
+                call.documents = F.pad(restarts.cumsum(1), (1, 0))
+            return call.documents, "position_ids that restart"
+    return None, ""
+
+
+def has_ids(call: Call) -> bool:
+    """A call of a whole model, not of a layer in it."""
+    return any(name.endswith(("input_ids", "inputs_embeds")) for name in call.tensors)
+
+
+# Modules
+
+
+def sequence_first(module: Any) -> bool | None:
+    """A module returns (seq, batch, d), by its ``batch_first``; that of a transformer lies in its attention."""
+    flag = getattr(module, "batch_first", None)
+    if isinstance(flag, bool):
+        return not flag
+    for wrapper in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if isinstance(getattr(module, wrapper, None), nn.Module):
+            return sequence_first(getattr(module, wrapper))
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        return sequence_first(module.layers[0]) if len(module.layers) else None
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return sequence_first(module.self_attn)
+    return None
+
+
+def bring_tokens(module: nn.Module) -> bool:
+    """A call of ``module`` takes a mask of tokens."""
+    return isinstance(module, tuple(_PADDING)) or any(is_mask(name) for name in argument_names(module))
