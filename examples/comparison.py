@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gapt_optim import GAPTConfig
-from gapt_optim.viewing import draw_training, read_run, write_report
+from gapt_optim.reporting import draw_runs, read_run, write_report
 
 MADE_BY = "an example of gapt_optim"
 OF_A_METHOD = ("settings.json", "metrics.jsonl", "validation.jsonl", "checkpoint.pt")
@@ -140,7 +140,7 @@ def conclude(
     write_json(out / "results.json", {"runs": results, "versions": versions})
     runs = {method: read_run(out / method) for method in results}
     if draw is None:
-        draw_training(runs, out / "training.png")
+        draw_runs(runs, out / "training.png")
     else:
         draw(out / "training.png")
     write_report(runs, out / "report.html", baseline="plain" if "plain" in runs else None)

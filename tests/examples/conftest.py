@@ -74,7 +74,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """``run(module, argv)`` runs a script in this process, without its picture and page, which take seconds."""
     import comparison
 
-    monkeypatch.setattr(comparison, "draw_training", lambda *args, **options: None)
+    monkeypatch.setattr(comparison, "draw_runs", lambda *args, **options: None)
     monkeypatch.setattr(comparison, "write_report", lambda *args, **options: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
