@@ -82,11 +82,11 @@ class StepMetrics:
     entropy: float | None
     """Mean entropy over the layers that count, the value that the gate judges."""
     layer_entropy: dict[str, float]
-    """Entropy per tapped layer, in nats (or in [0, 1] with ``normalize``)."""
+    """Entropy per watched layer, in nats (or in [0, 1] with ``normalize``)."""
     measures: Measures | None = None
     """Whether the entropy fell through compression: means over the layers that count."""
     layer_measures: dict[str, Measures] = field(default_factory=dict)
-    """The same per tapped layer."""
+    """The same per watched layer."""
     entropy_share: float | None = None
     """Share of the objective that is entropy, |weight * entropy| / (|loss| + |weight * entropy|), in [0, 1]; None in
     memorization."""
