@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from gapt_optim.profiling import profile
 from scipy import stats
 from torch import Tensor, nn
-
-from gapt_optim.viewing import profile
 
 from .table import peak_bytes, show
 
