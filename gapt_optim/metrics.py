@@ -89,8 +89,8 @@ class StepMetrics:
     layer_measures: dict[str, Measures] = field(default_factory=dict)
     """The same per watched layer."""
     entropy_share: float | None = None
-    """Share of the objective that is entropy, ``|weight * entropy| / (|loss| + |weight * entropy|)``, in [0, 1]; None in
-    memorization."""
+    """Share of the objective that is entropy, ``|weight * entropy| / (|loss| + |weight * entropy|)``, in [0, 1]; None
+    in memorization."""
     alignment: Alignment | None = None
     """Angles at the layers; None on steps where they are not due."""
     parameter_alignment: Alignment | None = None
