@@ -287,6 +287,10 @@ class Watching:
         """(layers, 3) sums of <g,d>, |g|² and |d|² since the last call, zeros where no backward reached an angle."""
         return torch.stack([watch.angles.take(device) for watch in self.watches.values()])
 
+    def clear_angles(self) -> None:
+        for watch in self.watches.values():
+            watch.angles.clear()
+
     def clear(self) -> None:
         """The step is over: forget what no graph would tell to be gone."""
         self.passes.clear()
@@ -348,23 +352,25 @@ class Watch(Unsaved):
             return None
         rows, order = reading.rows, plan.order
         batch, length, features = rows.shape
-        windows = windows_of(batch, length, plan.window, reading.live, reading.segments)
+        into = None if compiling else watching.passes.current()
+        cutting = windows_of if into is None else into.windows_of
+        windows = cutting(batch, length, plan.window, reading.live, reading.segments)
         flows = rows.requires_grad
-        differentiated = flows and (self.name in plan.pressed or (plan.due and plan.angles and not compiling))
+        # A compiled model is the same at every step of a phase, whether it is due or not.
+        differentiated = flows and (self.name in plan.pressed or (not compiling and plan.due and plan.angles))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
-        if windows.size > features and (plan.due or compiling):
+        if windows.size > features and (compiling or plan.due):
             with torch.no_grad():
                 measures = measures_of_rows(cut(rows.detach(), windows))
         capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures)
-        if compiling:
+        if into is None:
             self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
             if not (flows and plan.angles):
                 return None
             marked = self.angles.in_graph(reading.h, reading.view, windows, order)
             return replaced(output, reading.h, marked)
         capture.nodes = _nodes_of(output, reading.h)
-        into = watching.passes.current()
         into.captures.append(capture)
         repeat = Repeat(_address(args), reading.view, windows, differentiated)
         into.repeats.setdefault(self.name, []).append(repeat)
@@ -577,7 +583,9 @@ def _is_of(gram: Tensor | None, behind: set[Any]) -> bool:
     for _ in range(4):
         if node is None or node in behind:
             return True
-        node = node.next_functions[0][0] if node.next_functions else None
+        node = next((each for each, _ in node.next_functions if each is not None and each.next_functions), None)
+        if node is None:  # parameters are behind every loss
+            return False
     return False
 
 
