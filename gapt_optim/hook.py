@@ -287,6 +287,17 @@ class Watching:
         """(layers, 3) sums of <g,d>, |g|² and |d|² since the last call, zeros where no backward reached an angle."""
         return torch.stack([watch.angles.take(device) for watch in self.watches.values()])
 
+    @contextmanager
+    def without_angles(self) -> Iterator[None]:
+        """What is differentiated inside is not the loss alone."""
+        for watch in self.watches.values():
+            watch.angles.paused = True
+        try:
+            yield
+        finally:
+            for watch in self.watches.values():
+                watch.angles.paused = False
+
     def clear_angles(self) -> None:
         for watch in self.watches.values():
             watch.angles.clear()

@@ -22,6 +22,8 @@ class Pressure(NamedTuple):
     """What is pressed in the step under way."""
 
     config: GAPTConfig
+    counted: tuple[str, ...]
+    """Layers that count."""
     layers: tuple[str, ...]
     """Those whose entropy is in the objective: all that count, or the one whose turn it is."""
     active: bool
@@ -77,15 +79,13 @@ def build_objective(
         if not (pressure.active or pressure.compared):
             return Objective(loss, layers, sums, measures, None, None)
         means = of_calls / weights.clamp(min=1)
-        places = [i for i, name in enumerate(layers) if name in pressure.layers]
-        if len(places) < len(layers):
-            means, weights = (values[places] if places else values[:0] for values in (means, weights))
-        judged = [layers[i] for i in places]
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(means, weights), loss)[0]
+            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights)), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
+        judged = [name for name in layers if name in pressure.layers]
+        means, weights = _of(pressure.layers, layers, means, weights)
         for name in judged:
             for call in taken[name]:
                 call.pressed = True
@@ -183,6 +183,14 @@ def _over(values: Tensor, sizes: list[int]) -> Tensor:
     if len(set(sizes)) == 1:
         return values.unflatten(-1, (len(sizes), sizes[0])).sum(-1)
     return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1)
+
+
+def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tensor, ...]:
+    """(layers,) values of those that are wanted."""
+    places = [i for i, name in enumerate(layers) if name in wanted]
+    if len(places) == len(layers):
+        return values
+    return tuple(torch.stack([value[i] for i in places]) if places else value[:0] for value in values)
 
 
 def _mean(means: Tensor, weights: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class Step:
             turn = (self.counted[counts.compression_steps % len(self.counted)],)
         self.pressure = Pressure(
             config,
+            counted=self.counted,
             layers=turn,
             active=compressing and started,
             targets=self._targets(),
@@ -161,7 +162,10 @@ class Step:
         if self._comparison is None or not self._comparison.begun:
             parameters = named_parameters(self.watching.model(), groups)
             self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
-        self._comparison.backward(total, loss, mean_entropy * scale, options)
+        with self.watching.without_angles():
+            self._comparison.before(loss, mean_entropy * scale)
+        total.backward(**options)  # type: ignore[no-untyped-call]
+        self._comparison.after()
 
     def _weight(self) -> float | None:
         """Of the mean entropy's gradient in what is differentiated; None where that is no multiple of it."""
