@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from gapt_optim.profiling import profile
 from scipy import stats
 from torch import Tensor, nn
+
+from gapt_optim.profiling import profile
 
 from .table import peak_bytes, show
 
