@@ -240,6 +240,7 @@ class Step:
             ValueError: on all ranks, where they differ; the message names the field and the values.
         """
         if not self._ranks_compared:
+            self.group = group_of(self.process_group)  # ranks may have met after the step began
             if self.group is not None:
                 refuse_different_ranks(flat_state(self.state_dict()), self.group, device)
             self._ranks_compared = True
