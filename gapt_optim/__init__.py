@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .integrations.trackers import MLflow, TensorBoard, WandB
     from .metrics import JSONLines, Measures, Observer, ProgressBar, StepMetrics
     from .optimizer import GAPTOptimizer
+    from .profiling import Profile, compare, monitor, profile
 
 # Imported when they are used: `gapt-optim report` needs no torch, and a logger that is not used is not imported.
 _HOMES = {
@@ -33,14 +34,18 @@ _HOMES = {
     "Observer": "metrics",
     "Phase": "gate",
     "PhaseGate": "gate",
+    "Profile": "profiling",
     "ProgressBar": "metrics",
     "RepresentationHook": "hook",
     "StepMetrics": "metrics",
     "TensorBoard": "integrations.trackers",
     "WandB": "integrations.trackers",
+    "compare": "profiling",
     "gradient_alignment": "alignment",
     "gradient_cosines": "alignment",
     "matrix_entropy": "entropy",
+    "monitor": "profiling",
+    "profile": "profiling",
 }
 
 __all__ = [
@@ -60,15 +65,19 @@ __all__ = [
     "Observer",
     "Phase",
     "PhaseGate",
+    "Profile",
     "ProgressBar",
     "RepresentationHook",
     "StepMetrics",
     "TensorBoard",
     "WandB",
     "__version__",
+    "compare",
     "gradient_alignment",
     "gradient_cosines",
     "matrix_entropy",
+    "monitor",
+    "profile",
 ]
 
 __getattr__, __dir__ = lazy_names(globals(), _HOMES)

@@ -84,6 +84,9 @@ def build_objective(
             mean_entropy = _finite(_mean(means, weights), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
+        for name in judged:
+            for call in taken[name]:
+                call.pressed = True
         penalty = pressure.config.objective.weight * _pressed(means, weights, judged, pressure)
         penalty, _ = _finite(penalty, loss)
         added = penalty if scaled_by == 1.0 else penalty * scaled_by

@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost.page                       # 100,000 steps, 48 layers
 
-A made-up run, with what is per layer on every 25th step, as `read_run` keeps it of a file that large. Each time is in a
+A made-up run, with what is per layer on every 25th step. Each time is in a
 fresh browser, from the start of the navigation. The CPU time of the page's main thread does not depend on what else the
 machine does; on an idle one the clock shows little more.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import tyro
 
-from gapt_optim.viewing import RunHistory, write_report
+from gapt_optim.reporting import Run, write_report
 
 from .figures import write_figures
 
@@ -45,7 +45,7 @@ class Options:
     """Write the figures to this file."""
 
 
-def made_up(options: Options) -> RunHistory:
+def made_up(options: Options) -> Run:
     """A run that compresses in the second half of each period."""
     noise = random.Random(0)
     names = [f"transformer.h.{i}" for i in range(options.layers)]
@@ -72,7 +72,7 @@ def made_up(options: Options) -> RunHistory:
             record["layer_measures"] = {name: {m: entropy + noise.random() for m in shown} for name in names}
             record["alignment"]["layers"] = {name: {"cosine": noise.gauss(0, 0.1)} for name in names}  # type: ignore[index]
         steps.append(record)
-    return RunHistory(steps)
+    return Run.of(steps)
 
 
 def seconds_to_open(page: Path) -> dict[str, float]:
@@ -87,10 +87,10 @@ def seconds_to_open(page: Path) -> dict[str, float]:
     try:
         driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
         driver.get(page.as_uri())
-        while not driver.execute_script("return Boolean(window.gapt && window.gapt.ready)"):
+        while not driver.execute_script("return Boolean(document.body && document.body.dataset.ready)"):
             time.sleep(0.1)
         last: float = driver.execute_script("return performance.now()")
-        first: float = driver.execute_script("return performance.getEntriesByName('gapt-first-chart')[0].startTime")
+        first: float = driver.execute_script("return performance.getEntriesByName('first-chart')[0].startTime")
         found = driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
         (thread,) = (metric["value"] for metric in found if metric["name"] == "ThreadTime")
         return {"first_chart": first / 1000, "all_charts": last / 1000, "main_thread_cpu": thread}

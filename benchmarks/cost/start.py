@@ -49,7 +49,7 @@ def programs() -> dict[str, list[str]]:
 
 
 def _command(*words: str) -> list[str]:
-    return ["-c", "import sys; from gapt_optim.viewing.command import main; sys.exit(main())", *words]
+    return ["-c", "import sys; from gapt_optim.cli import main; sys.exit(main())", *words]
 
 
 def cpu_seconds(arguments: list[str]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gapt_optim.viewing.findings import FINDINGS, Finding
+from gapt_optim.reporting.findings import FINDINGS, Finding
 
 
 def findings() -> str:
@@ -15,7 +15,7 @@ def findings() -> str:
 def section(finding: Finding) -> str:
     """With the figures of an example."""
     change = re.sub(r"\b((?:gate|objective|entropy|layers|alignment)\.[a-z_]+)", r"`\1`", finding.change)
-    shown = finding.filled(**finding.example)
+    shown = finding.what.format(**finding.example)
     return "\n\n".join(
         [
             f"### {finding.title}",

@@ -106,9 +106,12 @@ class Layout:
         masks = by_layer("mask", mask, modules)
         layouts = by_layer("layout", layout, modules)
         segment_picks = by_layer("segments", segments, modules)
-        for picks, argument in ((masks, "mask"), (segment_picks, "segments")):
-            for pick in picks.values():
-                _check_function(argument, pick)
+        for value, argument in ((mask, "mask"), (segments, "segments")):
+            if not isinstance(value, Mapping):
+                _check_function(argument, value)
+                continue
+            for glob, pick in value.items():
+                _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
             axes_.parsed(text)
         found = dict(_callers(model, modules))
@@ -331,13 +334,16 @@ class Layout:
         if not isinstance(found, Tensor):
             raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
         found = found.to(device=rows.device, dtype=torch.bool if argument == "mask" else None)
-        if found.ndim > 2:
+        about_tokens = found.ndim <= 2
+        if not about_tokens:
             found = found.flatten(1)
         shape = tuple(rows.shape[:2])
         if found.shape == shape or (h.ndim == 2 and found.numel() == len(h)):
             return found
         if h.ndim == 2 and len(found) == len(h):
             return None  # a vector for each sequence, which has no tokens left
+        if h.ndim > 3 and about_tokens:
+            return None  # the positions of an image, beside tokens
         raise ValueError(
             f'{argument}= gave shape {tuple(found.shape)}, but the output of module "{name}" has '
             + (f"(batch, seq) = {shape}" if h.ndim > 2 else f"{len(h)} rows")
@@ -360,6 +366,8 @@ class Layout:
         length = max((size[1] for size in self._sizes()), default=0)
         rows, live = padded(h, length)
         why = "a nested tensor", "its own lengths"
+        picked = self._picked(name, "mask", watched.mask, rows, rows)
+        live = live if picked is None else live & picked
         return Reading(h, rows, live, None, "batch length features", *why, None, lambda _: rows)
 
     # Telling

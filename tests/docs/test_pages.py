@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from gapt_optim.viewing.command import main
+from gapt_optim.cli import main
 
 from .pages import ROOT, after, blocks, pages
 

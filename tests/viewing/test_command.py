@@ -1,32 +1,23 @@
-"""The command `gapt-optim`, as a user types it."""
+"""The commands `gapt-optim profile` and `compare`, as a user types them."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gapt_optim.runs import CommandError
-from gapt_optim.viewing import Profile, read_metrics
-from gapt_optim.viewing.command import main
+from gapt_optim.cli import main
+from gapt_optim.viewing import Profile
 from gapt_optim.viewing.model_loading import TextBatches
-from gapt_optim.viewing.watch import Follower, follow, phase_line, sparkline
 
-from .runs import HOSTILE, records, write_lines, write_run
+from ..reporting.runs import write_lines
 
-pytest.importorskip("tyro", reason="tyro is not installed")
-COMMANDS = ("profile", "compare", "report", "watch", "doctor")
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the others. " * 60
 
 MODULE = """
@@ -73,7 +64,8 @@ def test_profile_of_a_folder_and_a_text(there: Path, model_folder: Path, capsys:
     assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "500", "--out", *outs]) == 0
     shown = capsys.readouterr().out
     assert "tiny on text.txt: 3 layers" in shown
-    assert [name for name in ("h.0", "h.1", "h.2") if f"\n{name} " in shown] == ["h.0", "h.1", "h.2"]
+    assert "\nh.* " in shown
+    assert [name for name in "012" if f"\n{name} " in shown] == ["0", "1", "2"]
     result = Profile.load("a.json")
     assert result.rows >= 500
     assert (there / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -133,7 +125,7 @@ def test_a_sequence_has_room_beside_its_special_tokens(there: Path, model_folder
     batches = TextBatches(Path("text.txt"), tokenizer, 5, 4, 100)
     rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
     assert all(len(row) == 5 and row[0] == 0 for row in rows)
-    with pytest.raises(CommandError, match="--length 1 has no room beside the tokenizer's special tokens"):
+    with pytest.raises(ValueError, match="--length 1 has no room beside the tokenizer's special tokens"):
         list(TextBatches(Path("text.txt"), tokenizer, 1, 4, 100))
 
 
@@ -160,23 +152,7 @@ def test_what_a_profile_leaves_out_is_said(there: Path, capsys: pytest.CaptureFi
     assert "finite" in shown
 
 
-RUN_ERRORS = [
-    (["report"], "give the folder of at least one run"),
-    (["report", "nowhere"], "there is no folder 'nowhere'"),
-    (["report", "empty"], "the folder 'empty' has no metrics.jsonl"),
-    (["report", "other"], "holds no metrics"),
-    (["report", "run", "--baseline", "b"], "baseline='b' is none of the runs"),
-    (["watch", "nowhere"], "there is no folder 'nowhere'"),
-    (["watch", "empty", "--once"], "has no metrics.jsonl"),
-    (["watch", "run", "--interval", "0"], "--interval must be above 0"),
-    (["report", "run", "--out", "run/metrics.jsonl"], "--out run/metrics.jsonl must end in .html"),
-    (["report", "run/metrics.jsonl"], "is a file; give the folder of the run, 'run'"),
-    (["watch", "run/metrics.jsonl"], "is a file; give the folder of the run, 'run'"),
-    (["doctor"], "give the folder of at least one run"),
-    (["doctor", "nowhere"], "there is no folder"),
-]
-PROFILE_ERRORS = [
-    (["profile"], "MODEL"),
+ERRORS = [
     (["profile", "./nowhere", "--data", "text.txt"], "there is no folder './nowhere'"),
     (["profile", "empty", "--data", "text.txt"], "has no config.json"),
     (["profile", "text.txt", "--data", "text.txt"], "'text.txt' is a file"),
@@ -198,24 +174,18 @@ PROFILE_ERRORS = [
     (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
     (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
     (["profile", "MODEL", "--data", "text.txt", "--device", "teapot"], "--device teapot cannot be used"),
-    (["profile", "MODEL", "--data", "text.txt", "--dtype", "int4"], "--dtype"),
     (["profile", "MODEL", "--data", "text.txt", "--out", "page.pdf"], "must end in .html, .json or .png"),
-    (["profile", "MODEL", "--data", "text.txt", "--batch-size", "many"], "--batch-size"),
     (["compare", "nowhere.json", "b.json"], "there is no file 'nowhere.json'"),
     (["compare", "bad.jsonl", "bad.jsonl"], "holds no profile"),
     (["compare", "a.json", "b.json", "--out", "c.html", "./b.json"], "--out b.json is one of the profiles to compare"),
-    (["nothing"], "there is no command 'nothing'"),
 ]
 
 
-@pytest.mark.parametrize(("argv", "message"), RUN_ERRORS + PROFILE_ERRORS, ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize(("argv", "message"), ERRORS, ids=lambda value: " ".join(value)[:60])
 def test_errors_are_one_clear_line(
     argv: list[str], message: str, there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (there / "empty").mkdir()
-    write_lines(there / "run" / "metrics.jsonl", records(20))
-    (there / "other").mkdir()
-    (there / "other" / "metrics.jsonl").write_text("no\nmetrics\n")
     (there / "short.txt").write_text("")
     (there / "bad.jsonl").write_text("[1]\n")
     assert main([str(model_folder) if word == "MODEL" else word for word in argv]) == 2
@@ -223,133 +193,3 @@ def test_errors_are_one_clear_line(
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert message in said
-
-
-def test_report_of_runs_comparisons_and_seeds(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in (0, 1):
-        for name in ("plain", "gapt"):
-            write_run(there / f"seed{seed}" / name, seed=seed, plain=name == "plain", steps=60)
-    path = there / "seed0" / "gapt" / "metrics.jsonl"
-    path.write_text(path.read_text()[:-9])
-    assert main(["report", "seed0", "seed1", "other=seed0/gapt", "--out", "page.html", "--title", HOSTILE]) == 0
-    shown = capsys.readouterr().out
-    assert "note: gapt: metrics.jsonl: the last line is cut off" in shown
-    assert "wrote page.html" in shown
-    page = (there / "page.html").read_text()
-    assert "gapt (2 seeds)" in page
-    assert ">other<" in page
-
-
-def test_doctor_says_what_is_wrong(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(there / "run", steps=400, period=200, norms=True)
-    assert main(["doctor", "run"]) == 0
-    shown = capsys.readouterr().out
-    assert "The entropy fell by token norms alone." in shown
-    assert "Change: Set entropy.kernel to cosine and entropy.center to true." in shown
-
-
-def test_watch_follows_a_file_that_is_being_written(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    lines = [json.dumps(record) + "\n" for record in records(60, period=20)]
-
-    def write() -> None:
-        with (folder / "metrics.jsonl").open("w") as file:
-            for line in lines:
-                file.write(line[:30])
-                file.flush()
-                time.sleep(0.002)
-                file.write(line[30:])
-                file.flush()
-        (folder / "results.json").write_text("{}")
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    states = [(len(follower.records), state) for follower, state in follow(folder, interval=0.02, patience=60)]
-    writer.join()
-    assert states[-1] == (60, "ended")
-    assert states == sorted(states, key=lambda pair: pair[0])
-    assert len({count for count, _ in states}) > 2
-
-
-def test_watch_gives_up_on_a_run_that_is_silent(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    *_, (follower, state) = follow(tmp_path, interval=0.01, patience=0.05)
-    assert (len(follower.records), state) == (200, "no new step for 0.05 s")
-
-
-def test_watch_shows_phase_switches_and_lines(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(there / "run")
-    (there / "run" / "results.json").touch()
-    assert main(["watch", "run"]) == 0
-    shown = capsys.readouterr().out
-    last = read_metrics(there / "run" / "metrics.jsonl")[-1]
-    assert f"step            {last['step']}  ended" in shown
-    assert "compression" in shown
-    assert "compressed: memorization" in shown
-    assert "plateau: compression" in shown
-    assert "█" in shown
-
-
-def test_in_a_terminal_the_screen_is_drawn_in_place(
-    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal to rich
-    monkeypatch.setenv("TERM", "xterm")
-    write_run(there / "run")
-    (there / "run" / "results.json").touch()
-    assert main(["watch", "run"]) == 0
-    shown = capsys.readouterr().out
-    assert "\x1b[?25l" in shown  # the cursor is hidden,
-    assert "\x1b[?25h" in shown  # and comes back
-    assert "compressed: memorization" in shown
-
-
-def test_watch_of_what_is_no_metrics(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_lines(there / "odd" / "metrics.jsonl", []).write_text('{"step": 1e999}\n[3]\nhello\n')
-    assert main(["watch", "odd", "--once"]) == 0
-    assert "3 lines could not be read" in capsys.readouterr().out
-    (there / "folder" / "metrics.jsonl").mkdir(parents=True)
-    assert main(["watch", "folder", "--once"]) == 2
-    assert "metrics.jsonl cannot be read" in capsys.readouterr().err
-
-
-def test_a_run_that_goes_on_from_an_earlier_step_is_read_anew(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "m.jsonl", records(10))
-    follower = Follower(path)
-    follower.read()
-    with path.open("a") as file:
-        file.write("not JSON\n" + json.dumps({"step": 4, "loss": 9.0}) + "\n")
-    assert follower.read() == 1  # not silent, although fewer are there than before
-    assert [record["step"] for record in follower.records] == [1, 2, 3, 4]
-    assert follower.unreadable == 1
-    write_lines(path, records(2))
-    follower.read()
-    assert [record["step"] for record in follower.records] == [1, 2]
-
-
-def test_sparklines() -> None:
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([5.0, 5.0], 8) == "▁▁"
-    assert sparkline([], 8) == ""
-    assert len(sparkline(list(range(1000)), 20)) == 20
-    steps: list[dict[str, Any]] = [{"phase": "compression"}, {"phase": "memorization"}, {}]
-    assert phase_line(steps, 3) == "█··"
-    assert phase_line([], 3) == ""
-
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_fits_a_screen_and_imports_nothing_heavy(command: str) -> None:
-    code = (
-        "import sys; from gapt_optim.viewing.command import main\n"
-        "try: main(sys.argv[1:])\n"
-        "finally: print(sorted({'torch', 'numpy', 'transformers', 'plotly', 'matplotlib'} & set(sys.modules)))"
-    )
-    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    argv = [*([command] if command else []), "--help"]
-    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    *lines, imported = result.stdout.splitlines()
-    assert imported == "[]"
-    assert 8 < len(lines) <= 30
-    assert all(len(line) <= 100 for line in lines)

@@ -386,7 +386,7 @@ def test_outputs_of_every_size_are_taken(tmp_path: Path) -> None:
     for batches in cases:
         found = profile(nn.Sequential(nn.Identity()), batches, "0", name="<b>", data="a")
         assert Profile.load(found.save(tmp_path / "p.json")) == found
-        assert profile_table(found)[1]
+        assert len(profile_table(found))
         assert panels({"a": found})
         assert all(value.nats is None or value.nats >= 0 for value in found.layers[0].entropies)
 

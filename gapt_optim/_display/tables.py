@@ -1,0 +1,108 @@
+"""Tables: a DataFrame as HTML, and in a terminal that may be narrow. The index names the rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MISSING = "\N{EN DASH}"
+_GAP = 2
+_LONGEST_NAME = 30
+"""Characters in a line of a row's name; the rest of it goes on in the next line."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: so many significant digits, an en dash for none.
+
+    >>> number(1234.5), number(0.000123456)
+    ('1,234', '0.000123')
+    """
+    if value is None or not math.isfinite(value):
+        return MISSING
+    text = f"{value:.{digits}g}" if abs(value) < 10**digits or abs(value) >= 1e9 else f"{value:,.0f}"
+    return with_minus(text)
+
+
+def with_minus(text: str) -> str:
+    """A number's hyphen as the minus sign, which is as wide as a digit."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def html_table(frame: DataFrame, caption: str = "") -> str:
+    """Every text is escaped. A table that is wider than the page scrolls by itself."""
+    import html
+
+    import pandas as pd
+
+    said = html.escape(caption)
+    with pd.option_context("display.max_colwidth", None):
+        table = frame.map(_cell).to_html(border=0, index_names=False)
+    about = f'<p class="caption">{said}</p>' if caption else ""
+    return f'{about}<div class="scroll" tabindex="0" role="region" aria-label="{said or "table"}">{table}</div>'
+
+
+def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
+    """Print it so that no number is ever broken: what all names begin with goes, then columns on the right.
+
+    Args:
+        frame: its cells are numbers or texts.
+        title: a line above it.
+        wide: print all columns, however narrow the terminal is.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    prefix = common_prefix([str(name) for name in frame.index])
+    names = [str(name).removeprefix(prefix) for name in frame.index]
+    first = min(max(map(len, [f"{prefix}*" if prefix else "", *names])), _LONGEST_NAME)
+    cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    headers = [str(column) for column in frame.columns]
+    widths = [max(map(len, (*header.split(), *(row[i] for row in cells)))) for i, header in enumerate(headers)]
+    limited = console.is_terminal or "COLUMNS" in os.environ  # a file takes any width
+    shown = len(headers) if wide or not limited else _fitting(widths, console.width - first)
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table.add_column(Text(f"{prefix}*" if prefix else ""), overflow="fold", width=first)
+    for header, width in zip(headers[:shown], widths, strict=False):
+        table.add_column(Text(header), justify="right", width=width)
+    for name, row in zip(names, cells, strict=True):
+        table.add_row(Text(name), *map(Text, row[:shown]))
+    needed = first + sum(width + _GAP for width in widths[:shown])
+    Console(width=max(console.width, needed)).print(table)
+    if shown < len(headers):
+        console.print(Text(f"Not shown for want of room: {', '.join(headers[shown:])} (--wide shows all)"))
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What dotted names begin with in common, up to a dot; empty for a single name.
+
+    >>> common_prefix(["transformer.h.0", "transformer.h.1"])
+    'transformer.h.'
+    """
+    parts = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
+    shared = []
+    for here in zip(*parts, strict=False):
+        if len(set(here)) > 1:
+            break
+        shared.append(f"{here[0]}.")
+    return "".join(shared)
+
+
+def _fitting(widths: Sequence[int], room: int) -> int:
+    """How many columns fit beside the names, at least one."""
+    used = 0
+    for count, width in enumerate(widths):
+        used += _GAP + width
+        if used > room:
+            return max(1, count)
+    return len(widths)
+
+
+def _cell(value: Any) -> str:
+    return number(value) if isinstance(value, float) or value is None else str(value)

@@ -1,0 +1,52 @@
+"""The layers of a model: profiled on some data, compared, and shown; or watched in a training.
+
+Nothing here is imported before it is used: each name brings what it needs (matplotlib for pictures, plotly for
+pages, rich for tables).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .comparison import Comparison, compare
+    from .loading import untrained
+    from .measuring import profile
+    from .monitoring import Monitor, monitor
+    from .page import write_profile
+    from .picture import draw_profile
+    from .results import LayerProfile, Profile, load_profiles, save_profiles
+
+_HOMES = {
+    "Comparison": "comparison",
+    "LayerProfile": "results",
+    "Monitor": "monitoring",
+    "Profile": "results",
+    "compare": "comparison",
+    "draw_profile": "picture",
+    "load_profiles": "results",
+    "monitor": "monitoring",
+    "profile": "measuring",
+    "save_profiles": "results",
+    "untrained": "loading",
+    "write_profile": "page",
+}
+
+__all__ = [
+    "Comparison",
+    "LayerProfile",
+    "Monitor",
+    "Profile",
+    "compare",
+    "draw_profile",
+    "load_profiles",
+    "monitor",
+    "profile",
+    "save_profiles",
+    "untrained",
+    "write_profile",
+]
+
+__getattr__, __dir__ = lazy_names(globals(), _HOMES)

@@ -1,0 +1,126 @@
+"""What a model is run on: batches of any kind, moved to where it is, and a digest of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: of a model on several devices, or on disk, that is its embedding's place."""
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+        if device.type != "meta":
+            return torch.device(device)
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def caller(model: nn.Module, call: Callable[[nn.Module, Any], Any] | None) -> Callable[[nn.Module, Any], Any]:
+    """What runs the model on a batch."""
+    if call is not None:
+        return call
+    with contextlib.suppress(TypeError, ValueError):
+        # A cache of keys and values for generation would only cost memory.
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            return lambda model, batch: _called(model, batch, use_cache=False)
+    return _called
+
+
+def _called(model: nn.Module, batch: Any, **more: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**{**more, **batch})
+    if not isinstance(batch, tuple | list):
+        return model(batch, **more)
+    try:
+        return model(batch[0], **more)
+    except TypeError as error:
+        # The words of Python. The signature would not do: a wrapper of the model takes any arguments.
+        if not re.search(r"missing \d+ required positional argument", str(error)):
+            raise
+        raise TypeError(
+            f"{error}; of a {type(batch).__name__} in batches only the first item is passed to the model; for several "
+            "arguments give a dict, with their names as keys"
+        ) from error
+
+
+def batch_of_texts(batch: Any, tokenizer: Any) -> Any:
+    """Texts as ids and their mask, anything else as it is."""
+    texts = [batch] if isinstance(batch, str) else batch
+    if not isinstance(texts, tuple | list) or not texts or not all(isinstance(text, str) for text in texts):
+        return batch
+    if tokenizer is None:
+        raise ValueError("batches holds texts; pass tokenizer=, such as AutoTokenizer.from_pretrained(folder)")
+    encoded = [tokenizer(text, truncation=True, verbose=False)["input_ids"] for text in texts]
+    return padded(encoded, tokenizer.pad_token_id)
+
+
+def padded(sequences: list[list[int]], pad: int | None) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` of sequences of ids, padded on the right."""
+    length = max(map(len, sequences))
+    fill = 0 if pad is None else pad  # masked: which token stands there does not matter
+    ids = [sequence + [fill] * (length - len(sequence)) for sequence in sequences]
+    mask = [[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def token_ids(batch: Any) -> Tensor | None:
+    """The (batch, length) ids in a batch, where it has them."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    found = batch.get("input_ids") if isinstance(batch, Mapping) else first
+    if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point():
+        return found
+    return None
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Tensors in ``value`` on ``device``, those of floating point as ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        return type(value)(moved(item, device, dtype) for item in value)
+    return value
+
+
+class Digest:
+    """Of samples without their padding: how they are batched and padded changes nothing."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=12)
+        self.batch_size = 0
+        self.length: int | None = None
+
+    def add(self, batch: Any) -> None:
+        """The samples of a batch."""
+        named = dict(batch) if isinstance(batch, Mapping) else {"": batch}
+        if isinstance(batch, tuple | list):
+            named = {"": batch[0] if batch else None}
+        tensors = {key: value.detach().cpu() for key, value in sorted(named.items()) if isinstance(value, Tensor)}
+        tensors = {key: value for key, value in tensors.items() if value.ndim}
+        if not tensors:
+            return
+        mask = tensors.pop("attention_mask", None)
+        size = len(next(iter(tensors.values()), torch.zeros(0)))
+        self.batch_size = max(self.batch_size, size)
+        ids = token_ids(batch)
+        if ids is not None:
+            self.length = max(self.length or 0, ids.shape[1])
+        for i in range(size):
+            for key, value in tensors.items():
+                sample = value[i] if len(value) == size else value
+                if mask is not None and mask.shape == value.shape[:2]:
+                    sample = sample[mask[i].bool()]
+                self._hash.update(f"{key} {sample.dtype} {list(sample.shape)}".encode())
+                self._hash.update(sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

@@ -1,0 +1,419 @@
+"""The layers of a model in one pass over some data: entropies, what can hide in them, and more."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..entropy import matrix_entropy
+from ..hook import RepresentationHook
+from ..layout import Pick, Reading
+from ..layout import Layers
+from .batches import Digest, batch_of_texts, caller, device_of, moved, token_ids
+from .presets import PRESETS
+from .results import (
+    DEFAULT_WINDOWS,
+    EntropyValue,
+    LayerProfile,
+    Origin,
+    Profile,
+    SequenceLevel,
+    Shape,
+    Token,
+)
+from .sequences import SimilaritySums
+from .statistics import MOST_PROMPTS, Kind, LayerSums, What, all_kinds, exp_entropy
+
+MOST_DEPTHS = 64
+"""Calls of one module in a pass that are layers of their own."""
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Layers = None,
+    *,
+    orders: Sequence[float] = (2.0,),
+    windows: Sequence[int | None] = DEFAULT_WINDOWS,
+    preset: str | None = None,
+    views: int = 1,
+    rankme_rows: int | None = 25_600,
+    against: nn.Module | None = None,
+    tokenizer: Any = None,
+    output: Callable[[Any], Tensor] | None = None,
+    mask: Pick | Mapping[str, Pick] | None = None,
+    layout: str | Mapping[str, str] | None = None,
+    segments: Pick | Mapping[str, Pick] | None = None,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    name: str | None = None,
+    data: str = "",
+) -> Profile:
+    """Profile the layers of ``model`` in one pass over ``batches``, without training.
+
+    It takes 1.2 times as long as the forward passes alone (docs/cost.md). Memory does not grow with the data: per
+    layer a few numbers, a row for each of at most 1,024 sequences and, for RankMe, one (d, d) float64 matrix (two
+    where rows are tokens). The model runs in evaluation mode without gradients and is left in the mode it had.
+
+    A module that runs several times in a pass, as ALBERT's shared layer does, gives a layer for each: ``name (call 2)``
+    and so on. The calls of a recurrent cell are pooled, as they are steps in time.
+
+    >>> import math
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> result = profile(model, [torch.randn(64, 4)], "1")
+    >>> 0 < result["1"].entropy("cosine", center=True, window=8).nats < math.log(8)
+    True
+
+    Args:
+        model: any module.
+        batches: what to run it on: a list, a DataLoader, or one tensor, which is a single batch. A mapping is passed as
+            keywords, of a tuple or list only the first item (inputs, targets), anything else as it is. Texts, or lists
+            of texts, are made ids by ``tokenizer``. For a model with several arguments give a dict of them.
+        layers: as for :class:`gapt_optim.RepresentationHook`; None = the longest ``nn.ModuleList`` of one class.
+        orders: orders of the entropy, each in (0, inf]. Orders other than 2 to 8 need eigenvalues, which takes long
+            for whole sequences.
+        windows: tokens per window, each at least 2; None = whole sequences. 8 is what training measures.
+        preset: "layer-by-layer" or "diff-erank": one entropy, as that paper takes it, in place of ``orders`` and
+            ``windows`` (:mod:`gapt_optim.profiling.presets`).
+        views: with more than 1, each item of ``batches`` is a sequence of so many batches that hold the same samples
+            in the same order in different views, and LiDAR is measured too.
+        rankme_rows: RankMe is taken over the first so many rows (25,600, as in its paper); 0 leaves it out, None
+            takes all. It is what costs most: a (d, d) product in float64.
+        against: another model, called with the same batches, whose layers are compared with these by CKA.
+        tokenizer: as of ``transformers``; it also names the longest tokens.
+        output, mask, layout, segments: as for :class:`gapt_optim.RepresentationHook`.
+        call: runs the model on a batch; by default as said under ``batches``.
+        device: where to run; by default where the model is.
+        dtype: floating-point type of the model and of floating-point inputs; by default as they are.
+        progress: show a progress bar on stderr (needs rich).
+        name: of the model, for tables and pages; by default its class.
+        data: of the data, likewise.
+
+    Returns:
+        One :class:`LayerProfile` per layer, in the model's order.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, no layer matches, there is no batch, or a layer's output
+            cannot be profiled; the message names what to change.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    what = _what(orders, windows, preset, rankme_rows, views)
+    if isinstance(batches, Tensor | Mapping | str):
+        batches = [batches]
+    if device is not None or dtype is not None:
+        model = model.to(device=device, dtype=dtype)
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        hook = stack.enter_context(
+            RepresentationHook(model, layers, output=output, mask=mask, layout=layout, segments=segments)
+        )
+        collector = Collector(what, hook.names, _pooled_calls(model))
+        models = [model]
+        stack.enter_context(hook.reading(collector.read))
+        if against is not None:
+            other = stack.enter_context(RepresentationHook(against))
+            stack.enter_context(other.reading(collector.read_other))
+            models.append(against)
+        stack.enter_context(evaluating(models))
+        runs = [(each, device_of(each) if device is None else torch.device(device), caller(each, call)) for each in models]
+        pass_over = _Passes(runs, collector, tokenizer, dtype, views)
+        for item in _counted(batches, progress):
+            pass_over.run(item)
+    if pass_over.count == 0:
+        raise ValueError("batches is empty; pass at least one batch (an iterator that was used up gives none)")
+    return collector.result(
+        model=type(model).__name__ if name is None else name,
+        data=data,
+        batches=pass_over.count,
+        seconds=time.perf_counter() - started,
+        tokenizer=tokenizer,
+        origin=pass_over.origin(collector.dtype, preset),
+        prompts=tuple(pass_over.prompts),
+    )
+
+
+class _Passes:
+    """Runs the models on one item of the data after the other."""
+
+    def __init__(
+        self,
+        runs: list[tuple[nn.Module, torch.device, Callable[[nn.Module, Any], Any]]],
+        collector: Collector,
+        tokenizer: Any,
+        dtype: torch.dtype | None,
+        views: int,
+    ) -> None:
+        self.runs, self.collector, self.tokenizer = runs, collector, tokenizer
+        self.dtype, self.views = dtype, views
+        self.digest = Digest()
+        self.prompts: list[str] = []
+        self.count = 0
+
+    def run(self, item: Any) -> None:
+        """One item: a batch, or one batch for each view."""
+        if self.views > 1 and (not isinstance(item, Sequence) or len(item) != self.views):
+            raise ValueError(f"views={self.views}: each item of batches must be a sequence of {self.views} batches")
+        for part in item if self.views > 1 else (item,):
+            batch = batch_of_texts(part, self.tokenizer)
+            self.digest.add(batch)
+            ids = token_ids(batch)
+            if self.tokenizer is not None and ids is not None and len(self.prompts) < MOST_PROMPTS:
+                self.prompts += [self.tokenizer.decode(row[:24], skip_special_tokens=True)[:80] for row in ids]
+            for model, device, run in self.runs:
+                self.collector.ids = ids
+                with torch.no_grad():
+                    run(model, moved(batch, device, self.dtype))
+            self.collector.end_of_pass()
+        self.collector.end_of_views()
+        self.count += 1
+
+    def origin(self, dtype: str, preset: str | None) -> Origin:
+        """What the data was."""
+        versions = {"gapt_optim": __version__, "torch": torch.__version__}
+        digest = self.digest
+        return Origin(digest.hexdigest(), digest.batch_size, digest.length, dtype, preset, versions)
+
+
+class Collector:
+    """Reads the outputs of layers, each call of a pass for itself.
+
+    Args:
+        what: is summed.
+        names: of the watched modules.
+        pooled: those of them whose calls are taken together.
+    """
+
+    def __init__(self, what: What, names: Sequence[str], pooled: set[str]) -> None:
+        self.what, self.names, self.pooled = what, list(names), pooled
+        self.sums: dict[tuple[str, int], LayerSums] = {}
+        self.calls: Counter[str] = Counter()
+        self.most_calls: Counter[str] = Counter()
+        self.similarity = SimilaritySums()
+        self.ids: Tensor | None = None
+        self.notes: dict[str, None] = {}
+        self._views: dict[tuple[str, int], list[Tensor]] = {}
+        self._latest: dict[tuple[str, int], Tensor] = {}
+        self._outputs: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def read(self, name: str, reading: Reading) -> None:
+        """One output of a layer."""
+        self.calls[name] += 1
+        key = (name, 1 if name in self.pooled else min(self.calls[name], MOST_DEPTHS))
+        kind = (reading.h.ndim, reading.rows.shape[-1])
+        if self._outputs.setdefault(key, kind) != kind:
+            (dims, features), (before, width) = kind, self._outputs[key]
+            raise ValueError(
+                f'layer "{name}" gives {dims} dimensions and {features} features, but {before} and {width} before; '
+                "leave it out of layers"
+            )
+        if reading.guess is not None:
+            self.notes[f"layer {name}: a guess, {reading.guess}"] = None
+        sums = self.sums.setdefault(key, LayerSums(self.what))
+        ids = self.ids if self.ids is not None and self.ids.shape == reading.rows.shape[:2] else None
+        embedding = sums.add(reading, ids)
+        if sums.lidar is not None:
+            self._latest[key] = embedding
+        self.similarity.add(self.title(key), reading)
+
+    def read_other(self, name: str, reading: Reading) -> None:
+        """One output of a layer of the model that these are compared with."""
+        self.similarity.add(f"against: {name}", reading)
+
+    def title(self, key: tuple[str, int]) -> str:
+        """The name of a layer: of a module, or of one of its calls."""
+        name, call = key
+        return name if call == 1 else f"{name} (call {call})"
+
+    def end_of_pass(self) -> None:
+        """The pass is over."""
+        self.most_calls |= self.calls
+        self.calls = Counter()
+        self.similarity.end_of_pass()
+        for key, embedding in self._latest.items():
+            self._views.setdefault(key, []).append(embedding)
+        self._latest = {}
+
+    def end_of_views(self) -> None:
+        """All views of an item were seen."""
+        for key, embeddings in self._views.items():
+            shapes = {tuple(embedding.shape) for embedding in embeddings}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f'the views of a batch differ in shape at layer "{self.title(key)}": {sorted(shapes)}'
+                )
+            lidar = self.sums[key].lidar
+            if lidar is not None and len(embeddings) == self.what.views:
+                lidar.add(torch.stack(embeddings))
+        self._views = {}
+
+    @property
+    def dtype(self) -> str:
+        """That of the layers' outputs."""
+        return ", ".join(dict.fromkeys(str(sums.dtype).removeprefix("torch.") for sums in self.sums.values()))
+
+    def result(self, *, tokenizer: Any, **about: Any) -> Profile:
+        """What was summed."""
+        if not any(sums.rows for sums in self.sums.values()):
+            silent = f'layer "{self.names[0]}" did not run in a forward pass; leave it out of layers'
+            nothing = "no row of any layer counts: all are masked or not finite, or the batches are empty"
+            raise ValueError(nothing if self.sums else silent)
+        keys = sorted(self.sums, key=lambda key: (self.names.index(key[0]), key[1]))
+        sums = [self.sums[key] for key in keys]
+        layers = tuple(
+            layer_of(self.title(key), each, tokenizer) for key, each in zip(keys, sums, strict=True)
+        )
+        return Profile(
+            layers,
+            sequences=sums[0].sequences,
+            rows=sums[0].rows,
+            views=self.what.views,
+            orders=self.what.orders,
+            windows=self.what.windows,
+            notes=tuple(self._notes(keys)),
+            cka_names=tuple(self.similarity.names),
+            cka=_frozen(self.similarity.value()),
+            **about,
+        )
+
+    def _notes(self, keys: list[tuple[str, int]]) -> Iterator[str]:
+        for key in keys:
+            if self.sums[key].nonfinite:
+                yield f"layer {self.title(key)}: {self.sums[key].nonfinite} rows were not finite and are left out"
+        ran = {name for name, _ in self.sums}
+        silent = [name for name in self.names if name not in ran]
+        if silent:
+            yield f"did not run in any forward pass: {', '.join(silent)}"
+        for name, calls in self.most_calls.items():
+            if calls > 1:
+                said = "are taken together" if name in self.pooled else "are layers of their own"
+                yield f"layer {name} runs up to {calls} times in a pass; its calls {said}"
+                if calls > MOST_DEPTHS and name not in self.pooled:
+                    yield f"layer {name}: its calls from {MOST_DEPTHS} on are taken together"
+        yield from self.notes
+
+
+def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
+    """The numbers of a layer from its sums."""
+    entropies, shapes = [], []
+    for (window, first), one in sums.windows.items():
+        nats, normalized, shape = (mean.means() for mean in (one.entropies, one.normalized, one.shape))
+        if not nats:
+            continue
+        for kind, (value, error), (share, _) in zip(sums.what.kinds, nats, normalized, strict=True):
+            entropies.append(EntropyValue(*kind, window, first, value, share, error))
+        if not sums.what.centered_first:  # of rows that are not as the layer gave them
+            shapes.append(Shape(window, first, shape[0][0], shape[1][0]))
+    curved = {first: _only(mean.means()) for first, mean in sums.curvature.items()}
+    return LayerProfile(
+        name,
+        sums.features,
+        sums.rows,
+        sums.axes,
+        tuple(entropies),
+        tuple(shapes),
+        first_token_share=_only(sums.first_share.means()),
+        curvature=curved[True],
+        curvature_without_first=curved[False],
+        rankme=sums.ranks.rankme(True),
+        rankme_without_first=sums.ranks.rankme(False) if sums.tokens else None,
+        rankme_rows=sums.ranks.rows,
+        rankme_at=sums.ranks.at,
+        lidar=None if sums.lidar is None else sums.lidar.value(),
+        sequence_level=tuple(
+            level_of(pooling, rows, sums.what.kinds[sums.what.main]) for pooling, rows in sums.pooled.joined().items()
+        ),
+        longest=tuple(
+            Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0
+        ),
+        channels=tuple(sums.where.channels()),
+        norm_by_position=tuple(sums.where.by_position()),
+        by_sequence=tuple(None if value != value else value for value in sums.by_sequence[:MOST_PROMPTS]),
+    )
+
+
+def level_of(pooling: str, rows: Tensor, kind: Kind) -> SequenceLevel:
+    """How many directions one row for each sequence, (sequences, d), uses."""
+    rows = rows.double()
+    if kind.center == "first" and len(rows):
+        rows = rows - rows.mean(0)
+    options: dict[str, Any] = {"alpha": kind.alpha, "kernel": kind.kernel, "center": kind.center is True}
+    values = [float(matrix_entropy(rows, normalize=normalize, **options)) for normalize in (False, True)]
+    rankme = exp_entropy(torch.linalg.svdvals(rows)) if len(rows) else None
+    return SequenceLevel(pooling, len(rows), *values, rankme)
+
+
+class evaluating:  # noqa: N801
+    """Models in evaluation mode inside the ``with`` block; afterwards each module is in the mode it had."""
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self.models = list(models)
+
+    def __enter__(self) -> None:
+        self.modes = [(module, module.training) for model in self.models for module in model.modules()]
+        for model in self.models:
+            model.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode
+
+
+def _what(
+    orders: Sequence[float], windows: Sequence[int | None], preset: str | None, rankme_rows: int | None, views: int
+) -> What:
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
+    orders, windows = tuple(float(order) for order in orders), tuple(windows)
+    if not orders or not all(order > 0 for order in orders):
+        raise ValueError(f"orders must hold numbers in (0, inf], found {list(orders)}")
+    good = [w is None or (isinstance(w, int) and w >= 2) for w in windows]
+    if not good or not all(good):
+        raise ValueError(f"windows must hold integers of at least 2 or None, found {list(windows)}")
+    if len(set(orders)) < len(orders) or len(set(windows)) < len(windows):
+        raise ValueError("orders and windows must not name a value twice")
+    if rankme_rows is not None and rankme_rows < 0:
+        raise ValueError(f"rankme_rows must be at least 0, or None for all, found {rankme_rows}")
+    if views < 1:
+        raise ValueError(f"views must be at least 1, found {views}")
+    windows = tuple(sorted(windows, key=lambda window: (window is None, window)))
+    if preset is not None:
+        return What((PRESETS[preset],), (None,), rankme_rows, views)
+    return What(all_kinds(orders), windows, rankme_rows, views)
+
+
+def _pooled_calls(model: nn.Module) -> set[str]:
+    """Modules whose calls in a pass are steps in time."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.RNNCellBase)}
+
+
+def _only(means: list[tuple[float | None, float | None]]) -> float | None:
+    return means[0][0] if means else None
+
+
+def _text(tokenizer: Any, token: int | None) -> str | None:
+    return None if tokenizer is None or token is None else str(tokenizer.decode([token]))
+
+
+def _frozen(matrix: list[list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if matrix is None else tuple(tuple(row) for row in matrix)
+
+
+def _counted(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(batches) if isinstance(batches, Sized) else None
+    yield from track(batches, "profiling", total=total, console=Console(stderr=True), transient=True)

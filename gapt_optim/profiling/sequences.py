@@ -1,0 +1,172 @@
+"""A row for each sequence instead of one for each token, and layers compared with layers.
+
+- LiDAR: exp of the entropy of the eigenvalues of Sw^(-1/2) Sb Sw^(-1/2), with Sb the covariance of the samples' mean
+  embeddings and Sw that of their views around them, plus 1e-4 I (Thilak et al., 2023).
+- CKA: the linear kernel, by an unbiased estimate of HSIC (Song et al., 2012) summed over sequences or batches (Nguyen,
+  Raghu and Kornblith, "Do wide and deep networks learn the same things?", 2021).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Reading
+
+LIDAR_REGULARIZATION = 1e-4
+MOST_SEQUENCES = 1024
+MOST_ROWS = 128
+"""Of a sequence, for CKA."""
+
+
+class PooledRows:
+    """The mean, the last and the first live row of each of the first sequences; of samples, these themselves."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def add(self, rows: Tensor, live: Tensor, axes: str) -> Tensor:
+        """Rows (batch, length, d), 0 where they do not count. Returns the means (batch, d), or the samples (n, d)."""
+        if axes == "batch features":
+            mean = rows[0]
+            found = {"sample": mean[live[0]]}
+        else:
+            number = live.sum(1, keepdim=True)
+            mean = rows.sum(1) / number.clamp(min=1)
+            there = number.squeeze(1) > 0
+            found = {"mean": mean[there]}
+            if "length" in axes:
+                places = torch.arange(live.shape[1], device=rows.device)
+                ends = {"last": torch.where(live, places, -1).argmax(1), "first": live.to(torch.int32).argmax(1)}
+                for name, place in ends.items():
+                    found[name] = rows[torch.arange(len(rows), device=rows.device), place][there]
+        left = MOST_SEQUENCES - self.count
+        for name, pooled in found.items():
+            if left > 0:
+                self.rows.setdefault(name, []).append(pooled[:left].cpu())
+        self.count += len(next(iter(found.values())))
+        return mean
+
+    def joined(self) -> dict[str, Tensor]:
+        """(sequences, d) by how they are pooled."""
+        return {name: torch.cat(parts) for name, parts in self.rows.items()}
+
+
+class LidarSums:
+    """Sums over samples of which each has several views: embeddings e_xv, (d,) each."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.views = 0
+        self.squares: Tensor | None = None
+        """Sum of e e' over samples and views."""
+        self.mean_squares: Tensor | None = None
+        """Sum of m m' over samples, m the mean of a sample's views."""
+        self.mean_sum: Tensor | None = None
+
+    def add(self, embeddings: Tensor) -> None:
+        """(views, samples, d)."""
+        e = (embeddings.cpu() if embeddings.device.type == "mps" else embeddings).double()
+        mean = e.mean(0)
+        flat = e.flatten(0, 1)
+        self.views, self.samples = len(e), self.samples + e.shape[1]
+        self.squares = _plus(self.squares, flat.mT @ flat)
+        self.mean_squares = _plus(self.mean_squares, mean.mT @ mean)
+        self.mean_sum = _plus(self.mean_sum, mean.sum(0))
+
+    def value(self) -> float | None:
+        """LiDAR; None for fewer than two samples."""
+        if self.samples < 2 or self.squares is None or self.mean_squares is None or self.mean_sum is None:
+            return None
+        center = self.mean_sum / self.samples
+        between = self.mean_squares / self.samples - torch.outer(center, center)
+        within = self.squares / (self.samples * self.views) - self.mean_squares / self.samples
+        within = within + LIDAR_REGULARIZATION * torch.eye(len(within), dtype=within.dtype, device=within.device)
+        scales, vectors = torch.linalg.eigh(within)
+        whiten = (vectors * scales.clamp(min=LIDAR_REGULARIZATION).rsqrt()) @ vectors.mT
+        values = torch.linalg.eigvalsh(whiten @ between @ whiten).clamp(min=0)
+        total = float(values.sum())
+        return float(torch.special.entr(values / total).sum().exp()) if total > 0 else None
+
+
+class SimilaritySums:
+    """CKA between all layers that run in a pass.
+
+    Rows are the tokens where all layers have the same ones (at most 128 of a sequence, evenly spaced), and otherwise
+    the samples of a batch, each flattened. Which of the two, the first pass decides.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.of_tokens: bool | None = None
+        self.hsic: Tensor | None = None
+        """(layers, layers)"""
+        self._pass: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, name: str, reading: Reading) -> None:
+        """One output of the pass under way."""
+        rows, live = reading.rows.float(), reading.live
+        samples = rows[0] if reading.axes == "batch features" else rows
+        if live is not None:
+            rows = rows.masked_fill(~live.unsqueeze(-1), 0)
+        flat = samples.flatten(1) if live is None or samples.ndim == 2 else rows.flatten(1)
+        batch, length = rows.shape[:2]
+        places = torch.linspace(0, length - 1, min(length, MOST_ROWS), device=rows.device).round().long()
+        keep = rows.new_ones(batch, length) if live is None else live.to(rows.dtype)
+        picked, keep = rows[:, places], keep[:, places]
+        # The mean goes first: from products, a large one leaves its rounding.
+        mean = (picked * keep.unsqueeze(-1)).sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
+        picked, flat = (picked - mean) * keep.unsqueeze(-1), flat - flat.mean(0)
+        of_tokens = centered_without_diagonal(picked @ picked.mT, keep).flatten()
+        of_samples = centered_without_diagonal((flat @ flat.mT)[None], flat.new_ones(1, len(flat))).flatten()
+        shape = torch.tensor([batch, length, *keep.sum(1).tolist()])
+        self._pass[name] = of_tokens, of_samples, shape
+
+    def end_of_pass(self) -> None:
+        """The pass is over: its layers meet. A pass with other layers than the first one is left out."""
+        found, self._pass = self._pass, {}
+        if not found:
+            return
+        if not self.names:
+            self.names = list(found)
+        if self.of_tokens is None:
+            shapes = [shape for _, _, shape in found.values()]
+            self.of_tokens = all(shape.shape == shapes[0].shape and bool((shape == shapes[0]).all()) for shape in shapes)
+        columns = [vectors[0] if self.of_tokens else vectors[1] for vectors in found.values()]
+        if list(found) != self.names or len({len(column) for column in columns}) > 1:
+            return
+        device = columns[0].device
+        stacked = torch.stack([column.to(device) for column in columns]).double()
+        self.hsic = _plus(self.hsic, stacked @ stacked.mT)
+
+    def value(self) -> list[list[float]] | None:
+        """(layers, layers), 1 on the diagonal; None where there are too few rows for it."""
+        if self.hsic is None:
+            return None
+        own = self.hsic.diagonal()
+        if not bool((own > 0).all()):
+            return None
+        matrix: list[list[float]] = (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()
+        return matrix
+
+
+def centered_without_diagonal(gram: Tensor, keep: Tensor) -> Tensor:
+    """Gram matrices (windows, n, n) so that the sum of the products of two is the unbiased HSIC of their rows.
+
+    ``keep`` (windows, n) is 1 for rows that count. Windows with fewer than four are 0.
+    """
+    count = keep.sum(-1)[:, None, None]
+    both = keep.unsqueeze(-1) * keep.unsqueeze(-2)
+    both = both - torch.diag_embed(keep)
+    gram = gram * both
+    rows = gram.sum(-1, keepdim=True) / (count - 2).clamp(min=1)
+    whole = gram.sum((-2, -1), keepdim=True) / ((count - 1) * (count - 2)).clamp(min=1)
+    centered = (gram - rows - rows.mT + whole) * both
+    return torch.where(count >= 4, centered / (count * (count - 3)).clamp(min=1).sqrt(), 0)
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total.add_(value)
+

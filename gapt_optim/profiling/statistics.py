@@ -1,0 +1,532 @@
+"""Sums over a layer's outputs from which a profile follows, added to batch by batch.
+
+Their size does not depend on the data. Rows, those that count and documents are what :mod:`gapt_optim.layout` says.
+Sources of the formulas, with z_i the n live rows of a window and K the Gram matrix of them:
+
+- entropy: Giraldo, Rao and Principe, "Measures of entropy from data using infinitely divisible kernels", 2015.
+  Kernels: ``linear`` <z_i, z_j>; ``cosine`` <z_i, z_j> / (|z_i| |z_j|). ``center`` takes H K H with
+  H = I - 11'/n, as in CKA (Kornblith et al., 2019); ``center="first"`` takes the mean off before rows are scaled.
+- effective rank: exp of the entropy (Roy and Vetterli, "The effective rank: a measure of effective dimensionality",
+  2007, for order 1).
+- norm ratio, max |z_i| / median |z_i|, and mean share, n |mean z|^2 / sum |z_i|^2: this library's, as in
+  :class:`gapt_optim.Measures`. Share of the first token: |z_1|^2 / sum |z_i|^2, whose growth empties the entropies of
+  middle layers (Queipo-de-Llano et al., "Attention sinks and compression valleys in LLMs are two sides of the same
+  coin", 2025).
+- curvature: mean angle between successive differences z_(t+1) - z_t (Hosseini and Fedorenko, "Large language models
+  implicitly learn to straighten neural sentence trajectories", 2023).
+- RankMe: exp of the entropy of sigma / sum sigma, sigma the singular values of all rows (Garrido et al., 2023).
+- standard errors: over sequences, of a ratio of sums (Cochran, "Sampling techniques", 1977, section 6.8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..entropy import Order, entropy_of_gram, window_weights
+from ..kernels import LINEAR, Kernel, KernelMatrix, least, windows_last
+from ..layout import Reading
+from ..windows import cut, windows_of
+from .large_windows import collisions
+from .sequences import LidarSums, PooledRows
+from .where import Where, places
+
+Center = bool | Literal["first"]
+
+
+class Kind(NamedTuple):
+    """Which entropy: one column of the sums."""
+
+    kernel: Literal["linear", "cosine"]
+    center: Center
+    """"first": the mean is taken off before rows are scaled to unit length, and not again."""
+    alpha: float
+
+    @property
+    def order(self) -> Order:
+        """As the library's entropies take it, of rows that were centred before where ``center`` is "first"."""
+        return Order(self.alpha, Kernel(self.kernel == "cosine", self.center is True))
+
+
+def all_kinds(orders: tuple[float, ...]) -> tuple[Kind, ...]:
+    """Both kernels, centred or not."""
+    kernels: tuple[Literal["linear", "cosine"], ...] = ("linear", "cosine")
+    return tuple(Kind(*kind) for kind in product(kernels, (False, True), orders))
+
+
+@dataclass(frozen=True)
+class What:
+    """What is summed."""
+
+    kinds: tuple[Kind, ...] = field(default_factory=lambda: all_kinds((2.0,)))
+    windows: tuple[int | None, ...] = (8, None)
+    rankme_rows: int | None = 25_600
+    views: int = 1
+
+    @property
+    def orders(self) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(kind.alpha for kind in self.kinds))
+
+    @property
+    def centered_first(self) -> bool:
+        return any(kind.center == "first" for kind in self.kinds)
+
+    @property
+    def main(self) -> int:
+        """The column that stands for all where one must: centred cosine of order 2, or the first."""
+        wanted = Kind("cosine", True, 2.0)
+        return self.kinds.index(wanted) if wanted in self.kinds else 0
+
+
+class Mean:
+    """Means over windows with their standard errors over sequences, per column, on the device of what is added."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        """(6, columns): of v, w, v², v w, w² over sequences and the number of them, with v a sequence's sum of values
+        and w that of their weights."""
+        self.latest: Tensor | None = None
+        """(columns, sequences) means of what was added last, nan where nothing counts."""
+
+    def add(self, values: Tensor, weights: Tensor, sequence: Tensor, sequences: int) -> None:
+        """Values (columns, items) with weights (items) or (columns, items), of so many sequences.
+
+        Values that are not finite are left out.
+        """
+        wide = wide_type(values)
+        weights = torch.where(values.isfinite(), weights, 0).to(wide)
+        weighted = torch.where(weights > 0, values, 0) * weights
+        zeros = weights.new_zeros(len(values), sequences)
+        v, w = (zeros.index_add(1, sequence, each) for each in (weighted, weights))
+        there = (w > 0).to(wide)
+        sums = torch.stack([each.sum(-1) for each in (v, w, v * v, v * w, w * w, there)])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.latest = torch.where(w > 0, v / torch.where(w > 0, w, 1), math.nan)
+
+    def means(self) -> list[tuple[float | None, float | None]]:
+        """Mean and standard error of each column; None where nothing, or a single sequence, counts."""
+        if self.sums is None:
+            return []
+        found: list[tuple[float | None, float | None]] = []
+        for v, w, vv, vw, ww, count in self.sums.T.tolist():
+            mean = v / w if w else None
+            error = None
+            if mean is not None and count >= 2:
+                left = max(0.0, vv - 2 * mean * vw + mean * mean * ww)
+                error = math.sqrt(left * count / (count - 1)) / w
+            found.append((mean, error))
+        return found
+
+
+class WindowValues(NamedTuple):
+    """What some windows show."""
+
+    entropies: Tensor
+    """(kinds, windows), in nats."""
+    limits: Tensor
+    """(kinds, windows), the largest that each can be."""
+    weights: Tensor
+    """(kinds, windows), 1 where a window can have the entropy."""
+    norm_ratio: Tensor
+    mean_share: Tensor
+    shape_weights: Tensor
+    """(windows,), the weights of the last two."""
+
+    def of(self, windows: Tensor) -> WindowValues:
+        """Those windows alone."""
+        return WindowValues(*(values[..., windows] for values in self))
+
+
+class WindowSums:
+    """Entropies, norm ratio and mean share over windows of one length, with or without the first token."""
+
+    def __init__(self) -> None:
+        self.entropies, self.normalized, self.shape = Mean(), Mean(), Mean()
+
+    def add(self, found: WindowValues, sequence: Tensor, sequences: int) -> None:
+        where = sequence, sequences
+        self.entropies.add(found.entropies, found.weights, *where)
+        share = torch.where(found.limits > 0, found.entropies / found.limits, 0)
+        self.normalized.add(share, found.weights, *where)
+        self.shape.add(torch.stack([found.norm_ratio, found.mean_share]), found.shape_weights, *where)
+
+
+class LayerSums:
+    """Everything that is kept of one layer."""
+
+    def __init__(self, what: What) -> None:
+        self.what = what
+        self.features = 0
+        self.rows = 0
+        self.masked = 0
+        self.sequences = 0
+        self.nonfinite = 0
+        self.dtype: torch.dtype | None = None
+        self.axes = ""
+        self.tokens = False
+        """Rows are in order, so that the first one and curvature mean something."""
+        keys = [(window, first) for window in what.windows for first in (True, False)]
+        self.windows: dict[tuple[int | None, bool], WindowSums] = {key: WindowSums() for key in keys}
+        self.curvature = {True: Mean(), False: Mean()}
+        self.first_share = Mean()
+        self.by_sequence: list[float] = []
+        """The main entropy of the longest windows, of the first sequences alone."""
+        self.ranks = RankSums(what.rankme_rows)
+        self.pooled = PooledRows()
+        self.where = Where()
+        self.lidar: LidarSums | None = LidarSums() if what.views > 1 else None
+
+    @torch.no_grad()
+    def add(self, reading: Reading, ids: Tensor | None = None) -> Tensor:
+        """One output. ``ids`` (batch, length) are its tokens. Returns the mean live row of each sequence, (batch, d);
+        where rows are samples, these."""
+        self.axes, self.dtype = reading.axes, reading.h.dtype
+        self.tokens = "length" in reading.axes
+        rows = reading.rows.to(torch.promote_types(reading.rows.dtype, torch.float32))
+        batch, length, self.features = rows.shape
+        every = torch.ones(batch, length, dtype=torch.bool, device=rows.device)
+        live = every if reading.live is None else reading.live.to(rows.device)
+        squares = rows.square()
+        norms = squares.sum(-1)
+        finite = norms.isfinite()  # one pass instead of three; a norm that overflows could be used nowhere
+        self.nonfinite += int((live & ~finite).sum())
+        self.masked += int((~live).sum())
+        live = live & finite
+        count = int(live.sum())
+        if count < live.numel():
+            keep = live.unsqueeze(-1)
+            rows, norms = rows.masked_fill(~keep, 0), norms.masked_fill(~live, 0)
+            squares = squares.masked_fill_(~keep, 0)
+        begins = starts(every, reading.segments)
+        first = first_of_documents(live, begins) if self.tokens else torch.zeros_like(live)
+        self.rows += count
+        if rows.numel() == 0:
+            return rows.new_zeros(batch, self.features)
+        for window in self.what.windows:
+            for part in _parts(rows, window):
+                segments = None if reading.segments is None else reading.segments[part]
+                self._add_windows(window, rows[part], live[part], first[part], segments)
+        if self.tokens:
+            self._add_shares(norms, first)
+            for part in _parts(rows, 8):
+                self._add_curvature(rows[part], live[part], first[part], begins[part])
+            self.where.add_rows(norms, live, begins, ids, self.sequences)
+        self.where.add_channels(squares.sum((0, 1)))
+        self.ranks.add(rows, live, first)
+        self.sequences += batch
+        return self.pooled.add(rows, live, reading.axes)
+
+    def _add_windows(
+        self, window: int | None, rows: Tensor, live: Tensor, first: Tensor, segments: Tensor | None
+    ) -> None:
+        batch, length, features = rows.shape
+        masked = None if bool(live.all()) else live
+        windows = windows_of(batch, length, window, masked, segments)
+        z, size, dtype = cut(rows, windows), windows.size, rows.dtype
+        flags = torch.stack([live, first, torch.arange(1, batch + 1, device=rows.device)[:, None].expand_as(live)], -1)
+        flags = cut(flags.to(torch.float32), windows)
+        live, first, sequence = flags[..., 0] > 0, flags[..., 1] > 0, flags[..., 2].amax(-1).long().clamp(min=1) - 1
+        if not all(by_products(order) for order in self.what.orders):
+            z = z.double()
+        if self.what.centered_first:
+            mean = z.sum(-2, keepdim=True) / live.sum(-1).clamp(min=1)[:, None, None]
+            z = (z - mean) * live.unsqueeze(-1)
+        everything, rest = self.windows[window, True], self.windows[window, False]
+        whole, without, changed = _values(z, live, first, self.what.kinds, (size, features), dtype)
+        everything.add(whole, sequence, batch)
+        if window == self.what.windows[-1] and len(self.by_sequence) < MOST_PROMPTS:
+            latest = everything.entropies.latest
+            assert latest is not None
+            self.by_sequence += latest[self.what.main].tolist()
+        if self.tokens and not self.what.centered_first:
+            if changed is not None:  # only a window that has a first token changes without it
+                rest.add(whole.of(~changed), sequence[~changed], batch)
+                sequence = sequence[changed]
+            rest.add(without, sequence, batch)
+
+    def _add_shares(self, norms: Tensor, first: Tensor) -> None:
+        total = norms.sum(-1)
+        share = torch.where(total > 0, (norms * first).sum(-1) / total, 0)
+        sequence = torch.arange(len(total), device=total.device)
+        self.first_share.add(share.unsqueeze(0), (total > 0).unsqueeze(0), sequence, len(total))
+
+    def _add_curvature(self, rows: Tensor, live: Tensor, first: Tensor, begins: Tensor) -> None:
+        batch, length = live.shape
+        if length < 3:
+            return
+        steps = rows[:, 1:] - rows[:, :-1]
+        sizes = steps.square().sum(-1).sqrt()
+        products = (steps[:, 1:] * steps[:, :-1]).sum(-1)
+        sizes = sizes[:, 1:] * sizes[:, :-1]
+        angle = torch.rad2deg(torch.acos((products / sizes).clamp(-1, 1))).reshape(1, -1)
+        whole = live[:, 2:] & live[:, 1:-1] & live[:, :-2] & ~begins[:, 2:] & ~begins[:, 1:-1]
+        there = (whole & (sizes > 0)).reshape(1, -1)
+        sequence = torch.arange(batch, device=rows.device)[:, None].expand(batch, length - 2).reshape(-1)
+        self.curvature[True].add(angle, there, sequence, batch)
+        self.curvature[False].add(angle, there & ~first[:, :-2].reshape(1, -1), sequence, batch)
+
+
+MOST_PROMPTS = 64
+"""Sequences whose own entropies are kept."""
+
+
+class RankSums:
+    """For RankMe: products of the features over rows, (d, d) float64."""
+
+    def __init__(self, wanted: int | None) -> None:
+        self.wanted = wanted
+        self.gram: Tensor | None = None
+        """Of all rows but the first tokens, its lower triangle."""
+        self.first_gram: Tensor | None = None
+        """Of the first tokens, whose norms may dwarf all others'."""
+        self.rows = 0
+        self.at: dict[int, float] = {}
+        """RankMe of the first so many rows, for a comparison with fewer."""
+
+    def add(self, rows: Tensor, live: Tensor, first: Tensor) -> None:
+        if self.wanted is not None and self.rows >= self.wanted:
+            return
+        if rows.device.type == "mps":  # has no float64
+            rows, live, first = rows.cpu(), live.cpu(), first.cpu()
+        rows, heads = rows[live], first[live]
+        while len(rows) and (self.wanted is None or self.rows < self.wanted):
+            stop = next(mark for mark in _marks() if mark > self.rows)
+            stop = stop if self.wanted is None else min(stop, self.wanted)
+            part, head = rows[: stop - self.rows], heads[: stop - self.rows]
+            self.gram = _plus_products(self.gram, part[~head].double())
+            if head.any():
+                self.first_gram = _plus_products(self.first_gram, part[head].double())
+            self.rows += len(part)
+            rows, heads = rows[len(part) :], heads[len(part) :]
+            if self.rows == stop:
+                value = self.rankme(True)
+                if value is not None:
+                    self.at[stop] = value
+
+    def rankme(self, first: bool) -> float | None:
+        """RankMe over all rows, or over all but the first tokens; None where it was not summed."""
+        if self.gram is None:
+            return None
+        gram = self.gram if not first or self.first_gram is None else self.gram + self.first_gram
+        eigenvalues = torch.linalg.eigvalsh(gram)  # of the lower triangle
+        tolerance = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+        sigma = torch.where(eigenvalues > tolerance * eigenvalues[-1], eigenvalues, 0).clamp(min=0).sqrt()
+        return exp_entropy(sigma)
+
+
+def _marks() -> Iterator[int]:
+    mark = 256
+    while True:
+        yield mark
+        mark *= 4
+
+
+def exp_entropy(weights: Tensor) -> float | None:
+    """exp(-sum p log p) for p = weights / sum; None where all are 0."""
+    total = float(weights.sum())
+    if not total > 0 or not math.isfinite(total):
+        return None
+    return float(torch.special.entr(weights / total).sum().exp())
+
+
+def starts(every: Tensor, segments: Tensor | None) -> Tensor:
+    """(batch, length), true where a document begins."""
+    begins = torch.zeros_like(every)
+    if every.numel():
+        begins[:, 0] = True
+    if segments is not None:
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return begins
+
+
+def first_of_documents(live: Tensor, begins: Tensor) -> Tensor:
+    """(batch, length), true at the first row of each document that counts."""
+    return live & (places(live, begins) == 0)
+
+
+def _values(
+    z: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind, ...], shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[WindowValues, WindowValues, Tensor | None]:
+    """What windows show, with their first tokens and without, and of which windows the latter is; None for all."""
+    size, features = shape
+    if size > features:
+        whole, without = values_of_rows(z, live, first, kinds, dtype)
+        return whole, without, None
+    gram = z @ z.mT
+    if all(kind.alpha == 2 for kind in kinds) and len(z) <= size:  # few large windows
+        whole, without = values_of_order_2(gram, live, first, kinds, features)
+        return whole, without, None
+    whole = values_of_gram(gram, live, features, kinds, dtype)
+    at = first.any(-1)
+    return whole, values_of_gram(gram[at], (live & ~first)[at], features, kinds, dtype), at
+
+
+def values_of_gram(
+    gram: Tensor, live: Tensor, features: int, kinds: tuple[Kind, ...], dtype: torch.dtype
+) -> WindowValues:
+    """What windows show, from their linear Gram matrices (windows, n, n) where n <= d.
+
+    Args:
+        gram: of the rows; float64 where an order needs eigenvalues.
+        live: (windows, n), rows that count.
+        features: d.
+        kinds: of entropy.
+        dtype: of the rows.
+    """
+    n = gram.shape[-1]
+    gram = gram * (live.unsqueeze(-1) & live.unsqueeze(-2))
+    norms = gram.diagonal(dim1=-2, dim2=-1)
+    moved, rows = windows_last(gram), live.sum(-1)
+    entropies, counts = [], []
+    for kind in kinds:
+        if kind.alpha == 2:
+            matrix = KernelMatrix(moved, kind.order.kernel)
+            value, count = matrix.order_2, matrix.live
+        else:
+            value, count, _ = entropy_of_gram(gram, rows, kind.order, (n, features), dtype, with_factor=False)
+        entropies.append(value)
+        counts.append(rows if count is None else count.long())
+    return _gathered(entropies, counts, kinds, norms, gram.sum((-2, -1)), (n, features))
+
+
+def values_of_order_2(
+    gram: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind, ...], features: int
+) -> tuple[WindowValues, WindowValues]:
+    """The same as :func:`values_of_gram` for order 2 alone, with and without the first tokens; faster for large n."""
+    norms = gram.diagonal(dim1=-2, dim2=-1) * live
+    alive = norms > least(gram)
+    found = []
+    for one, keep in zip(collisions(gram, live, first), (live, live & ~first), strict=True):
+        counts = [(keep if kind.order.kernel.plain else keep & alive).sum(-1) for kind in kinds]
+        entropies = [one.entropies[kind.kernel == "cosine", kind.center is True] for kind in kinds]
+        found.append(_gathered(entropies, counts, kinds, norms * keep, one.resultant, (gram.shape[-1], features)))
+    return found[0], found[1]
+
+
+def values_of_rows(
+    z: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind, ...], dtype: torch.dtype
+) -> tuple[WindowValues, WindowValues]:
+    """What windows with more rows than features show, with and without their first tokens, from d x d matrices.
+
+    Args:
+        z: (windows, n, d), zero where ``live`` is false; float64 where an order needs eigenvalues.
+        live: (windows, n), rows that count.
+        first: (windows, n), true at first tokens.
+        kinds: of entropy.
+        dtype: of the rows.
+    """
+    shape = (z.shape[-2], z.shape[-1])
+    norms = z.square().sum(-1)
+    alive = norms > least(z)
+    unit = z * torch.where(alive, norms, math.inf).rsqrt().unsqueeze(-1)
+    # The products are of the rows without the first token, whose square is then added: taken off, a long token would
+    # leave nothing but its own rounding.
+    rest, heads = ~first.unsqueeze(-1), first.unsqueeze(-1)
+    sums = {}
+    for kernel, rows in (("linear", z), ("cosine", unit)):
+        without = rows * rest
+        sums[kernel] = without.mT @ without, without.sum(-2), (rows * heads).sum(-2)
+    found = []
+    for with_first in (True, False):
+        keep = live if with_first else live & ~first
+        count = (alive & keep).sum(-1)
+        entropies, counts = [], []
+        for kind in kinds:
+            gram, total, head = sums[kind.kernel]
+            if with_first:
+                gram, total = gram + head.unsqueeze(-1) * head.unsqueeze(-2), total + head
+            if kind.center is True:
+                gram = _centered(gram, total, count)
+            rows_ = keep.sum(-1) if kind.order.kernel.plain else count
+            ready = Order(kind.alpha, LINEAR)  # of the kernel already
+            value, _, _ = entropy_of_gram(gram, rows_, ready, shape, dtype, with_factor=False)
+            entropies.append(value)
+            counts.append(rows_)
+        _, total, head = sums["linear"]
+        resultant = (total + head if with_first else total).square().sum(-1)
+        found.append(_gathered(entropies, counts, kinds, norms * keep, resultant, shape))
+    return found[0], found[1]
+
+
+def _centered(gram: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """Products of features (windows, d, d) of rows about their mean; 0 where that is all rounding."""
+    before = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    mean = total / count.clamp(min=1).sqrt().unsqueeze(-1)
+    gram = gram - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    left = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return gram * (left > 16 * torch.finfo(gram.dtype).eps * before)[..., None, None]
+
+
+def _gathered(
+    entropies: list[Tensor],
+    counts: list[Tensor],
+    kinds: tuple[Kind, ...],
+    norms: Tensor,
+    resultant: Tensor,
+    shape: tuple[int, int],
+) -> WindowValues:
+    """The entropies with their limits, and norm ratio and mean share.
+
+    Args:
+        entropies: (windows,) of each kind.
+        counts: (windows,) rows that count for it.
+        kinds: of entropy.
+        norms: (windows, n), squared; 0 where a row does not count.
+        resultant: (windows,), squared norm of the sum of the rows.
+        shape: (n, d).
+    """
+    limits = [
+        (rows - int(bool(kind.center))).clamp(min=1, max=shape[1]).to(norms.dtype).log()
+        for kind, rows in zip(kinds, counts, strict=True)
+    ]
+    nonzero = (norms > least(norms)).sum(-1)
+    ordered = norms.sort(-1, descending=True).values
+    last = nonzero.clamp(min=1)
+    middle = torch.stack([(last - 1) // 2, last // 2], dim=-1)
+    median = ordered.gather(-1, middle).sqrt().mean(-1)
+    ratio = torch.where(nonzero > 0, ordered[..., 0].sqrt() / torch.where(nonzero > 0, median, 1), 1)
+    total = norms.sum(-1)
+    share = torch.where(nonzero > 0, resultant / (torch.where(nonzero > 0, total, 1) * last), 0).clamp(0, 1)
+    weights = torch.stack(
+        [window_weights(rows, norms, 2 + bool(kind.center), shape[0]) for kind, rows in zip(kinds, counts, strict=True)]
+    )
+    shape_weights = window_weights(nonzero, norms, 2, shape[0])
+    return WindowValues(torch.stack(entropies), torch.stack(limits), weights, ratio, share, shape_weights)
+
+
+def by_products(order: float) -> bool:
+    """The order needs no eigenvalues."""
+    return 2 <= order <= 8 and float(order).is_integer()
+
+
+def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:
+    """Sequences taken together: few enough that what is made of them stays small."""
+    length, features = rows.shape[1:]
+    per_row = max(features, min(length, features) if window is None else window)
+    limit = 1 << (20 if rows.device.type == "cpu" else 26)
+    step = max(1, limit // max(1, per_row * length))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
+
+
+def _plus_products(total: Tensor | None, rows: Tensor) -> Tensor:
+    """``rows.mT @ rows`` added to the lower triangle of ``total``: in four strips, 10 of 16 parts of the work."""
+    d = rows.shape[1]
+    if total is None:
+        total = rows.new_zeros(d, d)
+    strip = -(-d // 4)
+    for start in range(0, d, strip):
+        end = min(d, start + strip)
+        total[start:end, :end].addmm_(rows[:, start:end].mT, rows[:, :end])
+    return total
+
+
+def wide_type(values: Tensor) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
