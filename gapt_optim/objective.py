@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import GAPTConfig, ObjectiveConfig
 from .entropy import entropies, entropy_of_gram, measures_of, window_weights
 from .passes import Capture, Plan
+from .shards import sum_grams, sum_windows
 
 
 class Pressure(NamedTuple):
@@ -98,6 +99,9 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
 
     Matrices of equal size are computed as one batch: they are so small that it is the number of operations that costs.
     """
+    sharded = any(call.shards is not None for call in calls)
+    if sharded:
+        sum_grams(calls)
     alike: dict[object, list[int]] = {}
     for i, call in enumerate(calls):
         assert call.gram is not None
@@ -118,13 +122,16 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
             measures.append(of_measures.to(device))
     order = [i for members in alike.values() for i in members]
     if len(totals) == 1:
-        return totals[0], counts[0], measures[0] if measures else None
+        of_all = sum_windows(calls, totals[0], counts[0]) if sharded else (totals[0], counts[0])
+        return *of_all, measures[0] if measures else None
     dtype = torch.float64 if any(total.dtype == torch.float64 for total in totals) else totals[0].dtype
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
-    joined = [torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts)]
+    total, count = (torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts))
+    if sharded:
+        total, count = sum_windows(calls, total, count)
     if not measures:
-        return joined[0], joined[1], None
-    return joined[0], joined[1], torch.cat([part.to(dtype) for part in measures], 1)[:, back]
+        return total, count, None
+    return total, count, torch.cat([part.to(dtype) for part in measures], 1)[:, back]
 
 
 def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:

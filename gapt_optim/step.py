@@ -23,6 +23,7 @@ from .objective import Pressure, build_objective, counted_layers
 from .passes import Capture, Plan
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
+from .shards import plain
 from .sums import StepNumbers, StepSums
 
 _LOGGER = logging.getLogger("gapt_optim")
@@ -108,6 +109,7 @@ class Step:
 
     def objective(self, loss: Tensor, scaled_by: float) -> Tensor:
         """One micro-batch: records it, and returns what to differentiate."""
+        loss = plain(loss)
         if not loss.requires_grad:  # the captures have a graph all the same: the entropy alone would train, or nothing
             if self.watching.why_not:
                 raise RuntimeError(self.watching.why_nothing(loss))
