@@ -33,7 +33,7 @@ from .passes import (
     tensors_in,
     transformed,
 )
-from .shards import Placed, Shards, checked_placements, placed, read_part, read_whole
+from .shards import Placed, Shards, checked_placements, digest, placed, read_part, read_whole
 from .windows import Windows, cut, windows_of
 
 Reader = Callable[[str, Reading], None]
@@ -115,7 +115,6 @@ class RepresentationHook:
         watching, handles = self.watching, self._handles
         watching.layout = Layout(model, modules, **self._options)
         watching.placements = by_layer("placements", self._placements, modules)
-        watching.declared = self._placements is not None
         for name, module in modules.items():
             watching.watches[name] = watch = Watch(name, watching, module)
             handles += [leave_out(module), module.register_forward_hook(watch)]
@@ -237,9 +236,10 @@ class Watching:
         self.reader: Reader | None = None
         """Open in ``hook.measuring()``."""
         self.placements: dict[str, Any] = {}
-        """By layer, (mesh, placements) of outputs that are plain parts of the hidden tensor."""
-        self.declared = False
-        """``placements=`` was given."""
+        """By layer, (mesh, placements) of outputs that are plain parts of the hidden tensor; () of those that are not."""
+        self.digest = False
+        """The next call of the model leaves a digest of its arguments, by which ranks see whether they have the same."""
+        self.inputs: Tensor | None = None
         self.removed = False
         self.told: set[str] = set()
         """What was said of outputs that cannot be read."""
@@ -491,6 +491,8 @@ class Begins(Unsaved):
         if not self.is_model or torch.compiler.is_compiling() or watching.passes.open is not None:
             return
         if watching.plan is not None and watching.reader is None and torch.is_grad_enabled() and not in_backward():
+            if watching.digest:
+                watching.inputs, watching.digest = digest(tensors_in([args, kwargs])), False
             watching.passes.begin()
             self.opened = True
 

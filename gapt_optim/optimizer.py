@@ -188,6 +188,7 @@ class GAPTOptimizer(OptimizerWrapper):
         """
         step, device = self._step, self._device()
         step.compare_ranks(device)
+        step.refuse_undeclared(device)
         reading = None
         if closure is None:
             step.look_at_gradients(self.param_groups)

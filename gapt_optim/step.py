@@ -25,6 +25,7 @@ from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
 from .shards import plain
 from .sums import StepNumbers, StepSums
+from .undeclared import Undeclared
 
 _LOGGER = logging.getLogger("gapt_optim")
 _WHY = {
@@ -53,6 +54,7 @@ class Step:
         self.metrics: StepMetrics | None = None
         self.within_step = False
         """LBFGS evaluates its closure, and zeroes gradients in it, as often as it likes."""
+        self._undeclared = Undeclared()
         self._order = order_of(config.entropy)
         self._know_layers()
         self._notices = Notices()
@@ -79,6 +81,7 @@ class Step:
         every, parameter_every = config.alignment.every, config.alignment.parameter_every
         self._comparison = self._mean_entropy = None
         self.group = group_of(self.process_group)  # ranks may have met after the optimizer was made
+        self.watching.digest = self._undeclared.wanted and self.group is not None
         compressing = self.progress.phase is Phase.COMPRESSION
         started = counts.steps >= config.objective.start
         turn = self.counted
@@ -131,6 +134,8 @@ class Step:
         self._notices.divided(loss, scaled_by)
         objective = build_objective(loss, taken, self.plan, self.pressure, scaled_by)
         self._mean_entropy = objective.mean_entropy
+        if self._undeclared.wanted:
+            self._undeclared.note(loss, scaled_by, objective, self.names, self.watching)
         undivided = loss if scaled_by == 1.0 else loss.detach() / scaled_by
         self.sums.add(undivided, objective, alone=self.group is None)
         return objective.total
@@ -161,6 +166,7 @@ class Step:
         if self._comparison is None or not self._comparison.begun:
             parameters = named_parameters(self.watching.model(), groups)
             self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
+        self.compare_ranks(loss.device)  # before the first collective
         self._comparison.backward(total, loss, mean_entropy * scale, options)
 
     def _weight(self) -> float | None:
@@ -248,6 +254,17 @@ class Step:
             if self.group is not None:
                 refuse_different_ranks(flat_state(self.state_dict()), self.group, device)
             self._ranks_compared = True
+
+    def refuse_undeclared(self, device: torch.device) -> None:
+        """At the first step over ranks: what they have is what they seem to have.
+
+        Raises:
+            ValueError: on all ranks, where hidden tensors are parts that nobody declared, or the loss is a share.
+        """
+        if self._undeclared.wanted:
+            if self.group is not None:
+                self._undeclared.refuse(self.names, self.group, device)
+            self._undeclared.wanted = self.watching.digest = False
 
     def start_reading(self, device: torch.device) -> Callable[[], StepNumbers] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""

@@ -63,7 +63,7 @@ class Tiny(nn.Module):
         x = self.embed(ids)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
-        return self.head(self.norm(x))
+        return 1.0 * self.head(self.norm(x))  # not a view, of which fully_shard warns
 
 
 def sequence_parallel(model: Tiny, mesh: Any, *, axis: int = 1, head: Any = None, local: bool = True) -> None:
@@ -154,7 +154,8 @@ def made(run: Split) -> tuple[nn.Module, GAPTOptimizer, Any]:
             for block in model.blocks:
                 fully_shard(block, mesh=data_ranks)
             fully_shard(model, mesh=data_ranks)
-    hook = RepresentationHook(model, run.layers, placements=placements)
+    mask = (lambda call: call["attention_mask"]) if run.masked else None
+    hook = RepresentationHook(model, run.layers, mask=mask, placements=placements)
     config = GAPTConfig(gate=run.gate, entropy=run.entropy)
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=False)
     return model, GAPTOptimizer(base, hook, config), data_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,7 @@ WAYS = {
 def assert_equal(found: list[Any], run: Split, tolerance: float = 1e-9) -> None:
     expected = train(replace(run, way=None, placement=None, recompute=False))
     assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
+    assert expected[0].metrics.alignment is not None
     for of_rank in found:
         for here, there in zip(of_rank, expected, strict=True):
             assert distance(here.gradients, there.gradients) < tolerance
@@ -67,3 +69,67 @@ def test_every_kernel(ranks: Ranks, run: Split, kernel: Any, center: bool) -> No
 def test_single_precision(ranks: Ranks, run: Split) -> None:
     run = replace(run, dtype=torch.float32)
     assert_equal(ranks(train, run), run, 1e-5)
+
+
+def train_aloud(run: Split) -> tuple[list[Any], list[str]]:
+    """Steps, and what was said of layers that are put together."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        seen = train(run)
+    return seen, [str(each.message) for each in said if "is put together" in str(each.message)]
+
+
+@pytest.mark.parametrize("by", [Shard(1), None], ids=["plain", "DTensors"])
+@pytest.mark.parametrize(
+    ("window", "masked", "said"),
+    [
+        (5, False, "windows of 5 rows cross from one part of 8 rows to the next"),
+        (12, False, "(EntropyConfig(window=4) would not)"),
+        (None, False, "a window is a whole sequence"),
+        (4, True, "its rows are masked or in documents"),
+    ],
+)
+def test_windows_that_cross_parts(ranks: Ranks, by: Any, window: int | None, masked: bool, said: str) -> None:
+    way = sequence_parallel if by is not None else by_dtensors
+    run = Split(way, placement=by, masked=masked, entropy=EntropyConfig(window=window))
+    answers = ranks(train_aloud, run)
+    assert_equal([seen for seen, _ in answers], run)
+    for _, told in answers:
+        assert len(told) == 2  # one for each block
+        assert said in told[0]
+
+
+def test_a_mask_beside_parts_of_a_batch(ranks: Ranks) -> None:
+    run = Split(along_batch, placement=Shard(0), masked=True)
+    assert_equal(ranks(train, run), run)
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_windows_of_more_rows_than_a_part_has_features(ranks: Ranks, window: int | None) -> None:
+    run = replace(FEATURES, layers="blocks.*.mlp.up", entropy=EntropyConfig(window=window, alpha=1.0))
+    assert_equal(ranks(train, run), run, 1e-7)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("way", ["blocks", "features", "loss_parallel", "DTensors"])
+def test_sharded_parameters_and_parts(four: Ranks, way: str) -> None:
+    """FSDP2 over two, tensor and sequence parallel over two."""
+    run = {
+        "blocks": SEQUENCE,
+        "features": FEATURES,
+        "loss_parallel": WAYS["loss_parallel"],
+        "DTensors": WAYS["DTensors, Shard(1)"],
+    }[way]
+    run = replace(run, shards=2)
+    assert_equal(four(train, run), run)
+
+
+@pytest.mark.parametrize("run", [SEQUENCE, FEATURES, WAYS["DTensors, Replicate"]], ids=["rows", "features", "copies"])
+def test_four_parts(four: Ranks, run: Split) -> None:
+    assert_equal(four(train, run), run)
