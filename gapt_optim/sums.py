@@ -104,12 +104,12 @@ class StepSums:
             return lambda: self._numbers(
                 [*sums.read(), *ran, *held_out], None if beside is None else beside.read(), ranks=1
             )
-        row = self._row
-        if row is None:
-            row = torch.zeros(_SCALARS + 2 * count * (1 + _MEASURES), device=device)
-        own = torch.tensor([*(float(name in self._ran) for name in self.names), *held_out], dtype=row.dtype)
-        flat = torch.zeros(3 * count, device=row.device) if angles is None else angles.reshape(-1)
-        sent = torch.cat((row, own.to(row.device, non_blocking=True), flat.to(row)))
+        # One type and device on all ranks, also on one that had no loss.
+        like = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        row = like.new_zeros(_SCALARS + 2 * count * (1 + _MEASURES)) if self._row is None else self._row.to(like)
+        own = torch.tensor([*(float(name in self._ran) for name in self.names), *held_out], dtype=like.dtype)
+        flat = like.new_zeros(3 * count) if angles is None else angles.reshape(-1).to(like)
+        sent = torch.cat((row, own.to(device, non_blocking=True), flat))
         arriving = HostCopy(sum_over_ranks(sent, group))
         due, ranks = angles is not None, dist.get_world_size(group)
 

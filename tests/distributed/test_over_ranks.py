@@ -100,19 +100,19 @@ COMPARED = [(8, 64)]
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("activation", [False, True])
 @pytest.mark.parametrize(
-    ("depth", "micro_batches", "dtype", "size"),
-    [(6, 1, torch.float32, 4), (3, 4, torch.float64, 8), (3, 2, torch.bfloat16, 4)],
+    ("depth", "micro_batches", "dtype"),
+    [(6, 1, torch.float32), (3, 4, torch.float64), (3, 2, torch.bfloat16)],
     ids=str,
 )
 def test_one_collective_per_step(
-    ranks: Ranks, parallel: str, activation: bool, depth: int, micro_batches: int, dtype: torch.dtype, size: int
+    ranks: Ranks, parallel: str, activation: bool, depth: int, micro_batches: int, dtype: torch.dtype
 ) -> None:
     """However many micro-batches the step has."""
     config = GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(every=int(activation)))
     build = partial(Net, depth=depth)
     run = Run(parallel, config=config, micro_batches=micro_batches, steps=3, build=build, dtype=dtype)
     numbers = numbers_per_step(depth)
-    step = [(numbers, size * numbers)]
+    step = [(numbers, 8 * numbers)]
     assert ranks(collectives, run) == [[COMPARED + step, step, step]] * 2
 
 
