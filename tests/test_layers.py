@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from gapt_optim._objective.layers import REDUCTIONS, SCHEDULES, counted_layers, reduction_coefficients, schedule_shares
+
 from tests.reference import REFERENCE_REDUCTIONS, REFERENCE_SHARES
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from gapt_optim._capture.tap import Tap
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gapt_optim import GAPTOptimizer, matrix_entropy
-from gapt_optim._capture.tap import Tap
 from tests.loops import assert_same
 from tests.memory import Live
 from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations

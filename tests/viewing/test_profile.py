@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from gapt_optim.viewing import Profile, profile, write_profile
+from gapt_optim.viewing.layer_profile import LayerProfile
+from gapt_optim.viewing.layer_statistics import What, values_of_gram, values_of_order_2
+from gapt_optim.viewing.profile_view import comparison_table, panels, profile_table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gapt_optim import EntropyConfig, RepresentationHook
-from gapt_optim.viewing import Profile, profile, write_profile
-from gapt_optim.viewing.layer_profile import LayerProfile
-from gapt_optim.viewing.layer_statistics import What, values_of_gram, values_of_order_2
-from gapt_optim.viewing.profile_view import comparison_table, panels, profile_table
 
 from . import reference
 
