@@ -31,6 +31,8 @@ class Pressure(NamedTuple):
     """Where pressing stops, by layer; None where it has no end."""
     compared: bool = False
     """The gradient of the mean entropy is wanted by itself."""
+    among: int | None = None
+    """Layers that the mean is over, where stages on other ranks have some of them; None where they are all here."""
 
 
 class Objective(NamedTuple):
@@ -82,7 +84,7 @@ def build_objective(
         judged = [layers[i] for i in places]
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(means, weights), loss)[0]
+            mean_entropy = _finite(_mean(means, weights, None), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
         for name in judged:
@@ -198,9 +200,9 @@ def _over(values: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1)
 
 
-def _mean(means: Tensor, weights: Tensor) -> Tensor:
-    """Over the layers that can have an entropy."""
-    return means.sum() / (weights > 0).sum().clamp(min=1)
+def _mean(means: Tensor, weights: Tensor, among: int | None) -> Tensor:
+    """Over the layers that can have an entropy, or as many as are named."""
+    return means.sum() / ((weights > 0).sum().clamp(min=1) if among is None else among)
 
 
 def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressure) -> Tensor:
@@ -213,7 +215,7 @@ def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressu
         values = _up_to(means, weights, layers, pressure.targets, objective)
     if pressure.config.layers.reduce == "largest_drop" and len(layers) > 1:
         return values[(-means.detach().diff()).argmax() + 1]
-    return _mean(values, weights)
+    return _mean(values, weights, pressure.among)
 
 
 def _up_to(

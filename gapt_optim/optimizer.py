@@ -286,7 +286,7 @@ class GAPTOptimizer(OptimizerWrapper):
     def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
         if not self._hook.names and isinstance(own, dict):  # layers=None waits for a forward pass
             self._hook.choose(own.get("layers") or [])
-        return checked_state(own, self._hook.names, self.config)
+        return checked_state(own, self._step.names or self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._step.load_state_dict(own)

@@ -91,6 +91,11 @@ def difference_between(described: Sequence[Mapping[str, str]]) -> str:
     return (
         f"ranks differ in {', '.join(different[:_MOST_NAMED])}{more}; give all ranks the same configuration, layers "
         "and checkpoint, or say with process_group= which ranks train together"
+        + (
+            "; stages of a pipeline are connected by gapt_optim.integrations.pipelining.pipelined"
+            if "layers" in fields and any(each.get("layers") != described[0].get("layers") for each in described)
+            else ""
+        )
     )
 
 

@@ -55,6 +55,8 @@ class Step:
         self.within_step = False
         """LBFGS evaluates its closure, and zeroes gradients in it, as often as it likes."""
         self._undeclared = Undeclared()
+        self._of_stages: list[str] | None = None
+        self._stages = 1
         self._order = order_of(config.entropy)
         self._know_layers()
         self._notices = Notices()
@@ -69,9 +71,16 @@ class Step:
     def _know_layers(self) -> None:
         """Which layers there are: with ``layers=None``, the first forward pass may choose them."""
         layers = self.config.layers
-        self.names = list(self.watching.watches)
+        self.names = list(self.watching.watches) if self._of_stages is None else self._of_stages
         self.counted = counted_layers(self.names, layers.skip_first, layers.skip_last)
         self.sums = StepSums(self.names)
+
+    def join_stages(self, names: list[str], ranks: int) -> None:
+        """This rank has some stages of a pipeline over ``ranks``; ``names`` are the layers of all of them."""
+        self._of_stages, self._stages = names, ranks
+        self._gradients_show = False  # a schedule runs forward passes ahead of backward passes
+        self._know_layers()
+        self.begin()
 
     # What this step does
 
@@ -93,6 +102,7 @@ class Step:
             active=compressing and started,
             targets=self._targets(),
             compared=parameter_every > 0 and counts.steps % parameter_every == 0,
+            among=None if self._of_stages is None else len(turn),
         )
         differentiated = self.pressure.active or self.pressure.compared
         self.plan = Plan(
@@ -139,6 +149,16 @@ class Step:
         undivided = loss if scaled_by == 1.0 else loss.detach() / scaled_by
         self.sums.add(undivided, objective, alone=self.group is None)
         return objective.total
+
+    def press_stage(self, output: Tensor) -> Tensor | None:
+        """An earlier stage of a pipeline gave ``output``: record its entropies, and return what presses them."""
+        taken = self.watching.take(output)
+        if not taken:
+            return None
+        nothing = torch.zeros((), device=output.device)
+        objective = build_objective(nothing, taken, self.plan, self.pressure, 1.0)
+        self.sums.add(nothing, objective, alone=False, micro_batches=0)
+        return objective.total if objective.total.requires_grad else None
 
     def _nothing_taken(self, loss: Tensor) -> None:
         """No watched module ran for this loss."""
@@ -270,8 +290,19 @@ class Step:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self.group is None and not self.sums.micro_batches:
             return None
-        angles = self.watching.take_angles(device) if self.plan.due else None
+        angles = self._angles(device) if self.plan.due else None
         return self.sums.start_reading(angles, self.progress.counts.unjudged_validation, device, self.group)
+
+    def _angles(self, device: torch.device) -> Tensor:
+        """(layers, 3), also of those that stages on other ranks have."""
+        taken = self.watching.take_angles(device)
+        if self._of_stages is None:
+            return taken
+        # g is divided by the number of all ranks, of which each has one stage of its own pipeline.
+        factors = torch.tensor([[self._stages, self._stages**2, 1.0]]).to(taken)
+        found = torch.zeros(len(self.names), 3, dtype=taken.dtype, device=device)
+        found[[self.names.index(name) for name in self.watching.watches]] = taken * factors
+        return found
 
     def finish(self, numbers: StepNumbers, groups: Groups) -> StepMetrics:
         """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""

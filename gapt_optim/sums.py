@@ -59,8 +59,11 @@ class StepSums:
     def clear(self) -> None:
         self.micro_batches, self._row, self._on_host, self._ran = 0, None, None, set()
 
-    def add(self, loss: Tensor, objective: Objective, *, alone: bool) -> None:
-        """One micro-batch: its loss, and what its objective is made of. ``alone`` on one rank."""
+    def add(self, loss: Tensor, objective: Objective, *, alone: bool, micro_batches: int = 1) -> None:
+        """One micro-batch: its loss, and what its objective is made of. ``alone`` on one rank.
+
+        Of a stage of a pipeline it is the objective alone, and counts for no micro-batch.
+        """
         sums, measures, layers = objective.sums, objective.measures, objective.layers
         if len(layers) < len(self.names):
             sums = self._spread(sums, layers, 1)
@@ -69,10 +72,11 @@ class StepSums:
             measures = sums.new_zeros(2, len(self.names), _MEASURES)
         penalty = sums.new_zeros(1) if objective.penalty is None else objective.penalty.reshape(1).to(sums.dtype)
         one = loss.detach().reshape(1).to(sums.dtype)
-        row = torch.cat((one, penalty, torch.ones_like(penalty), sums.reshape(-1), measures.reshape(-1).to(sums.dtype)))
+        count = torch.full_like(penalty, micro_batches)
+        row = torch.cat((one, penalty, count, sums.reshape(-1), measures.reshape(-1).to(sums.dtype)))
         self._row = row if self._row is None else self._row + row
         self._ran.update(layers)
-        self.micro_batches += 1
+        self.micro_batches += micro_batches
         if alone and not torch.compiler.is_compiling():
             self._on_host = HostCopy(self._row)
 

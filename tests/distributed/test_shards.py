@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -108,13 +107,6 @@ def test_a_mask_beside_parts_of_a_batch(ranks: Ranks) -> None:
 def test_windows_of_more_rows_than_a_part_has_features(ranks: Ranks, window: int | None) -> None:
     run = replace(FEATURES, layers="blocks.*.mlp.up", entropy=EntropyConfig(window=window, alpha=1.0))
     assert_equal(ranks(train, run), run, 1e-7)
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("way", ["blocks", "features", "loss_parallel", "DTensors"])
