@@ -211,6 +211,13 @@ class GAPTOptimizer(OptimizerWrapper):
         self._finish(reading)
         return result
 
+    def _begin_reading(self) -> Callable[[], StepNumbers] | None:
+        """Compare ranks if that is due, and begin to sum over them."""
+        step, device = self._step, self._device()
+        step.compare_ranks(device)
+        step.refuse_undeclared(device)
+        return step.start_reading(device)
+
     def _finish(self, reading: Callable[[], StepNumbers] | None) -> None:
         """Let the gate judge a step, and plan the next."""
         step = self._step
@@ -314,10 +321,7 @@ class _Follows(JoinHook):
         self.optimizer, self.of_bases = optimizer, of_bases
 
     def main_hook(self) -> None:
-        step, device = self.optimizer._step, self.optimizer._device()
-        step.compare_ranks(device)
-        step.refuse_undeclared(device)
-        reading = step.start_reading(device)
+        reading = self.optimizer._begin_reading()
         for hook in self.of_bases:
             hook.main_hook()
         self.optimizer._finish(reading)

@@ -82,6 +82,10 @@ class Step:
         self._know_layers()
         self.begin()
 
+    def let_engine_step(self) -> None:
+        """An engine steps the wrapped optimizer, and keeps gradients to itself."""
+        self._gradients_show = False
+
     # What this step does
 
     def begin(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -48,7 +48,7 @@ class Layers(nn.Module):
 class Piped:
     schedule: str = ""
     scale: float = 1.0
-    config: GAPTConfig = GAPTConfig(gate=RESTLESS)
+    config: GAPTConfig = field(default_factory=lambda: GAPTConfig(gate=RESTLESS))
     steps: int = 20
     data: int = 1
     """Pipelines beside each other, each with a share of the batch."""
