@@ -155,3 +155,66 @@ def refused(config: GAPTConfig) -> str:
 def test_parameter_alignment_is_refused(ranks: Ranks) -> None:
     for message in ranks(refused, GAPTConfig(alignment=AlignmentConfig(parameter_every=1)), timeout=60):
         assert "AlignmentConfig(parameter_every=0)" in message
+
+
+def train_with_trainer(stage: int, folder: str) -> tuple[list[int], list[str], float]:
+    """Steps and phases that a Trainer logs, and the loss that the gate judged last."""
+    quiet()
+    import deepspeed
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    from gapt_optim.integrations.transformers import GAPTCallback
+
+    compiled = deepspeed.ops.__compatible_ops__
+    compiled.update(dict.fromkeys(compiled, False))
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=1))
+
+    class WithGate(Trainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            hook = RepresentationHook(self.model, "transformer.h.*")
+            base = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+            self.optimizer = GAPTOptimizer(base, hook, GAPTConfig(gate=RESTLESS))
+            return self.optimizer
+
+    arguments = TrainingArguments(
+        folder,
+        max_steps=6,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        deepspeed={
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    rows = torch.randint(32, (64, 16), generator=torch.Generator().manual_seed(0))
+    trainer = WithGate(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    trainer.add_callback(GAPTCallback(trainer))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "gapt/loss" in log]
+    from gapt_optim.integrations.common import unwrapped
+
+    optimizer = unwrapped(trainer.optimizer)
+    assert optimizer is not None
+    assert optimizer.metrics is not None
+    steps = [round(log["step"]) for log in logs]
+    phases = ["compression" if log["gapt/compression"] else "memorization" for log in logs]
+    return steps, phases, optimizer.metrics.loss
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_trainer_with_a_deepspeed_configuration(tmp_path: Any, stage: int) -> None:
+    alone = Ranks(1)
+    (found,) = alone(train_with_trainer, stage, str(tmp_path), timeout=120)
+    alone.close()
+    steps, phases, loss = found
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert set(phases) == {"memorization", "compression"}
+    assert 2 < loss < 4  # nats per token, of log(32) = 3.47
