@@ -225,6 +225,7 @@ class Angles:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.paused = False
         self._sums: Tensor | None = None
         self._probe = torch.zeros(3, device=device, requires_grad=True)
         """In a compiled model the sums leave the backward as the gradient of this leaf: it runs no Python."""
@@ -233,6 +234,8 @@ class Angles:
         """Add what arrives at ``seen``, a view of the hidden tensor, once the objective gave ``capture`` its factor."""
 
         def arrived(g: Tensor) -> None:
+            if self.paused:
+                return
             factor, capture.factor = capture.factor, None
             if factor is None:  # the gradient of something else
                 return

@@ -59,13 +59,15 @@ class GradientComparison:
         """A backward was compared, and its gradients are still in ``.grad``."""
         return self._statistics is not None and any(p.grad is not None for p in self._parameters)
 
-    def backward(self, total: Tensor, loss: Tensor, entropy: Tensor, options: dict[str, Any]) -> None:
-        """Differentiate ``total`` into ``.grad``, and compare ``loss`` with ``entropy``, all scaled alike."""
+    def before(self, loss: Tensor, entropy: Tensor) -> None:
+        """Take the gradients that ``.grad`` will not show, of a loss and an entropy that are scaled alike."""
         self._add_gradient(entropy, self._entropy)
         if self.weight is None:
             self._add_gradient(loss, self._loss)
         self._note_parameters_of(loss)
-        total.backward(**options)  # type: ignore[no-untyped-call]
+
+    def after(self) -> None:
+        """Compare them with what the backward left in ``.grad``."""
         self._average_over_ranks()
         rows = [self._row(i) for i in range(len(self._parameters))]
         self._reached = [(by_loss, by_entropy) for by_loss, by_entropy, _ in rows]

@@ -236,9 +236,9 @@ class Watching:
         self.reader: Reader | None = None
         """Open in ``hook.measuring()``."""
         self.placements: dict[str, Any] = {}
-        """By layer, (mesh, placements) of outputs that are plain parts of the hidden tensor; () of those that are not."""
+        """By layer, (mesh, placements) of outputs that are plain parts of a hidden tensor; () of those that are not."""
         self.digest = False
-        """The next call of the model leaves a digest of its arguments, by which ranks see whether they have the same."""
+        """The next call of the model leaves a digest of its arguments, by which ranks see if they have the same."""
         self.inputs: Tensor | None = None
         self.removed = False
         self.told: set[str] = set()
@@ -302,6 +302,21 @@ class Watching:
         if any(factor != 1.0 for factor in factors):
             taken = taken * torch.tensor(factors).to(taken).unsqueeze(1)
         return taken
+
+    @contextmanager
+    def without_angles(self) -> Iterator[None]:
+        """What is differentiated inside is not the loss alone."""
+        for watch in self.watches.values():
+            watch.angles.paused = True
+        try:
+            yield
+        finally:
+            for watch in self.watches.values():
+                watch.angles.paused = False
+
+    def clear_angles(self) -> None:
+        for watch in self.watches.values():
+            watch.angles.clear()
 
     def clear(self) -> None:
         """The step is over: forget what no graph would tell to be gone."""
@@ -367,23 +382,25 @@ class Watch(Unsaved):
         (reading, shards, features), order = found, plan.order
         rows = reading.rows
         batch, length = rows.shape[:2]
-        windows = windows_of(batch, length, plan.window, reading.live, reading.segments)
+        into = None if compiling else watching.passes.current()
+        cutting = windows_of if into is None else into.windows_of
+        windows = cutting(batch, length, plan.window, reading.live, reading.segments)
         flows = rows.requires_grad
-        differentiated = flows and (self.name in plan.pressed or (plan.due and plan.angles and not compiling))
+        # A compiled model is the same at every step of a phase, whether it is due or not.
+        differentiated = flows and (self.name in plan.pressed or (not compiling and plan.due and plan.angles))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
-        if windows.size > features and (plan.due or compiling):
+        if windows.size > features and (compiling or plan.due):
             with torch.no_grad():
                 measures = measures_of_rows(cut(rows.detach(), windows))
         capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures, shards)
-        if compiling:
+        if into is None:
             self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
             if not (flows and plan.angles) or (shards is not None and shards.features):
                 return None
             marked = self.angles.in_graph(reading.h, reading.view, windows, order)
             return replaced(output, reading.h, marked)
         capture.nodes = _nodes_of(output, reading.h)
-        into = watching.passes.current()
         into.captures.append(capture)
         repeat = Repeat(_address(args), reading.view, windows, differentiated)
         into.repeats.setdefault(self.name, []).append(repeat)
@@ -620,7 +637,9 @@ def _is_of(gram: Tensor | None, behind: set[Any]) -> bool:
     for _ in range(4):
         if node is None or node in behind:
             return True
-        node = node.next_functions[0][0] if node.next_functions else None
+        node = next((each for each, _ in node.next_functions if each is not None and each.next_functions), None)
+        if node is None:  # parameters are behind every loss
+            return False
     return False
 
 

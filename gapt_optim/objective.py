@@ -23,6 +23,8 @@ class Pressure(NamedTuple):
     """What is pressed in the step under way."""
 
     config: GAPTConfig
+    counted: tuple[str, ...]
+    """Layers that count."""
     layers: tuple[str, ...]
     """Those whose entropy is in the objective: all that count, or the one whose turn it is."""
     active: bool
@@ -70,6 +72,8 @@ def build_objective(
         return Objective(loss, [], torch.zeros(2, 0, device=loss.device), None, None, None)
     with torch.set_grad_enabled(pressure.active or pressure.compared):
         of_calls, weights, measures = _sums_of_calls(calls, plan, loss.device)
+        for call in calls:  # an angle still waits for the gradient, and keeps its capture
+            call.gram = call.live = call.measures = None
         if len(calls) > len(layers):
             times = [len(of_layer) for of_layer in taken.values()]
             of_calls, weights = (_over(values, times) for values in (of_calls, weights))
@@ -78,15 +82,13 @@ def build_objective(
         if not (pressure.active or pressure.compared):
             return Objective(loss, layers, sums, measures, None, None)
         means = of_calls / weights.clamp(min=1)
-        places = [i for i, name in enumerate(layers) if name in pressure.layers]
-        if len(places) < len(layers):
-            means, weights = (values[places] if places else values[:0] for values in (means, weights))
-        judged = [layers[i] for i in places]
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(means, weights, None), loss)[0]
+            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights), None), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
+        judged = [name for name in layers if name in pressure.layers]
+        means, weights = _of(pressure.layers, layers, means, weights)
         for name in judged:
             for call in taken[name]:
                 call.pressed = True
@@ -148,7 +150,9 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
         value, live, factor = entropy_of_gram(gram, live, order, first.shape, first.dtype, with_factor=True)
     weight = window_weights(live, value, order.fewest, first.shape[0])
     sizes = [len(call.gram) for call in calls if call.gram is not None]
-    _give_factors(calls, factor, weight, sizes)
+    if factor is not None and any(call.angled for call in calls):
+        for call, own in zip(calls, factor.split(sizes), strict=True):
+            call.factor = own if call.angled else None
     counted = torch.where(weight > 0, value, 0)
     totals, counts = (_over(values, sizes) for values in (counted, weight))
     measures = None
@@ -156,16 +160,6 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
         with torch.no_grad():
             measures = _measures(calls, gram.detach(), sizes)
     return totals, counts, measures
-
-
-def _give_factors(calls: list[Capture], factor: Tensor | None, weight: Tensor, sizes: list[int]) -> None:
-    """Of calls whose angle is taken."""
-    if factor is None or not any(call.angled for call in calls):
-        return
-    weighted = (factor * weight[:, None, None]).split(sizes)
-    for call, own in zip(calls, weighted, strict=True):
-        if call.angled:
-            call.factor = own
 
 
 def _measures(calls: list[Capture], gram: Tensor, sizes: list[int]) -> Tensor | None:
@@ -198,6 +192,14 @@ def _over(values: Tensor, sizes: list[int]) -> Tensor:
     if len(set(sizes)) == 1:
         return values.unflatten(-1, (len(sizes), sizes[0])).sum(-1)
     return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1)
+
+
+def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tensor, ...]:
+    """(layers,) values of those that are wanted."""
+    places = [i for i, name in enumerate(layers) if name in wanted]
+    if len(places) == len(layers):
+        return values
+    return tuple(torch.stack([value[i] for i in places]) if places else value[:0] for value in values)
 
 
 def _mean(means: Tensor, weights: Tensor, among: int | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .entropy import Order
-from .windows import Windows
+from .windows import Windows, windows_of
 
 if TYPE_CHECKING:
     from .shards import Shards
@@ -97,6 +97,18 @@ class Pass:
         self.used = False
         """A loss used some of its captures."""
         self._graph: weakref.ref[_Graph] | None = None
+        self._windows: dict[Any, tuple[Any, Windows]] = {}
+
+    def windows_of(
+        self, batch: int, length: int, size: int | None, live: Tensor | None, segments: Tensor | None
+    ) -> Windows:
+        """:func:`gapt_optim.windows.windows_of`, once for all layers that have the same mask."""
+        if live is None and segments is None:
+            return windows_of(batch, length, size, None, None)
+        key = batch, length, id(live), id(segments)
+        if key not in self._windows:
+            self._windows[key] = (live, segments), windows_of(batch, length, size, live, segments)
+        return self._windows[key][1]
 
     def follow(self, output: Any) -> None:
         """Forget everything once the graph behind the model's ``output`` is gone."""
@@ -129,8 +141,7 @@ class Pass:
         for capture in self.captures:
             capture.gram = capture.live = capture.measures = capture.saved = None
             capture.nodes = ()
-        self.captures = []
-        self.repeats = {}
+        self.captures, self.repeats, self._windows = [], {}, {}
 
 
 class _Graph:

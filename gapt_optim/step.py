@@ -102,6 +102,7 @@ class Step:
             turn = (self.counted[counts.compression_steps % len(self.counted)],)
         self.pressure = Pressure(
             config,
+            counted=self.counted,
             layers=turn,
             active=compressing and started,
             targets=self._targets(),
@@ -134,6 +135,8 @@ class Step:
                 "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
+        if not self.sums.micro_batches:  # what a backward of something else left
+            self.watching.clear_angles()
         if not self.names and self.watching.watches:  # chosen in this forward pass, which captured nothing
             self._know_layers()
             self.begin()
@@ -190,8 +193,11 @@ class Step:
         if self._comparison is None or not self._comparison.begun:
             parameters = named_parameters(self.watching.model(), groups)
             self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
+        with self.watching.without_angles():
+            self._comparison.before(loss, mean_entropy * scale)
         self.compare_ranks(loss.device)  # before the first collective
-        self._comparison.backward(total, loss, mean_entropy * scale, options)
+        total.backward(**options)  # type: ignore[no-untyped-call]
+        self._comparison.after()
 
     def _weight(self) -> float | None:
         """Of the mean entropy's gradient in what is differentiated; None where that is no multiple of it."""
@@ -241,8 +247,7 @@ class Step:
     def discard(self) -> None:
         """No step is taken: what was recorded for it goes, and its plan is made anew."""
         self.sums.clear()
-        for watch in self.watching.watches.values():
-            watch.angles.clear()
+        self.watching.clear_angles()
         self._gradients = None
         self._notices.forget_losses()
         self.begin()

@@ -72,8 +72,8 @@ def undeclared(rows: Sequence[Sequence[float]], names: Sequence[str]) -> str | N
     share = max((row[2] for row in rows if not math.isnan(row[2])), default=1.0)
     if share < _A_SHARE:
         return (
-            f"the loss is a sum over the tokens of one rank or micro-batch, divided by {1 / share:.3g} times as many: a "
-            "share of a mean over all, whose gradients are summed. The gate would judge the share, and the entropy "
+            f"the loss is a sum over the tokens of one rank or micro-batch, divided by {1 / share:.3g} times as many: "
+            "a share of a mean over all, whose gradients are summed. The gate would judge the share, and the entropy "
             "would weigh more than it says; tell what the share is: optimizer.objective(loss, scaled_by=own tokens / "
             f"all tokens), here {share:.3g}"
         )

@@ -39,8 +39,8 @@ def connect(engine: Any) -> GAPTOptimizer:
     optimizer = unwrapped(engine.optimizer)
     if optimizer is None:
         raise TypeError(
-            "engine was not given a GAPTOptimizer: deepspeed.initialize(model=model, optimizer=GAPTOptimizer(...)), and "
-            "no optimizer in its configuration"
+            "engine was not given a GAPTOptimizer: deepspeed.initialize(model=model, optimizer=GAPTOptimizer(...)), "
+            "and no optimizer in its configuration"
         )
     if optimizer.config.alignment.parameter_every:
         raise ValueError(

@@ -78,7 +78,7 @@ def train_aloud(run: Split) -> tuple[list[Any], list[str]]:
     return seen, [str(each.message) for each in said if "is put together" in str(each.message)]
 
 
-@pytest.mark.parametrize("by", [Shard(1), None], ids=["plain", "DTensors"])
+@pytest.mark.parametrize("by", [Shard(1), pytest.param(None, marks=pytest.mark.slow)], ids=["plain", "DTensors"])
 @pytest.mark.parametrize(
     ("window", "masked", "said"),
     [

@@ -117,8 +117,9 @@ def test_recomputation(ranks: Ranks, parallel: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "none"])
+@pytest.mark.parametrize("parallel", ["ddp", "none"])
 def test_compiled(ranks: Ranks, parallel: str, recompute: bool) -> None:
     run = Run(parallel, compiled=True, build=partial(Net, recompute=recompute))
     expected = train(replace(run, parallel="none", compiled=False))
