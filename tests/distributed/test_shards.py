@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch.distributed.tensor import Shard
 
 from gapt_optim import EntropyConfig
 from tests.distributed.parallel import (
+    BATCH,
+    LENGTH,
     Split,
     along_batch,
     by_dtensors,
@@ -21,9 +24,11 @@ from tests.distributed.parallel import (
     train,
 )
 from tests.distributed.ranks import Ranks
+from tests.distributed.test_over_ranks import counted_collectives, numbers_per_step
 from tests.distributed.test_training_over_ranks import assert_equal_metrics
 from tests.training import distance
 
+LAYERS = 2
 SEQUENCE = Split(sequence_parallel, placement=Shard(1))
 FEATURES = Split(sequence_parallel, "blocks.*.mlp.up", Shard(-1))
 WAYS = {
@@ -125,3 +130,24 @@ def test_sharded_parameters_and_parts(four: Ranks, way: str) -> None:
 @pytest.mark.parametrize("run", [SEQUENCE, FEATURES, WAYS["DTensors, Replicate"]], ids=["rows", "features", "copies"])
 def test_four_parts(four: Ranks, run: Split) -> None:
     assert_equal(four(train, run), run)
+
+
+def collectives(run: Split) -> list[list[int]]:
+    """Numbers in each collective of ours, by step. Those of DTensors are torch's own functions."""
+    found = []
+    for steps in range(1, run.steps + 1):
+        with counted_collectives() as sizes:
+            train(replace(run, steps=steps))
+        found.append([numbers for numbers, _ in sizes])
+    return [found[0], *[later[len(earlier) :] for earlier, later in itertools.pairwise(found)]]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("way", ["rows", "features"])
+def test_one_collective_for_all_layers_of_an_objective(ranks: Ranks, way: str, micro_batches: int) -> None:
+    """A sum and a weight of each layer, or the Gram matrices of its windows of 4 rows."""
+    run = replace({"rows": SEQUENCE, "features": FEATURES}[way], micro_batches=micro_batches, steps=4)
+    numbers = {"rows": 2 * LAYERS, "features": LAYERS * (BATCH * LENGTH // 4) * 4 * 4}[way]
+    step = [*[numbers] * micro_batches, numbers_per_step(LAYERS)]
+    compared = [*step[:-1], 8, step[-1]]
+    assert ranks(collectives, run) == [[compared, step, step, step]] * 2
