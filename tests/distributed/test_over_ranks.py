@@ -405,6 +405,41 @@ def test_a_sharded_checkpoint_goes_on_at_another_world_size(ranks: Ranks) -> Non
                 assert distance(found.final, expected.final) < 1e-9
 
 
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save_flat(folder: str, run: Run, until: int) -> list[Seen]:
+    """As torchtitan saves: one flat mapping of tensors and numbers."""
+    called, model, optimizer = made(run)
+    for step in range(until):
+        train_step(run, step, called, model, optimizer)
+    state = {"model": get_model_state_dict(model), **get_optimizer_state_dict(model, optimizer, options=FLAT)}
+    dcp.save(state, checkpoint_id=folder)
+    return [train_step(run, step, called, model, optimizer) for step in range(until, run.steps)]
+
+
+def load_flat(folder: str, run: Run, start: int) -> list[Seen]:
+    called, model, optimizer = made(replace(run, build=Other))
+    of_optimizer = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    state = {"model": get_model_state_dict(model), **of_optimizer}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state.pop("model"))
+    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    return [train_step(run, step, called, model, optimizer) for step in range(start, run.steps)]
+
+
+def test_a_flat_checkpoint_of_four_ranks_goes_on_over_two(four: Ranks, ranks: Ranks) -> None:
+    run = Run("fsdp", steps=8, base=ADAMW)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = four(save_flat, folder, run, 3)[0]
+        found = ranks(load_flat, folder, run, 3)
+    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
+    for of_rank in found:
+        for here, there in zip(of_rank, expected, strict=True):
+            assert distance(here.gradients, there.gradients) < 1e-7
+            assert_equal_metrics(here, there, 1e-7)
+
+
 # Refusals
 
 

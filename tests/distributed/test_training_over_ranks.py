@@ -8,21 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from gapt_optim import (
     AlignmentConfig,
     Angle,
     EntropyConfig,
     GAPTConfig,
+    GAPTOptimizer,
     GateConfig,
     LayerConfig,
     ObjectiveConfig,
     Phase,
     PhaseGate,
+    RepresentationHook,
 )
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import COMPRESSING, RESTLESS, Net, Run, Seen, train
+from tests.distributed.runs import COMPRESSING, RESTLESS, SGD, Net, Run, Seen, full, train
 from tests.reference import KERNELS
 from tests.training import distance
 
@@ -220,3 +225,39 @@ def test_parameter_alignment_over_micro_batches(ranks: Ranks) -> None:
     for a, b in zip(*found, strict=True):
         assert all(torch.equal(a.gradients[name], b.gradients[name]) for name in a.gradients)
     assert_equal_runs(found, train(replace(run, parallel="none")))
+
+
+def test_shards_and_copies_of_them(four: Ranks) -> None:
+    """HSDP: over four ranks, two shards twice."""
+    run = Run("hsdp")
+    expected = train(replace(run, parallel="none"))
+    for of_rank in four(train, run):
+        for here, there in zip(of_rank, expected, strict=True):
+            assert distance(here.gradients, there.gradients) < 1e-9
+            assert_equal_metrics(here, there, 1e-9)
+
+
+def train_chunks(steps: int, parts: bool) -> list[Seen]:
+    """Context parallel: each rank has a chunk of every sequence, of as many rows as a window has."""
+    model = Net().double()
+    hook = RepresentationHook(model, "blocks.*")
+    optimizer = GAPTOptimizer(SGD(model.parameters(), lr=0.05), hook, GAPTConfig(gate=RESTLESS))
+    called = DistributedDataParallel(model) if parts else model
+    own = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8) if parts else slice(16)
+    seen = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 16, 6, generator=generator, dtype=torch.float64)[:, own]
+        target = torch.randint(4, (4, 16), generator=generator)[:, own]
+        loss = cross_entropy(called(x).flatten(0, 1), target.flatten())
+        optimizer.backward(loss)
+        gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(Seen(optimizer.metrics, gradients, float(loss.detach())))
+    return seen
+
+
+def test_chunks_of_a_sequence(ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    assert_equal_runs(ranks(train_chunks, 6, True), train_chunks(6, False))
