@@ -18,7 +18,7 @@ from .alignment import Angles
 from .config import EntropyConfig
 from .entropy import Gram, Order, entropies, gram_of, measures_of, window_weights
 from .kernels import Kernel, measures_of_rows
-from .layout import Calls, Candidates, Layers, Layout, Pick, Reading, choose_layers, select_layers
+from .layout import Calls, Candidates, Layers, Layout, Pick, Reading, by_layer, choose_layers, select_layers
 from .metrics import Measures
 from .objective import weighted_measures
 from .passes import (
@@ -33,6 +33,7 @@ from .passes import (
     tensors_in,
     transformed,
 )
+from .shards import Placed, Shards, checked_placements, digest, placed, read_part, read_whole
 from .windows import Windows, cut, windows_of
 
 Reader = Callable[[str, Reading], None]
@@ -74,6 +75,9 @@ class RepresentationHook:
         layout: names of the axes, such as ``"batch height width channels"``; or a mapping from globs to such strings.
             By default they are known from the module.
         segments: as ``mask``, gives (batch, seq) numbers of documents; no window crosses from one to the next.
+        placements: where outputs are plain tensors that hold a part of the hidden tensor on each rank, as with sequence
+            parallelism: ``(mesh, Shard(1))``, or a mapping from globs to such pairs; ``()`` says that none is a part.
+            The ranks of the mesh share one loss. DTensors tell their own placements.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -90,10 +94,12 @@ class RepresentationHook:
         mask: Pick | Mapping[str, Pick] | None = None,
         layout: str | Mapping[str, str] | None = None,
         segments: Pick | Mapping[str, Pick] | None = None,
+        placements: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
         self._options = {"output": output, "mask": mask, "layout": layout, "segments": segments}
+        self._placements = checked_placements(placements)
         self.watching = Watching(model)
         self._handles: list[RemovableHandle | leave_out] = []
         # Also runs when the hook is garbage: a model outlives the hooks placed on it.
@@ -108,6 +114,7 @@ class RepresentationHook:
         """Place the hooks."""
         watching, handles = self.watching, self._handles
         watching.layout = Layout(model, modules, **self._options)
+        watching.placements = by_layer("placements", self._placements, modules)
         for name, module in modules.items():
             watching.watches[name] = watch = Watch(name, watching, module)
             handles += [leave_out(module), module.register_forward_hook(watch)]
@@ -207,7 +214,7 @@ class RepresentationHook:
         model = self.watching.model()
         if model is None:
             raise RuntimeError("cannot copy a RepresentationHook whose model no longer exists")
-        return _rebuild, (model, self.names or None, self._options)
+        return _rebuild, (model, self.names or None, {**self._options, "placements": self._placements})
 
     def __repr__(self) -> str:
         return f"RepresentationHook({self.names})"
@@ -228,6 +235,11 @@ class Watching:
         """The optimizer's."""
         self.reader: Reader | None = None
         """Open in ``hook.measuring()``."""
+        self.placements: dict[str, Any] = {}
+        """By layer, (mesh, placements) of outputs that are plain parts of a hidden tensor; () of those that are not."""
+        self.digest = False
+        """The next call of the model leaves a digest of its arguments, by which ranks see if they have the same."""
+        self.inputs: Tensor | None = None
         self.removed = False
         self.told: set[str] = set()
         """What was said of outputs that cannot be read."""
@@ -285,7 +297,11 @@ class Watching:
 
     def take_angles(self, device: torch.device) -> Tensor:
         """(layers, 3) sums of <g,d>, |g|² and |d|² since the last call, zeros where no backward reached an angle."""
-        return torch.stack([watch.angles.take(device) for watch in self.watches.values()])
+        taken = torch.stack([watch.angles.take(device) for watch in self.watches.values()])
+        factors = [watch.of_angle for watch in self.watches.values()]
+        if any(factor != 1.0 for factor in factors):
+            taken = taken * torch.tensor(factors).to(taken).unsqueeze(1)
+        return taken
 
     @contextmanager
     def without_angles(self) -> Iterator[None]:
@@ -325,12 +341,14 @@ class Watch(Unsaved):
         self.angles = Angles(next((p.device for p in module.parameters()), torch.device("cpu")))
         self.recent = [Capture(name) for _ in range(MOST_COMPILED)]
         """Of a compiled model, the last calls. Its length never changes, as each would be traced anew."""
+        self.of_angle = 1.0
+        """Factor on the sums of its angle, where several ranks have parts or copies of its output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         watching = self.watching
         if watching.reader is not None:
             with torch.no_grad():
-                watching.reader(self.name, watching.layout.read(self.name, output))
+                watching.reader(self.name, self._whole(output))
             return None
         plan = watching.plan
         if plan is None:
@@ -358,11 +376,12 @@ class Watch(Unsaved):
     def _capture(self, plan: Plan, args: Any, output: Any) -> Any:
         """Leave the Gram matrices of ``output`` for the objective; at times returns the output with an angle in it."""
         watching, compiling = self.watching, torch.compiler.is_compiling()
-        reading = watching.layout.read(self.name, output) if compiling else self._read(plan, output)
-        if reading is None:
+        found = self._understood(plan, output) if compiling else self._read(plan, output)
+        if found is None:
             return None
-        rows, order = reading.rows, plan.order
-        batch, length, features = rows.shape
+        (reading, shards, features), order = found, plan.order
+        rows = reading.rows
+        batch, length = rows.shape[:2]
         into = None if compiling else watching.passes.current()
         cutting = windows_of if into is None else into.windows_of
         windows = cutting(batch, length, plan.window, reading.live, reading.segments)
@@ -374,10 +393,10 @@ class Watch(Unsaved):
         if windows.size > features and (compiling or plan.due):
             with torch.no_grad():
                 measures = measures_of_rows(cut(rows.detach(), windows))
-        capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures)
+        capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures, shards)
         if into is None:
             self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
-            if not (flows and plan.angles):
+            if not (flows and plan.angles) or (shards is not None and shards.features):
                 return None
             marked = self.angles.in_graph(reading.h, reading.view, windows, order)
             return replaced(output, reading.h, marked)
@@ -397,10 +416,32 @@ class Watch(Unsaved):
             self.angles.watch(seen, capture, windows, order, reading.view)
         return result
 
-    def _read(self, plan: Plan, output: Any) -> Reading | None:
+    def _placed(self, output: Any) -> tuple[Any, Placed | None]:
+        """The hidden tensor, and where its parts lie if this rank does not have all of it."""
+        h = self.watching.layout.hidden(self.name, output)
+        return h, placed(self.name, h, self.watching.placements.get(self.name))
+
+    def _whole(self, output: Any) -> Reading:
+        """What the output means, on every rank all of it."""
+        layout = self.watching.layout
+        h, at = self._placed(output)
+        return layout.read(self.name, output) if at is None else read_whole(layout, self.name, output, h, at)
+
+    def _understood(self, plan: Plan, output: Any) -> tuple[Reading, Shards | None, int]:
+        """What the output means, which sums over ranks it takes part in, and how many features a row has."""
+        layout = self.watching.layout
+        h, at = self._placed(output)
+        if at is None:
+            reading = layout.read(self.name, output)
+            return reading, None, reading.rows.shape[-1]
+        reading, shards, features = read_part(layout, self.name, output, h, at, plan.window)
+        self.of_angle = shards.of_angle
+        return reading, shards, features
+
+    def _read(self, plan: Plan, output: Any) -> tuple[Reading, Shards | None, int] | None:
         """What the output means. Where that is not known, memorization goes on without this layer."""
         try:
-            return self.watching.layout.read(self.name, output)
+            return self._understood(plan, output)
         except (TypeError, ValueError) as error:
             if self.name in plan.pressed:
                 raise
@@ -467,6 +508,8 @@ class Begins(Unsaved):
         if not self.is_model or torch.compiler.is_compiling() or watching.passes.open is not None:
             return
         if watching.plan is not None and watching.reader is None and torch.is_grad_enabled() and not in_backward():
+            if watching.digest:
+                watching.inputs, watching.digest = digest(tensors_in([args, kwargs])), False
             watching.passes.begin()
             self.opened = True
 

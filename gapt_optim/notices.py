@@ -190,7 +190,7 @@ def _why_none(calls: list[Capture], *, center: bool) -> str | None:
 
 def _where_it_went(name: str, model: nn.Module | None, watched: dict[str, Any]) -> str:
     """What is known of a layer that no longer runs."""
-    module = watched[name]
+    module = watched.get(name)
     if model is None or module is None:
         return ""
     now = dict(model.named_modules()).get(name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import GAPTConfig, ObjectiveConfig
 from .entropy import entropies, entropy_of_gram, measures_of, window_weights
 from .passes import Capture, Plan
+from .shards import sum_grams, sum_windows
 
 
 class Pressure(NamedTuple):
@@ -32,6 +33,8 @@ class Pressure(NamedTuple):
     """Where pressing stops, by layer; None where it has no end."""
     compared: bool = False
     """The gradient of the mean entropy is wanted by itself."""
+    among: int | None = None
+    """Layers that the mean is over, where stages on other ranks have some of them; None where they are all here."""
 
 
 class Objective(NamedTuple):
@@ -81,7 +84,7 @@ def build_objective(
         means = of_calls / weights.clamp(min=1)
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights)), loss)[0]
+            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights), None), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
         judged = [name for name in layers if name in pressure.layers]
@@ -100,6 +103,9 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
 
     Matrices of equal size are computed as one batch: they are so small that it is the number of operations that costs.
     """
+    sharded = any(call.shards is not None for call in calls)
+    if sharded:
+        sum_grams(calls)
     alike: dict[object, list[int]] = {}
     for i, call in enumerate(calls):
         assert call.gram is not None
@@ -120,13 +126,16 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
             measures.append(of_measures.to(device))
     order = [i for members in alike.values() for i in members]
     if len(totals) == 1:
-        return totals[0], counts[0], measures[0] if measures else None
+        of_all = sum_windows(calls, totals[0], counts[0]) if sharded else (totals[0], counts[0])
+        return *of_all, measures[0] if measures else None
     dtype = torch.float64 if any(total.dtype == torch.float64 for total in totals) else totals[0].dtype
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
-    joined = [torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts)]
+    total, count = (torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts))
+    if sharded:
+        total, count = sum_windows(calls, total, count)
     if not measures:
-        return joined[0], joined[1], None
-    return joined[0], joined[1], torch.cat([part.to(dtype) for part in measures], 1)[:, back]
+        return total, count, None
+    return total, count, torch.cat([part.to(dtype) for part in measures], 1)[:, back]
 
 
 def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -193,9 +202,9 @@ def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tens
     return tuple(torch.stack([value[i] for i in places]) if places else value[:0] for value in values)
 
 
-def _mean(means: Tensor, weights: Tensor) -> Tensor:
-    """Over the layers that can have an entropy."""
-    return means.sum() / (weights > 0).sum().clamp(min=1)
+def _mean(means: Tensor, weights: Tensor, among: int | None) -> Tensor:
+    """Over the layers that can have an entropy, or as many as are named."""
+    return means.sum() / ((weights > 0).sum().clamp(min=1) if among is None else among)
 
 
 def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressure) -> Tensor:
@@ -208,7 +217,7 @@ def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressu
         values = _up_to(means, weights, layers, pressure.targets, objective)
     if pressure.config.layers.reduce == "largest_drop" and len(layers) > 1:
         return values[(-means.detach().diff()).argmax() + 1]
-    return _mean(values, weights)
+    return _mean(values, weights, pressure.among)
 
 
 def _up_to(

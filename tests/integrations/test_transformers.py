@@ -547,13 +547,6 @@ def test_refuses_with_advice(tmp_path: Path, name: str) -> None:
         trainer.train()
 
 
-def test_refuses_deepspeed(tmp_path: Path) -> None:
-    trainer = make(tmp_path)
-    trainer.is_deepspeed_enabled = True  # the Trainer itself stops here where deepspeed is not installed
-    with pytest.raises(RuntimeError, match="FSDP2"):
-        GAPTCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
-
-
 def test_one_of_several_evaluations_is_judged(tmp_path: Path) -> None:
     gate = RESTLESS.model_copy(update={"signal": "validation"})
     callback = {"metric": "eval_b_loss"}
