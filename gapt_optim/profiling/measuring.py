@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..entropy import matrix_entropy
 from ..hook import RepresentationHook
-from ..layout import Pick, Reading
-from ..selection import Layers
+from ..layout import Layers, Pick, Reading
 from .batches import Digest, batch_of_texts, caller, device_of, moved, token_ids
 from .presets import PRESETS
 from .results import (
