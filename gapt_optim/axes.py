@@ -1,4 +1,4 @@
-"""Which axis is what: from ``layout=``, the type and weights of a module, what was followed, the sizes of the tokens."""
+"""Which axis is what: ``layout=``, a module's type and weights, what was followed, the sizes of the tokens."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def decided(
     if kind.sequence_first and h.ndim == 3:
         return (LENGTH, BATCH, FEATURES), "batch_first=False", None
     if kind.features == "first" and (kind.spatial is None or h.ndim in (kind.spatial + 1, kind.spatial + 2)):
-        batch = () if kind.spatial == h.ndim - 1 else (BATCH,)
-        positions = (POSITION,) * (h.ndim - 1 - len(batch))
+        batch: Axes = () if kind.spatial == h.ndim - 1 else (BATCH,)
+        positions: Axes = (POSITION,) * (h.ndim - 1 - len(batch))
         if axes is not None and LENGTH in axes[-len(positions) :]:
             positions = axes[-len(positions) :]
         return (*batch, FEATURES, *(axis or POSITION for axis in positions)), f"its type {kind.typename}", None
@@ -173,7 +173,7 @@ def completed(axes: Axes, h: Tensor, kind: Kind) -> Axes | None:
             filled[rest[0]] = BATCH
         return tuple(filled)
     batch = axes.index(BATCH) if BATCH in axes else 0
-    if batch in places:
+    if batch in places or len(places) == h.ndim - 1:
         return None
     positions = LENGTH if h.ndim == 3 and places[-1] == 2 else POSITION
     return tuple(

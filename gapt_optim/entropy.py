@@ -257,7 +257,7 @@ def _products(z: Tensor, kernel: Kernel, *, wide: bool) -> Tensor:
 
 def _live(z: Tensor, order: Order) -> Tensor:
     z = _for_order(z, order.alpha)
-    return (squared_norms(z) > least(z)).sum(-1)
+    return (squared_norms(z) <= least(z)).logical_not_().sum(-1)  # a row that is not finite counts
 
 
 def gradient_of_rows(factor: Tensor, rows: Tensor, windows: Windows, order: Order) -> Tensor:

@@ -35,6 +35,10 @@ class Span(NamedTuple):
     """Rows that the tensor should have: another number tells that it was pooled or subsampled."""
 
 
+POOLED = Span(0, 0)
+"""Of rows that were made one."""
+
+
 class Trace(NamedTuple):
     """What is known of a tensor."""
 
@@ -66,6 +70,8 @@ class Following(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function in the model
+            return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, (Tensor, tuple, list)) or func is Tensor.__setitem__:
             # An operation in a form that is not known here leaves its result without a trace.
@@ -77,7 +83,7 @@ class Following(TorchFunctionMode):
         if name == "__setitem__":
             target, value = args[0], self.of(args[2])
             if value is not None and isinstance(target, Tensor):
-                self._traces[target] = _united(self.of(target), value, target.ndim)
+                self._traces[target] = _united(self.of(target), value, target)
             return
         if name in _JOINED:
             self._note_joined(args, kwargs, result)
@@ -92,13 +98,13 @@ class Following(TorchFunctionMode):
             return
         out = result if isinstance(result, Tensor) else result[0]
         if isinstance(out, Tensor):
-            axes = _axes(name, args, kwargs, source, trace.axes, out)
+            axes = _axes(name, args, kwargs, source, trace.axes, out, self._last_of_product(name, args, source))
             spans = _spans(name, args, source, trace)
             if _pooled(source, trace.axes, out, axes):
-                spans = dict.fromkeys(spans)
+                spans = dict.fromkeys(spans, POOLED)
             found = Trace(spans, axes)
             for other in self._others(name, args, source):
-                found = _united(found, other, out.ndim)
+                found = _united(found, other, out)
             self._traces[out] = found
 
     def _note_joined(self, args: list[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
@@ -109,7 +115,7 @@ class Following(TorchFunctionMode):
             if trace is not None:
                 if trace.axes[dim] == LENGTH:
                     trace = trace._replace(spans=_shifted(trace, before, out.shape[dim] - part.shape[dim]))
-                found = _united(found, trace, out.ndim)
+                found = _united(found, trace, out)
             before += part.shape[dim]
         if found is not None:
             self._traces[out] = found
@@ -145,6 +151,11 @@ class Following(TorchFunctionMode):
         if name in _UNITED:  # of which the largest has the shape
             traced.sort(key=lambda tensor: -tensor.ndim)
         return traced[0] if traced else None
+
+    def _last_of_product(self, name: str, args: list[Any], source: Tensor) -> str | None:
+        """The last axis of a product: features, but of scores it is that of keys."""
+        second = self.of(args[1]) if name in _PRODUCTS and len(args) == 2 and args[0] is source else None
+        return FEATURES if second is None else second.axes[-1]
 
     def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[Trace]:
         if name in _UNITED:
@@ -193,8 +204,10 @@ def _argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: s
 # Axes
 
 
-def _axes(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
-    """What the axes of the result ``out`` are, where those of ``source`` are ``axes``."""
+def _axes(
+    name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
+) -> Axes:
+    """What the axes of the result ``out`` are, where those of ``source`` are ``axes``; ``last`` is that of a product."""
     layer = _of_layer(name, args, source, axes, out)
     if layer is not None:
         return layer
@@ -209,7 +222,7 @@ def _axes(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor,
         dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
         return (*axes[:dim], None, *axes[dim:])
     if name in _PRODUCTS and out.ndim == len(axes):
-        return (*axes[:-1], FEATURES)
+        return (*axes[:-1], last)
     return _generic(name, args, kwargs, source, axes, out)
 
 
@@ -390,6 +403,8 @@ def _pooled(source: Tensor, before: Axes, out: Tensor, after: Axes) -> bool:
 
 def _shifted(trace: Trace, start: int, more: int) -> Mapping[Source, Span | None]:
     """The spans with ``start`` rows more before the tokens, and ``more`` in all."""
+    if trace.axes.count(LENGTH) > 1 and (start or more):  # rows in blocks, each of which changed
+        return dict.fromkeys(trace.spans)
     return {
         source: None if span is None else Span(span.start + start, None if span.length is None else span.length + more)
         for source, span in trace.spans.items()
@@ -406,15 +421,18 @@ def _sliced(trace: Trace, part: slice, size: int) -> Mapping[Source, Span | None
 # Several tensors
 
 
-def _united(first: Trace | None, second: Trace, ndim: int) -> Trace:
-    """The trace of what two tensors made together: rows whose order is known count before those in another."""
+def _united(first: Trace | None, second: Trace, out: Tensor) -> Trace:
+    """The trace of what two tensors made together: a span that fits counts before one that does not."""
     if first is None:
-        return Trace(second.spans, _broadcast(second.axes, ndim))
+        return Trace(second.spans, _broadcast(second.axes, out.ndim))
+    axes = _merged(_broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim))
+    length = out.shape[axes.index(LENGTH)] if LENGTH in axes else None
     spans = dict(first.spans)
     for source, span in second.spans.items():
-        if spans.get(source) is None:
+        present = spans.get(source)
+        if present is None or (span is not None and present.length != length and span.length == length):
             spans[source] = span
-    return Trace(spans, _merged(_broadcast(first.axes, ndim), _broadcast(second.axes, ndim)))
+    return Trace(spans, axes)
 
 
 def _broadcast(axes: Axes, ndim: int) -> Axes:

@@ -50,9 +50,12 @@ class GateState:
     entropy: float | None = None
     training_loss: float | None = None
     """that of ``loss``, unless that is held out"""
+    last_loss: float | None = None
+    """smoothed: of the training loss, as the two below"""
+    last_move: float = 0.0
+    """from the loss before that to the last"""
     spread: float = 0.0
-    """of the loss around its average"""
-    training_spread: float = 0.0
+    """of the loss in memorization: what compression does to it is no noise"""
     best: float | None = None
     """smoothed: best value of the watched average in this phase"""
     entry_loss: float | None = None
@@ -68,7 +71,7 @@ class GateState:
     """published: M"""
 
 
-_SPREAD_DECAY = 0.95
+_SPREAD_DECAY = 0.9
 _SPREADS = 20
 """A level is at least so many spreads: the noise of a loss is then a small share of it, whatever its mean is."""
 
@@ -153,27 +156,26 @@ class PhaseGate:
 
     def _smoothed(self, loss: float, entropy: float, training_loss: float, *, warming_up: bool) -> str | None:
         config, s = self.config, self._state
-        s.spread = _spread(s.spread, s.loss, loss)
-        s.training_spread = _spread(s.training_spread, s.training_loss, training_loss)
+        self._follow_spread(training_loss)
         s.loss = _average(s.loss, loss, config.smoothing)
         s.entropy = _average(s.entropy, entropy, config.smoothing)
         s.training_loss = _average(s.training_loss, training_loss, config.smoothing)
         if s.switches == 0 and s.updates < _updates_within(2, config.smoothing):
             # A run that starts in compression has no level yet: a single noisy loss is none to judge a rise against.
             s.updates, s.entry_loss, s.entry_entropy = s.updates + 1, s.training_loss, s.entropy
-        compressing = s.phase == Phase.COMPRESSION.value
+        compressing, watches_training = s.phase == Phase.COMPRESSION.value, config.signal == "train"
         entry = s.training_loss if s.entry_loss is None else s.entry_loss
 
         watched = s.entropy if compressing else s.loss
         # An entropy that shrinks to nothing goes on falling relative to itself: it is judged by its level at the start.
         level = s.entry_entropy if compressing and s.entry_entropy is not None else s.best
-        scale = _scale(level or s.best, 0.0 if compressing else s.spread)
+        scale = _scale(level or s.best, s.spread if watches_training and not compressing else 0.0)
         if s.best is None or watched < s.best - config.min_improvement * scale:
             s.best, s.stale = watched, 0
         elif compressing or not warming_up:
             s.stale += 1
         shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
-        tolerance = config.spike_tolerance * shown * _scale(entry, s.training_spread)
+        tolerance = config.spike_tolerance * shown * _scale(entry, s.spread)
         if compressing and s.training_loss - entry > tolerance:
             reason = "spike"
         elif not compressing and s.stale >= config.patience_memorization:
@@ -184,6 +186,15 @@ class PhaseGate:
             return None
         s.best, s.stale, s.entry_loss, s.entry_entropy = None, 0, s.training_loss, s.entropy
         return reason
+
+    def _follow_spread(self, loss: float) -> None:
+        """Noise bends a curve at every update; a trend hardly does, so its bends are what is averaged."""
+        s = self._state
+        move = 0.0 if s.last_loss is None else loss - s.last_loss
+        if s.phase == Phase.MEMORIZATION.value and s.last_loss is not None:
+            bend = abs(move - s.last_move) / math.sqrt(6)  # of independent noise: its deviation, but for a factor near 1
+            s.spread = _SPREAD_DECAY * s.spread + (1 - _SPREAD_DECAY) * bend
+        s.last_loss, s.last_move = loss, move
 
     def _published(self, loss: float, entropy: float) -> str | None:
         config, s = self.config, self._state
@@ -223,11 +234,6 @@ class PhaseGate:
 
 def _average(mean: float | None, value: float, decay: float) -> float:
     return value if mean is None else decay * mean + (1 - decay) * value
-
-
-def _spread(spread: float, mean: float | None, value: float) -> float:
-    """Moving average of the distance of a value from the average before it."""
-    return spread if mean is None else _SPREAD_DECAY * spread + (1 - _SPREAD_DECAY) * abs(value - mean)
 
 
 def _scale(level: float | None, spread: float) -> float:

@@ -72,8 +72,10 @@ class KernelMatrix:
         """(windows,) rounding of the matrix, where it is the difference of larger ones: a trace at or below it is 0."""
         matrix = gram
         if not kernel.plain:
-            inverse = reciprocal(gram.diagonal().mT)
-            self.alive = (inverse > 0).to(gram.dtype)  # (n, windows), 1 for rows that count, otherwise 0
+            squares = gram.diagonal().mT
+            inverse = reciprocal(squares)
+            # (n, windows), 1 for rows that count, otherwise 0. One that is not finite counts.
+            self.alive = (squares <= least(gram)).logical_not_().to(gram.dtype)
             self.live = self.alive.sum(0)
             self.count = self.live.clamp(min=1)
         if kernel.cosine:
@@ -113,19 +115,20 @@ class KernelMatrix:
     def differential(self, factor: Tensor) -> Tensor:
         """2 dS/dK of the linear Gram matrices, from 2 dS/d(matrix), in its place."""
         if self.kernel.center:
-            factor = self._centered(factor, out=factor)
+            factor = self._centered(factor, in_place=True)
         if self.kernel.cosine:
             # A length of its own changes nothing: the gradient of a row is orthogonal to it.
             factor.diagonal().sub_((factor * self.uncentered).sum(0).mT)
             factor.mul_(self.scale).mul_(self.scale.unsqueeze(1))
         return factor
 
-    def _centered(self, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    def _centered(self, matrix: Tensor, *, in_place: bool = False) -> Tensor:
         """H M H, with H = diag(l) - l lᵀ / count over the rows l that count."""
         # Entries between a row that counts and one that does not are 0.
         means = matrix.sum(0).div_(self.count).mul_(self.alive)
         half = torch.sub(means, means.sum(0) / self.count, alpha=0.5).mul_(self.alive)
-        matrix = torch.addcmul(matrix, self.alive, half.unsqueeze(1), value=-1, out=out)
+        add = matrix.addcmul_ if in_place else matrix.addcmul
+        matrix = add(self.alive, half.unsqueeze(1), value=-1)
         return matrix.addcmul_(self.alive.unsqueeze(1), half, value=-1)
 
 

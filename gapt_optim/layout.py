@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import _get_current_function_mode
 
 from . import axes as axes_
 from ._tell import tell
 from .axes import Kind, kind_of
 from .following import Axes, Following, Trace, compiled_within
-from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows
+from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -152,7 +153,7 @@ class Layout:
             return
         if len(self.calls) == 1 and self._following is None and self._is_new(call):
             self._following = Following()
-            self._following.__enter__()
+            self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
             for name, tensor in call.tensors.items():
                 self._following.begin(tensor, (call, name), axes_of(call, name))
@@ -177,8 +178,8 @@ class Layout:
 
     def _stop(self) -> None:
         following, self._following = self._following, None
-        if following is not None and torch.overrides._get_current_function_mode() is following:
-            following.__exit__(None, None, None)
+        if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
+            following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     # Outputs
 
@@ -202,7 +203,7 @@ class Layout:
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:
-            view = view._replace(shape=tuple(live.shape))  # flat rows, which do not cross sequences
+            view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
             rows = view(h)
         segments, why_segments = self._segments(name, watched, rows)
         return Reading(
@@ -248,14 +249,20 @@ class Layout:
             axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
         else:
             axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
-        if trace is None or not trace.spans:
+        if self._following is None:
             return Decision(axes, why, None, None, guess, followed=False)
         if self._picks_masks:
             return Decision(axes, why, None, None, guess, followed=True)
         batch, length = axes_.batch_and_length(h, axes)
         if axes[0] in ("batch * length", "length * batch"):
             batch, length = self._sizes_of_flat(len(h), None) or (1, len(h))
-        choice, problem = followed(self.calls, trace, (batch, length))
+        if trace is None or not trace.spans:  # it comes from no argument, or got lost
+            choice, _, _ = by_shape(self.calls, name, (batch, length))
+            if choice is not None and h.ndim > 2:
+                lost = "its rows could not be followed from the arguments of the call"
+                return Decision(axes, why, choice, None, guess or lost, followed=True)
+            return Decision(axes, why, None, None, guess, followed=True)
+        choice, problem = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
         return Decision(axes, why, choice, problem, guess, followed=True)
 
     def _sizes(self) -> list[tuple[int, int]]:
@@ -293,10 +300,11 @@ class Layout:
         if choice is None:
             if problem is not None and not self._is_pooled(h, decision):
                 self._tell_misfit(name, problem, (rows.shape[0], rows.shape[1]))
-            elif not self.calls or all(not call.masks for call in self.calls):
+            elif all(not call.masks for call in self.calls):
                 self._tell_bypassed(name, watched)
+                self._tell_unknown(name, (rows.shape[0], rows.shape[1]))
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
-        if guess is not None and not decision.followed and guess != decision.guess:
+        if guess is not None and not guess.startswith("layout="):
             self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
         live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
         if live.shape[0] != batch:
@@ -354,9 +362,7 @@ class Layout:
             )
         length = max((size[1] for size in self._sizes()), default=0)
         rows, live = padded(h, length)
-        return Reading(
-            h, rows, live, None, "batch length features", "a nested tensor", "its own lengths", None, lambda _: rows
-        )
+        return Reading(h, rows, live, None, "batch length features", "a nested tensor", "its own lengths", None, lambda _: rows)
 
     # Telling
 
@@ -371,18 +377,30 @@ class Layout:
     def _tell_bypassed(self, name: str, watched: Watched) -> None:
         """A module around the layer takes a mask, but did not run as a module: its forward was called."""
         under_way = {call.caller.number for call in self.calls}
-        past = [i for i in watched.inside if i not in under_way]
-        if past and self.calls:
-            inner = self._names[past[-1]]
+        innermost = watched.inside[-1] if watched.inside else 0
+        if self.calls and innermost not in under_way:
+            masks = self._callers[innermost][1].caller.masks
             self._tell_once(
-                f'module "{inner}" takes {self._callers[past[-1]][1].caller.masks[0]}, but its forward was called past '
+                f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
             )
 
-    def _tell_once(self, message: str) -> None:
-        if torch.compiler.is_compiling() or message in self._told:
+    def _tell_unknown(self, name: str, rows: tuple[int, int]) -> None:
+        """A call was given what may be a mask of these rows."""
+        for call in self.calls:
+            for argument, value in call.tensors.items():
+                if may_mask(argument) and value.shape == rows and not value.is_floating_point():
+                    self._tell_once(
+                        f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
+                        "which of its values do is not known: all rows count. Pass mask=lambda call: "
+                        f'call["{argument}"] if it is true where a token counts, or lambda call: None',
+                        subject=f"argument {argument}",
+                    )
+
+    def _tell_once(self, message: str, subject: str | None = None) -> None:
+        if torch.compiler.is_compiling() or (subject or message) in self._told:
             return
-        self._told.add(message)
+        self._told.add(subject or message)
         tell(message)
 
 

@@ -1,13 +1,14 @@
-"""Which modules of a model are meant: globs, names, modules, or the automatic choice."""
+"""Which modules of a model are meant: globs, names, modules, or the blocks that a forward pass shows."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_PROPOSED = 6
@@ -15,11 +16,14 @@ _MOST_PROPOSED = 6
 Layers: TypeAlias = str | nn.Module | Iterable[str | nn.Module] | None
 
 
-def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """The modules that ``layers`` names, by name, in the model's own order."""
+def select_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Module]) -> dict[str, nn.Module]:
+    """The modules that ``layers`` names, by name, in the model's own order.
+
+    Raises:
+        TypeError: it is, or holds, something else than globs, names and modules.
+        ValueError: it is empty, or a part of it matches no module.
+    """
     named = dict(model.named_modules())
-    if layers is None:
-        return _longest_list(model)
     if not isinstance(layers, str | nn.Module | Iterable):
         raise TypeError(
             f"layers must be a glob, a name, a module, a list of these or None, found {type(layers).__name__}"
@@ -43,41 +47,134 @@ def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     return {name: module for name, module in named.items() if name in chosen}
 
 
-def _matches(name: str, pattern: str) -> bool:
-    parts, patterns = name.split("."), pattern.split(".")
-    fits = len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
-    return name == pattern or (fits and name != "")  # no glob means the model as a whole
+def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
+    """The blocks of a model that has one list of them; else the candidates, among which a forward pass chooses.
+
+    Raises:
+        ValueError: the model has no modules that go together.
+    """
+    lists = _outer_lists(model)
+    if len(lists) == 1:
+        (only,) = lists.values()
+        within = set(only.children())
+        if isinstance(only, nn.ModuleList) and len({type(block) for block in within}) == 1:
+            # named_modules has a module that stands in several places once, and so it is watched once.
+            return {name: module for name, module in model.named_modules() if module in within}
+    candidates = Candidates(model)
+    if not candidates.modules:
+        raise ValueError(f"layers=None finds no blocks in this model; {propose(model)}")
+    return candidates
 
 
-def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:
-    if isinstance(item, str):
-        for prefix in ("module.", "_orig_mod."):
-            if any(_matches(name, prefix + item) for name in named):
-                return f'the model is wrapped, use "{prefix}{item}"'
-    names = [name for name in named if name]
-    shown = ", ".join(f'"{name}"' for name in names[:12])
-    return f"its modules are {shown}{', ...' if len(names) > 12 else ''}"
+class Candidates:
+    """Modules that may be the model's blocks, for hooks during one forward pass: it tells which are.
+
+    Blocks run one behind the other: the output of one is an input of the next. Of several such chains, the longest is
+    chosen, and all of the longest, as those of an encoder and a decoder.
+
+    >>> from torch import nn, randn
+    >>> stages = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), stages)
+    >>> candidates = Candidates(model)
+    >>> handles = candidates.place()
+    >>> _ = model(randn(2, 4))
+    >>> list(candidates.chosen())
+    ['2.0', '2.1', '2.2']
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: dict[str, dict[str, nn.Module]] = {}
+        for name, module in model.named_modules():
+            for glob in _globs(name):
+                if not isinstance(module, _CONTAINERS):
+                    self._groups.setdefault(glob, {})[name] = module
+        self._groups = {glob: group for glob, group in self._groups.items() if len(group) > 1}
+        grouped = {name for group in self._groups.values() for name in group}
+        self.modules = {name: module for name, module in model.named_modules() if name in grouped}
+        """Where hooks belong, by name."""
+        self._ran: dict[str, list[str]] = {glob: [] for glob in self._groups}
+        self._links: Counter[str] = Counter()
+        self._last: dict[str, list[Tensor]] = {}
+
+    def place(self) -> list[Any]:
+        """Hooks on the candidates; returns their handles."""
+        return [
+            module.register_forward_hook(
+                lambda _, args, kwargs, output, name=name: self.ran(name, args, kwargs, output), with_kwargs=True
+            )
+            for name, module in self.modules.items()
+        ]
+
+    def ran(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        """A candidate ran: note whether it goes on with what the one before it gave."""
+        given, gave = list(_tensors([*args, *kwargs.values()])), list(_tensors([output]))
+        for glob in _globs(name):
+            if glob not in self._groups:
+                continue
+            before = self._last.get(glob, [])
+            if name not in self._ran[glob]:
+                self._links[glob] += any(_same(a, b) for a in given for b in before)
+                self._ran[glob].append(name)
+            self._last[glob] = gave
+
+    def chosen(self) -> dict[str, nn.Module]:
+        """The blocks, after a forward pass.
+
+        Raises:
+            ValueError: nothing that ran is a chain; names globs of modules that ran.
+        """
+        self._last.clear()
+        chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
+        longest = max(map(len, chains.values()), default=0)
+        found = {name for blocks in chains.values() if len(blocks) == longest for name in blocks}
+        if not found:
+            ran = [glob for glob, names in self._ran.items() if len(names) > 1]
+            globs = sorted(ran, key=lambda glob: (glob.count("."), -len(self._ran[glob])))[:_MOST_PROPOSED]
+            raise ValueError(f"layers=None finds no blocks that follow each other in this model; {_pass(globs)}")
+        inner = {name for name in found if any(name.startswith(other + ".") for other in found)}
+        return {name: module for name, module in self.modules.items() if name in found - inner}
+
+    def _is_chain(self, glob: str, ran: list[str]) -> bool:
+        """More than half go on with what the one before gave; between stages, something may stand."""
+        return len(ran) > 1 and 2 * self._links[glob] >= len(ran) - 1
+
+    def _blocks(self, glob: str) -> list[str]:
+        """Those of a chain that are of its most frequent class, those with weights first."""
+        names = self._ran[glob]
+        weighted = [name for name in names if any(True for _ in self.modules[name].parameters())]
+        names = weighted if len(weighted) > 1 else names
+        (kind, _), *_ = Counter(type(self.modules[name]) for name in names).most_common(1)
+        return [name for name in names if type(self.modules[name]) is kind]
 
 
-def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(child) for child in module}) == 1
-    }
-    length = max(map(len, lists.values()), default=0)
-    longest = [name for name, module in lists.items() if len(module) == length]
-    if len(longest) == 1:
-        within = set(lists[longest[0]])
-        # named_modules has a module that stands in several places once, and so it has one tap.
-        return {name: module for name, module in model.named_modules() if module in within}
-    if not longest:
-        raise ValueError(f"layers=None needs an nn.ModuleList of one class, and the model has none; {_propose(model)}")
-    globs = dict.fromkeys(_glob(f"{name}.0" if name else "0", within_words=False) for name in longest)
-    raise ValueError(f"layers=None is ambiguous, several lists have {length} modules; {_pass(list(globs))}")
+def _same(first: Tensor, second: Tensor) -> bool:
+    if first is second:
+        return True
+    return first.shape == second.shape and first.numel() > 0 and first.data_ptr() == second.data_ptr()
 
 
-def _propose(model: nn.Module) -> str:
+def _tensors(values: Any) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.ndim > 1:
+                yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.Module]:
+    """Lists of several modules, those inside of others left out."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") or not outer for outer in found)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0 and not inside:
+            found[name] = module
+    return found
+
+
+def propose(model: nn.Module) -> str:
     """Globs that match modules which go together, the blocks of a model first; or single modules where there are none.
 
     Containers that are never called themselves are not proposed.
@@ -107,10 +204,34 @@ def _propose(model: nn.Module) -> str:
     return f"name layers: {', '.join(map(_quoted, names))}"
 
 
-def _glob(name: str, *, within_words: bool = True) -> str:
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    fits = len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    return name == pattern or (fits and name != "")  # no glob means the model as a whole
+
+
+def _suggest(item: str | nn.Module, named: Mapping[str, nn.Module]) -> str:
+    if isinstance(item, str):
+        for prefix in ("module.", "_orig_mod."):
+            if any(_matches(name, prefix + item) for name in named):
+                return f'the model is wrapped, use "{prefix}{item}"'
+    names = [name for name in named if name]
+    shown = ", ".join(f'"{name}"' for name in names[:12])
+    return f"its modules are {shown}{', ...' if len(names) > 12 else ''}"
+
+
+def _glob(name: str) -> str:
     """``name`` with * for each number in it: for a part that is one, or also at the end of a word, as in ``fc1``."""
-    starred = (re.sub(r"\d+$" if within_words else r"^\d+$", "*", part) for part in name.split("."))
-    return ".".join(starred)
+    return ".".join(re.sub(r"\d+$", "*", part) for part in name.split("."))
+
+
+def _globs(name: str) -> list[str]:
+    """``name`` with all of its numbers starred, and but the last, as of the third part of each block."""
+    glob = _glob(name)
+    if glob == name:
+        return []
+    head, _, last = name.rpartition(".")
+    return [glob] if _glob(head) == head or _glob(last) == last else [glob, f"{_glob(head)}.{last}"]
 
 
 def _pass(globs: list[str]) -> str:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .following import BATCH, FEATURES, LENGTH, Axes, Span, Trace
+from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
 
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
 _NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
+_OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
 _PADDING = {
     nn.MultiheadAttention: "key_padding_mask",
     nn.TransformerEncoder: "src_key_padding_mask",
@@ -132,6 +133,11 @@ def is_mask(name: str) -> bool:
     return name.endswith(_MASKS) and name not in _NOT_OF_TOKENS
 
 
+def may_mask(name: str) -> bool:
+    """An argument whose name says that it is a mask, of one kind or another."""
+    return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
+
+
 def prefix_of(mask: str) -> str:
     """``"decoder_"`` of ``decoder_attention_mask``."""
     return mask[: -len(next(end for end in _MASKS if mask.endswith(end)))]
@@ -183,8 +189,12 @@ def axes_of(call: Call, name: str) -> Axes:
 # Which mask
 
 
-def followed(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> tuple[Choice | None, str | None]:
-    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit."""
+def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool) -> tuple[Choice | None, str | None]:
+    """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit.
+
+    Rows in another order have none where they are ``flat``, as those that were sent to an expert. In the shape of the
+    tokens they were put back.
+    """
     problem = None
     for two_dimensional in (True, False):
         for position in reversed(range(len(calls))):
@@ -193,9 +203,12 @@ def followed(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> tuple[Ch
                 if (call.tensors[name].ndim == 2) != two_dimensional:
                     continue
                 spans = [trace.spans[(call, token)] for token in call.tokens(name) if (call, token) in trace.spans]
+                spans = [span for span in spans if span != POOLED]
                 if not spans:
                     continue
                 span = next((span for span in spans if span is not None), None)
+                if span is None and not flat:
+                    span = Span(0, call.tensors[name].shape[-1])
                 if fits(call.tensors[name], span, rows):
                     assert span is not None
                     return Choice(position, name, span.start, f"{name} of {call.caller.kind}"), None
@@ -220,7 +233,7 @@ def fits(mask: Tensor, span: Span | None, rows: tuple[int, int]) -> bool:
 
 
 def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choice | None, str | None, str | None]:
-    """The mask by nesting and shape alone, where rows were not followed; what does not fit; and what makes it a guess."""
+    """The mask by nesting and shape alone, where nothing was followed; what does not fit; what makes it a guess."""
     problem = None
     parts = layer.split(".")
     for position in reversed(range(len(calls))):

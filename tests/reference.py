@@ -99,11 +99,12 @@ def _entropy_of_eigenvalues(p: Tensor, alpha: float) -> Tensor:
 def reference_windows(
     h: Tensor, window: int | None, mask: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows of each window that has a live one, and their mask."""
+    """Rows of each window that has a live one, and their mask. Windows begin at a sequence's first live row."""
     sequences = [h] if h.ndim == 2 else list(h) if h.ndim == 3 else [image.flatten(1).T for image in h]
     for i, sequence in enumerate(sequences):
         size = len(sequence) if window is None else window
-        for start in range(0, len(sequence), size):
+        first = 0 if mask is None or not mask[i].any() else int(mask[i].int().argmax())
+        for start in range(first, len(sequence), size):
             live = None if mask is None else mask[i, start : start + size].bool()
             if live is None or live.any():
                 yield sequence[start : start + size], live

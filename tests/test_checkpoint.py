@@ -57,7 +57,7 @@ CONFIGS = {
     "published": GAPTConfig(gate=GateConfig.published(patience_memorization=3, patience_compression=2)),
     "validation": GAPTConfig(gate=RESTLESS.model_copy(update={"signal": "validation"})),
     "rotate": GAPTConfig(gate=RESTLESS, layers=LayerConfig(schedule="rotate")),
-    "blocks": GAPTConfig(gate=RESTLESS, layers=LayerConfig(schedule="blocks", period=3)),
+    "up": GAPTConfig(gate=RESTLESS, objective=ObjectiveConfig(direction="up", target_share=0.9, start=3)),
     "parameter alignment": GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(parameter_every=3)),
 }
 
@@ -238,8 +238,8 @@ def test_state_of_another_run_is_refused_and_nothing_changes(difference: str, me
 OTHER_SETTINGS = GAPTConfig(
     gate=GateConfig(smoothing=0.5, patience_memorization=3),
     objective=ObjectiveConfig(weight=0.123, max_nonfinite=99),
-    layers=LayerConfig(schedule="slope"),
-    alignment=AlignmentConfig(activation=False),
+    layers=LayerConfig(reduce="largest_drop"),
+    alignment=AlignmentConfig(every=0),
 )
 
 
@@ -338,7 +338,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("config.objective.weight", -1.0, "greater"),
     ("config.objective.wait", 1, "unknown"),
     ("config.objective.max_ratio", 1.0, "unknown"),  # a setting of versions before the first release
-    ("config.objective.combine", "cap", "'sum' or 'project'"),
+    ("config.objective.direction", "cap", "'down' or 'up'"),
     ("config.gate.rule", "mine", "smoothed"),
 ]
 

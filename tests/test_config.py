@@ -37,14 +37,16 @@ def test_unknown_field_is_refused_by_name(section: type[BaseModel]) -> None:
         (GateConfig, "initial_phase", ["compressed"]),
         (GateConfig, "frozen", ["maybe"]),
         (ObjectiveConfig, "weight", [-1.0, math.inf, math.nan]),
-        (ObjectiveConfig, "combine", ["add", "cap"]),
-        (ObjectiveConfig, "floor", [-1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "direction", ["sideways", None]),
+        (ObjectiveConfig, "target", [-1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "target_share", [0.0, -1.0, math.inf, math.nan]),
+        (ObjectiveConfig, "start", [-1, 0.5, None]),
         (ObjectiveConfig, "max_nonfinite", [0, -1]),
-        (LayerConfig, "schedule", ["none"]),
+        (LayerConfig, "schedule", ["none", "valley"]),
         (LayerConfig, "skip_first", [-1]),
         (LayerConfig, "skip_last", [-1]),
-        (LayerConfig, "reduce", ["median"]),
-        (LayerConfig, "period", [0]),
+        (LayerConfig, "reduce", ["median", "max"]),
+        (AlignmentConfig, "every", [-1, 0.5, None]),
         (AlignmentConfig, "parameter_every", [-1, 0.5]),
         (GAPTConfig, "gate", [None, 3, {"patience": 1}]),
     ],
@@ -79,34 +81,35 @@ def test_a_reduction_over_the_whole_profile_needs_all_layers() -> None:
         LayerConfig(reduce="largest_drop", schedule="rotate")
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max", "min"])
-def test_other_reductions_go_with_every_schedule(reduce: str) -> None:
-    for schedule in ("all", "rotate", "alternate", "blocks", "progressive", "valley", "mountain", "slope"):
-        LayerConfig(reduce=reduce, schedule=schedule)
+def test_one_target_at_most() -> None:
+    with pytest.raises(ValidationError, match=r"target=0\.5 and target_share=0\.9 both say where pressing stops"):
+        ObjectiveConfig(target=0.5, target_share=0.9)
 
 
-def test_projection_of_parameter_gradients_needs_their_measurement() -> None:
-    with pytest.raises(ValidationError, match="parameter_every"):
-        AlignmentConfig(project_parameters=True)
-    with pytest.raises(ValidationError, match="needs the whole entropy gradient: set parameter_streaming=False"):
-        AlignmentConfig(project_parameters=True, parameter_every=10, parameter_streaming=True)
-    AlignmentConfig(project_parameters=True, parameter_every=10)
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_target_that_no_entropy_reaches_is_refused(direction: str) -> None:
+    def config(target: float, **entropy: Any) -> GAPTConfig:
+        objective = ObjectiveConfig(target=target, direction=direction)
+        return GAPTConfig(objective=objective, entropy=EntropyConfig(**entropy))
+
+    for target, entropy in (
+        (math.log(7), {}),
+        (math.log(8), {"center": False}),
+        (math.log(63), {"window": 64}),
+        (100.0, {"window": None}),
+        (1.0, {"window": None, "normalize": True}),
+    ):
+        config(target, **entropy)
+        if target < 100:
+            with pytest.raises(ValidationError, match=r"objective\.target=.* is above .*lower target"):
+                config(target + 1e-6, **entropy)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"layers": LayerConfig(schedule="rotate")},
-        {"layers": LayerConfig(reduce="max")},
-        {"objective": ObjectiveConfig(combine="project")},
-        {"objective": ObjectiveConfig(floor=0.1)},
-    ],
-)
-def test_projection_of_parameter_gradients_goes_with_the_plain_objective_only(parts: dict[str, Any]) -> None:
-    alignment = AlignmentConfig(project_parameters=True, parameter_every=10)
-    GAPTConfig(alignment=alignment)
-    with pytest.raises(ValidationError, match="project_parameters"):
-        GAPTConfig(alignment=alignment, **parts)
+def test_the_methods_that_are_compared() -> None:
+    plain, penalty = GAPTConfig.plain(), GAPTConfig.penalty(objective=ObjectiveConfig(weight=0.5))
+    assert (plain.gate.frozen, plain.gate.initial_phase) == (True, "memorization")
+    assert (penalty.gate.frozen, penalty.gate.initial_phase) == (True, "compression")
+    assert penalty.objective.weight == 0.5
 
 
 def test_a_centered_window_of_two_is_refused_with_what_to_do() -> None:
@@ -152,9 +155,9 @@ def test_validation_gate_judges_held_out_losses_one_by_one() -> None:
         GAPTConfig(
             entropy=EntropyConfig(kernel="linear", center=False, alpha=math.inf, window=None, normalize=True),
             gate=GateConfig.published(signal="validation", initial_phase="compression", frozen=True),
-            objective=ObjectiveConfig(weight=0.0, combine="project", floor=0.1, max_nonfinite=1),
-            layers=LayerConfig(schedule="blocks", skip_first=1, skip_last=2, reduce="max", period=7),
-            alignment=AlignmentConfig(activation=False, parameter_every=5),
+            objective=ObjectiveConfig(weight=0.0, direction="up", target_share=0.9, start=3, max_nonfinite=1),
+            layers=LayerConfig(skip_first=1, skip_last=2, reduce="largest_drop"),
+            alignment=AlignmentConfig(every=0, parameter_every=5),
         ),
     ],
 )

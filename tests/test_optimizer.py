@@ -29,7 +29,7 @@ from gapt_optim import (
     PhaseGate,
     RepresentationHook,
 )
-from gapt_optim._step import progress
+from gapt_optim import progress
 
 from .loops import (
     COMPRESSING,

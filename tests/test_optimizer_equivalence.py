@@ -115,7 +115,7 @@ def test_memorization_does_not_depend_on_what_is_measured(entropy: EntropyConfig
     config = GAPTConfig(
         entropy=entropy,
         gate=GateConfig(frozen=True),
-        alignment={"activation": activation},
+        alignment={"every": int(activation)},
         layers=LayerConfig(schedule="rotate"),
     )
     (bare_model, bare), (model, optimizer) = pair(adamw, config)
@@ -237,7 +237,7 @@ def test_accumulated_gradients_are_the_sum_over_micro_batches(config: GAPTConfig
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("sections", [{}, {"layers": LayerConfig(reduce="max")}, {"layers": LayerConfig(skip_first=1)}])
+@pytest.mark.parametrize("sections", [{}, {"layers": LayerConfig(reduce="largest_drop")}, {"layers": LayerConfig(skip_first=1)}])
 def test_compression_differentiates_loss_plus_weighted_entropy(sections: dict[str, Any]) -> None:
     """Three layers, so that their shares are no binary fractions."""
     config = GAPTConfig(gate=COMPRESSING.gate, objective=ObjectiveConfig(weight=0.3), **sections)

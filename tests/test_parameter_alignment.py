@@ -320,7 +320,7 @@ def test_parameters_that_one_loss_reaches(phase: str, streaming: bool) -> None:
 
 @pytest.mark.parametrize(
     "alignment",
-    [{"activation": False}, {}, {"parameter_every": 1}, {"parameter_every": 1, "parameter_streaming": True}],
+    [{"every": 0}, {}, {"parameter_every": 1}, {"parameter_every": 1, "parameter_streaming": True}],
 )
 def test_what_only_the_entropy_reaches_rests_in_memorization(alignment: dict[str, Any]) -> None:
     """Without a gradient, as the bare optimizer leaves it: a gradient of zeros would let weight decay in."""
@@ -428,7 +428,7 @@ def test_a_measured_run_is_the_run_that_is_not(
         config = GAPTConfig(
             gate=RESTLESS,
             objective=ObjectiveConfig(**objective),
-            alignment=AlignmentConfig(activation=activation, **extra),
+            alignment=AlignmentConfig(every=int(activation), **extra),
         )
         optimizer = wrap(model, adamw, config)
         seen: list[Any] = []

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from gapt_optim import AlignmentConfig, GAPTConfig, ObjectiveConfig
-from gapt_optim._step.ranks import HostCopy, difference_between, group_of, mean_over_ranks, refuse_different_ranks
+from gapt_optim.ranks import HostCopy, difference_between, group_of, mean_over_ranks, refuse_different_ranks
 from tests.distributed.runs import COMPRESSING, RESTLESS, Net, Run, train
 from tests.distributed.test_training_over_ranks import assert_equal_runs
 from tests.distributed.threads import on_threads

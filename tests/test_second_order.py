@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # 
 
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
 ZOO = ["mlp", "sequence mlp", "deep", "cnn", "tied", "tied masked"]
-PLAIN = GAPTConfig(alignment=AlignmentConfig(activation=False))
-MEASURED = GAPTConfig(alignment=AlignmentConfig(activation=True))
+PLAIN = GAPTConfig(alignment=AlignmentConfig(every=0))
+MEASURED = GAPTConfig(alignment=AlignmentConfig(every=1))
 
 
 def products(value: Tensor, parameters: list[Tensor], order: int) -> list[Tensor]:
@@ -103,7 +103,7 @@ def test_backward_with_a_graph_under_accumulation(config: GAPTConfig) -> None:
             each.zero_grad()
     assert_same(weights(model), weights(twin))
     assert optimizer.metrics is not None
-    assert (optimizer.metrics.alignment is not None) is config.alignment.activation
+    assert (optimizer.metrics.alignment is not None) is bool(config.alignment.every)
 
 
 @pytest.mark.parametrize("config", [PLAIN, MEASURED], ids=["plain", "measured"])

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, RepresentationHook
-from gapt_optim._capture import puts_sequence_first
+from gapt_optim.layout import puts_sequence_first
 
 from .loops import assert_same
 from .models import MLP

@@ -465,7 +465,7 @@ def flat(model: nn.Module, optimizer: GAPTOptimizer, schedule: LRScheduler | Non
     return phases
 
 
-IMPATIENT = GAPTConfig(gate=GateConfig(patience_memorization=5, smoothing=0.0), alignment={"activation": False})  # type: ignore[arg-type]
+IMPATIENT = GAPTConfig(gate=GateConfig(patience_memorization=5, smoothing=0.0), alignment={"every": 0})  # type: ignore[arg-type]
 
 
 def warmed_up(steps: int, config: GAPTConfig = IMPATIENT) -> tuple[nn.Module, GAPTOptimizer, LRScheduler]:

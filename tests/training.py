@@ -35,7 +35,7 @@ def config(
         entropy=EntropyConfig(**(entropy or {})),
         objective=ObjectiveConfig(**({"weight": 1.0} | (objective or {}))),
         layers=LayerConfig(**(counting or {})),
-        alignment=AlignmentConfig(**({"activation": activation} | (alignment or {}))),
+        alignment=AlignmentConfig(**({"every": int(activation)} | (alignment or {}))),
     )
 
 

@@ -87,7 +87,7 @@ def build(phase: Way, o: Options) -> Trained:
         settings = GAPTConfig(
             gate=GateConfig(initial_phase=phase, frozen=True),
             objective=ObjectiveConfig(weight=0.05),
-            alignment=AlignmentConfig(activation=True),
+            alignment=AlignmentConfig(every=1),
         )
         gapt = GAPTOptimizer(base, RepresentationHook(model, "transformer.h.*"), settings)
     if o.compile:

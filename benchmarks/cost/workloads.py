@@ -102,7 +102,7 @@ def wrapped(
             entropy=EntropyConfig(**entropy),
             gate=GateConfig(initial_phase=phase, frozen=True),
             objective=ObjectiveConfig(weight=WEIGHT),
-            alignment=AlignmentConfig(activation=activation, parameter_every=parameter_every),
+            alignment=AlignmentConfig(every=int(activation), parameter_every=parameter_every),
         )
         hook = RepresentationHook(model, "transformer.h.*")
         seen: list[Any] = []

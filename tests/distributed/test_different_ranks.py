@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapt_optim import GAPTConfig, GateConfig, ObjectiveConfig
-from gapt_optim._step.progress import flat_state
-from gapt_optim._step.ranks import (
+from gapt_optim.progress import flat_state
+from gapt_optim.ranks import (
     difference_between,
     group_of,
     refuse_different_ranks,
@@ -68,7 +68,7 @@ def states(of_ranks: list[dict[str, Any]]) -> str:
     here = of_ranks[dist.get_rank()]
     model = make_net()
     optimizer = wrap(model, config=GAPTConfig(**here.get("config", {})))
-    with mock.patch("gapt_optim._step.ranks.group_of", return_value=None):
+    with mock.patch("gapt_optim.ranks.group_of", return_value=None):
         for _ in range(here.get("steps", 0)):
             run(model, optimizer, range(1))
     try:

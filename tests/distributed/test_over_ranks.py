@@ -71,7 +71,7 @@ def counted_collectives() -> Iterator[list[tuple[int, int]]]:
         sizes.append((tensor.numel(), tensor.nbytes))
         return real(tensor, *args, **options)
 
-    with mock.patch("gapt_optim._step.ranks.dist.all_reduce", counting):
+    with mock.patch("gapt_optim.ranks.dist.all_reduce", counting):
         yield sizes
 
 
@@ -107,7 +107,7 @@ def test_one_collective_per_step(
     ranks: Ranks, parallel: str, activation: bool, depth: int, micro_batches: int, dtype: torch.dtype, size: int
 ) -> None:
     """However many micro-batches the step has."""
-    config = GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(activation=activation))
+    config = GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(every=int(activation)))
     build = partial(Net, depth=depth)
     run = Run(parallel, config=config, micro_batches=micro_batches, steps=3, build=build, dtype=dtype)
     numbers = numbers_per_step(depth, activation)
@@ -124,7 +124,7 @@ def test_collectives_of_a_measured_step(ranks: Ranks, combine: str, micro_batche
     """
     config = GAPTConfig(
         gate=COMPRESSING,
-        alignment=AlignmentConfig(activation=False, parameter_every=2),
+        alignment=AlignmentConfig(every=0, parameter_every=2),
         objective=ObjectiveConfig(combine=combine),
     )
     parameters = dict(Net().named_parameters())
@@ -254,7 +254,7 @@ def test_a_branch_that_the_loss_does_not_use_is_refused_under_ddp(
 ) -> None:
     """At the first step of any phase, before ranks could drift apart in compression."""
     run = branching(phase, {option: True}, False)
-    run = replace(run, config=run.config.model_copy(update={"alignment": AlignmentConfig(activation=activation)}))
+    run = replace(run, config=run.config.model_copy(update={"alignment": AlignmentConfig(every=int(activation))}))
     for message in ranks(branch_off, run):
         assert 'does not depend on the output of tapped module "blocks.2"' in message
         assert "adding 0 * output.sum() to what the model returns" in message

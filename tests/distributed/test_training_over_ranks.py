@@ -90,7 +90,7 @@ def test_ranks_equal_one_process(ranks: Ranks, parallel: str, options: dict[str,
     "parts",
     [
         {"objective": ObjectiveConfig(combine="sum", weight=5.0), "layers": LayerConfig(schedule="slope")},
-        {"alignment": AlignmentConfig(activation=False)},
+        {"alignment": AlignmentConfig(every=0)},
         {"layers": LayerConfig(skip_first=1)},
     ],
     ids=str,
@@ -197,7 +197,7 @@ def test_validation_losses_are_averaged(ranks: Ranks, parallel: str) -> None:
     [
         {},
         {"objective": ObjectiveConfig(combine="project", weight=20.0)},
-        {"layers": LayerConfig(reduce="max")},
+        {"layers": LayerConfig(reduce="largest_drop")},
         {"alignment": {"project_parameters": True}, "objective": ObjectiveConfig(weight=20.0)},
     ],
     ids=["sum", "project", "max", "project_parameters"],

@@ -49,7 +49,7 @@ class TaskSettings:
             gate=gates[self.method](),
             objective=ObjectiveConfig(weight=self.weight, **self.objective),
             layers=LayerConfig(**self.layers),
-            alignment=AlignmentConfig(activation=False),  # of no use here, and a good part of so small a step
+            alignment=AlignmentConfig(every=0),  # of no use here, and a good part of so small a step
         )
 
     def kernel_settings(self) -> dict[str, Any]:
