@@ -196,7 +196,7 @@ class RepresentationHook:
             self.watching.reader = None
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """Run the model once on these arguments, and say how each watched output is read; see :mod:`gapt_optim.explain`.
+        """Run the model once on these arguments, and say how each watched output is read.
 
         >>> import torch
         >>> print(RepresentationHook(torch.nn.Sequential(torch.nn.Linear(4, 16)), "0").explain(torch.randn(64, 4)))

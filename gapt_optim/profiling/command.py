@@ -82,9 +82,7 @@ def profile(
             spec, revision=at, dtype=weights, device_map=device_map, quantize=quantize,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        batches = load_batches(
-            data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens
-        )
+        batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
         models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
         for title, each in models.items():
             try:
@@ -204,7 +202,9 @@ def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: b
         first, *others = found
         table = result.to_pandas()
         one = found[first]
-        said = f"{figures(one)[0].title} by layer" if len(found) > 2 else f"{others[0]}, and its change (Δ) from {first}"
+        said = (
+            f"{figures(one)[0].title} by layer" if len(found) > 2 else f"{others[0]}, and its change (Δ) from {first}"
+        )
         notes = [*what_is_shown(one)[:1], *(f"warning: {warning}" for warning in result.warnings)]
         notes += [f"note: {name}: {note}" for name, each in found.items() for note in each.notes]
     print_table(table, said, wide=wide)

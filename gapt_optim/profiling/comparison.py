@@ -163,7 +163,9 @@ def _differences(named: str, first: Profile, other: Profile) -> list[str]:
         found.append(f"{named}: the output of {axes[0][0]} is read as ({axes[0][1]}) and ({axes[0][2]})")
     rows = [(a.name, a.rows, b.rows) for a, b in pairs if a.rows != b.rows]
     if rows:
-        found.append(f"{named} have {rows[0][1]:,} and {rows[0][2]:,} rows at {rows[0][0]}; RankMe grows with rows alone")
+        found.append(
+            f"{named} have {rows[0][1]:,} and {rows[0][2]:,} rows at {rows[0][0]}; RankMe grows with rows alone"
+        )
     if any(a.rankme_rows != b.rankme_rows for a, b in pairs):
         both = any(rankme_at_equal_rows(*pair)[0] is not None for pair in pairs)
         said = "is taken of as many rows of each" if both else "is left out"

@@ -124,7 +124,9 @@ def profile(
             stack.enter_context(other.reading(collector.read_other))
             models.append(against)
         stack.enter_context(evaluating(models))
-        runs = [(each, device_of(each) if device is None else torch.device(device), caller(each, call)) for each in models]
+        runs = [
+            (each, device_of(each) if device is None else torch.device(device), caller(each, call)) for each in models
+        ]
         pass_over = _Passes(runs, collector, tokenizer, dtype, views)
         for item in _counted(batches, progress):
             pass_over.run(item)
@@ -206,6 +208,10 @@ class Collector:
 
     def read(self, name: str, reading: Reading) -> None:
         """One output of a layer."""
+        with torch._C.DisableTorchFunction():  # a first pass is followed through its operations; these are none of it
+            self._read(name, reading)
+
+    def _read(self, name: str, reading: Reading) -> None:
         self.calls[name] += 1
         key = (name, 1 if name in self.pooled else min(self.calls[name], MOST_DEPTHS))
         kind = (reading.h.ndim, reading.rows.shape[-1])
@@ -247,9 +253,7 @@ class Collector:
         for key, embeddings in self._views.items():
             shapes = {tuple(embedding.shape) for embedding in embeddings}
             if len(shapes) > 1:
-                raise ValueError(
-                    f'the views of a batch differ in shape at layer "{self.title(key)}": {sorted(shapes)}'
-                )
+                raise ValueError(f'the views of a batch differ in shape at layer "{self.title(key)}": {sorted(shapes)}')
             lidar = self.sums[key].lidar
             if lidar is not None and len(embeddings) == self.what.views:
                 lidar.add(torch.stack(embeddings))
@@ -268,9 +272,7 @@ class Collector:
             raise ValueError(nothing if self.sums else silent)
         keys = sorted(self.sums, key=lambda key: (self.names.index(key[0]), key[1]))
         sums = [self.sums[key] for key in keys]
-        layers = tuple(
-            layer_of(self.title(key), each, tokenizer) for key, each in zip(keys, sums, strict=True)
-        )
+        layers = tuple(layer_of(self.title(key), each, tokenizer) for key, each in zip(keys, sums, strict=True))
         return Profile(
             layers,
             sequences=sums[0].sequences,
@@ -305,7 +307,7 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
     """The numbers of a layer from its sums."""
     entropies, shapes = [], []
     for (window, first), one in sums.windows.items():
-        nats, normalized, shape = (mean.means() for mean in (one.entropies, one.normalized, one.shape))
+        nats, normalized, shape = one.means()
         if not nats:
             continue
         for kind, (value, error), (share, _) in zip(sums.what.kinds, nats, normalized, strict=True):
@@ -331,9 +333,7 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
         sequence_level=tuple(
             level_of(pooling, rows, sums.what.kinds[sums.what.main]) for pooling, rows in sums.pooled.joined().items()
         ),
-        longest=tuple(
-            Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0
-        ),
+        longest=tuple(Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0),
         channels=tuple(sums.where.channels()),
         norm_by_position=tuple(sums.where.by_position()),
         by_sequence=tuple(None if value != value else value for value in sums.by_sequence[:MOST_PROMPTS]),

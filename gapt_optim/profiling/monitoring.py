@@ -164,7 +164,9 @@ class Monitor:
                 observer(self.metrics)
             except Exception as error:  # a full disk or a tracker's network ends no training
                 self.observers.remove(observer)
-                tell(f"{type(observer).__name__} raised {type(error).__name__}: {error}; the monitor goes on without it")
+                tell(
+                    f"{type(observer).__name__} raised {type(error).__name__}: {error}; the monitor goes on without it"
+                )
 
 
 class _Sums:

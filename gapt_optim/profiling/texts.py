@@ -19,7 +19,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 def load_batches(
     spec: str, tokenizer: Any, *, model: nn.Module, length: int | None, batch_size: int, tokens: int
 ) -> Iterable[Any]:
-    """Batches from ``package.module:name``, or token batches of a text: a file, a prompt with spaces, a data set's name.
+    """Batches from ``package.module:name``, or token batches of a file, a prompt with spaces, a data set.
 
     Raises:
         ValueError: they cannot be made; a text that is too short only when it was read.
