@@ -238,9 +238,12 @@ class Angles:
                 return
             with torch.no_grad():
                 try:
-                    rows, _, _ = saved_rows(capture.saved, None)
+                    saved = saved_rows(capture.saved, None)
                 except RuntimeError:  # changed in place since
                     return
+                if capture.pressed:  # the Gram node's own backward comes next
+                    capture.saved.unpacked = saved
+                rows = saved[0]
                 sums = _sums(view(g.detach()), gradient_of_rows(factor, rows, windows, order))
                 self._sums = sums if self._sums is None else self._sums + sums.to(self._sums)
 

@@ -183,6 +183,10 @@ class Gram(torch.autograd.Function):
 
 def saved_rows(node: Any, module: str | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What a :class:`Gram` node saved. Raises RuntimeError where the rows were changed in place since."""
+    unpacked = node.__dict__.pop("unpacked", None)
+    if unpacked is not None:  # by the angle at this layer, just before: a checkpoint lets tensors be unpacked once
+        rows, index, keep = unpacked
+        return rows, index, keep
     try:
         rows, index, keep = node.saved_tensors
     except RuntimeError as error:

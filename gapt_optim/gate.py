@@ -192,9 +192,7 @@ class PhaseGate:
         s = self._state
         move = 0.0 if s.last_loss is None else loss - s.last_loss
         if s.phase == Phase.MEMORIZATION.value and s.last_loss is not None:
-            bend = abs(move - s.last_move) / math.sqrt(
-                6
-            )  # of independent noise: its deviation, but for a factor near 1
+            bend = abs(move - s.last_move) / math.sqrt(6)
             s.spread = _SPREAD_DECAY * s.spread + (1 - _SPREAD_DECAY) * bend
         s.last_loss, s.last_move = loss, move
 

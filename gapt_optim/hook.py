@@ -31,6 +31,7 @@ from .passes import (
     in_backward,
     nodes_behind,
     recomputing,
+    tensors_in,
     transformed,
 )
 from .windows import Windows, cut, windows_of
@@ -118,6 +119,13 @@ class RepresentationHook:
                 module.register_forward_pre_hook(begins, with_kwargs=True, prepend=True),
                 module.register_forward_hook(Ends(begins), always_call=True),
             ]
+
+    def choose(self, names: list[str]) -> None:
+        """Watch these layers, where ``layers=None`` has not chosen yet, as when a checkpoint is loaded."""
+        model = self.watching.model()
+        if model is not None and not self.names:
+            _remove(self._handles)
+            self._watch(model, select_layers(model, names))
 
     def _choose_later(self, model: nn.Module, candidates: Candidates) -> None:
         """The first forward pass shows which of the candidates are the model's blocks."""
@@ -232,6 +240,8 @@ class Watching:
         self.reader: Reader | None = None
         """Open in ``hook.measuring()``."""
         self.removed = False
+        self.told: set[str] = set()
+        """What was said of outputs that cannot be read."""
         self.why_not: dict[str, str] = {}
         """Modules that ran in this step and left nothing, and why."""
 
@@ -288,6 +298,10 @@ class Watching:
         """(layers, 3) sums of <g,d>, |g|² and |d|² since the last call, zeros where no backward reached an angle."""
         return torch.stack([watch.angles.take(device) for watch in self.watches.values()])
 
+    def clear_angles(self) -> None:
+        for watch in self.watches.values():
+            watch.angles.clear()
+
     def clear(self) -> None:
         """The step is over: forget what no graph would tell to be gone."""
         self.passes.clear()
@@ -311,7 +325,6 @@ class Watch(Unsaved):
         self.angles = Angles(next((p.device for p in module.parameters()), torch.device("cpu")))
         self.recent = [Capture(name) for _ in range(MOST_COMPILED)]
         """Of a compiled model, the last calls. Its length never changes, as each would be traced anew."""
-        self.told = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         watching = self.watching
@@ -350,23 +363,25 @@ class Watch(Unsaved):
             return None
         rows, order = reading.rows, plan.order
         batch, length, features = rows.shape
-        windows = windows_of(batch, length, plan.window, reading.live, reading.segments)
+        into = None if compiling else watching.passes.current()
+        cutting = windows_of if into is None else into.windows_of
+        windows = cutting(batch, length, plan.window, reading.live, reading.segments)
         flows = rows.requires_grad
-        differentiated = flows and (self.name in plan.pressed or (plan.due and plan.angles and not compiling))
+        # A compiled model is the same at every step of a phase, whether it is due or not.
+        differentiated = flows and (self.name in plan.pressed or (not compiling and plan.due and plan.angles))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
-        if windows.size > features and (plan.due or compiling):
+        if windows.size > features and (compiling or plan.due):
             with torch.no_grad():
                 measures = measures_of_rows(cut(rows.detach(), windows))
         capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures)
-        if compiling:
+        if into is None:
             self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
             if not (flows and plan.angles):
                 return None
             marked = self.angles.in_graph(reading.h, reading.view, windows, order)
             return replaced(output, reading.h, marked)
-        capture.node = reading.h.grad_fn
-        into = watching.passes.current()
+        capture.nodes = _nodes_of(output, reading.h)
         into.captures.append(capture)
         repeat = Repeat(_address(args), reading.view, windows, differentiated)
         into.repeats.setdefault(self.name, []).append(repeat)
@@ -389,8 +404,9 @@ class Watch(Unsaved):
         except (TypeError, ValueError) as error:
             if self.name in plan.pressed:
                 raise
-            if not self.told:
-                self.told = True
+            problem = str(error).replace(f'"{self.name}"', "")
+            if problem not in self.watching.told:
+                self.watching.told.add(problem)
                 tell(f"{error}. Until then the layer is left out, and compression will refuse it")
             return None
 
@@ -428,7 +444,7 @@ class Watch(Unsaved):
         if not own:
             return []
         # Without gradients nothing tells which call a loss is of.
-        taken = [c for c in own if c.gram.grad_fn is None or c.gram.grad_fn in behind]  # type: ignore[union-attr]
+        taken = [capture for capture in own if _is_of(capture.gram, behind)]
         self.recent = [Capture(self.name) if capture in taken else capture for capture in self.recent]
         return taken[::-1]
 
@@ -563,6 +579,25 @@ def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, **changed)
     return type(output)({**output, **changed})
+
+
+def _nodes_of(output: Any, h: Tensor) -> tuple[Any, ...]:
+    """What made ``h``; or all of the module's output, where ``output=`` gave another tensor, such as a view."""
+    within = [h] if output is h else list(tensors_in(output))
+    made = [h] if any(tensor is h for tensor in within) else within
+    return tuple(tensor.grad_fn for tensor in made if tensor.grad_fn is not None)
+
+
+def _is_of(gram: Tensor | None, behind: set[Any]) -> bool:
+    """A compiled call is one node of the graph; with a backend that compiles nothing, it is what it is without."""
+    node: Any = None if gram is None else gram.grad_fn
+    for _ in range(4):
+        if node is None or node in behind:
+            return True
+        node = next((each for each, _ in node.next_functions if each is not None and each.next_functions), None)
+        if node is None:  # parameters are behind every loss
+            return False
+    return False
 
 
 def _address(args: Any) -> int:

@@ -45,8 +45,8 @@ def windows_last(gram: Tensor) -> Tensor:
     """(..., m, m) as (m, m, windows): operations on so small matrices are fast where they run over windows."""
     flat = gram.unsqueeze(0).flatten(0, -3)
     moved = flat.permute(1, 2, 0)
-    # Few large matrices stay as they lie in memory.
-    return moved.contiguous() if len(flat) > gram.shape[-1] else moved
+    # Few large matrices stay as they lie in memory. A choice by size would cost a compiled model another compilation.
+    return moved.contiguous() if torch.compiler.is_compiling() or len(flat) > gram.shape[-1] else moved
 
 
 def windows_first(matrices: Tensor) -> Tensor:
@@ -161,8 +161,7 @@ def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     share = z.sum(-2).square().sum(-1) * reciprocal(squares.sum(-1)) / live.clamp(min=1)
     with full_precision(z):
         y = kernel_rows(z, CENTERED_COSINE)
-        # Not windows_last, whose choice by size would cost a compiled model another compilation.
-        grams = (matmul(rows.mT, rows).permute(1, 2, 0) for rows in (z, y))
+        grams = (windows_last(matmul(rows.mT, rows)) for rows in (z, y))
         linear, cosine = (KernelMatrix(gram, LINEAR).order_2 for gram in grams)
     return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1))).mT, live
 

@@ -67,6 +67,8 @@ def build_objective(
         return Objective(loss, [], torch.zeros(2, 0, device=loss.device), None, None, None)
     with torch.set_grad_enabled(pressure.active or pressure.compared):
         of_calls, weights, measures = _sums_of_calls(calls, plan, loss.device)
+        for call in calls:  # an angle still waits for the gradient, and keeps its capture
+            call.gram = call.live = call.measures = None
         if len(calls) > len(layers):
             times = [len(of_layer) for of_layer in taken.values()]
             of_calls, weights = (_over(values, times) for values in (of_calls, weights))
@@ -84,6 +86,9 @@ def build_objective(
             mean_entropy = _finite(_mean(means, weights), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
+        for name in judged:
+            for call in taken[name]:
+                call.pressed = True
         penalty = pressure.config.objective.weight * _pressed(means, weights, judged, pressure)
         penalty, _ = _finite(penalty, loss)
         added = penalty if scaled_by == 1.0 else penalty * scaled_by
@@ -136,7 +141,9 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
         value, live, factor = entropy_of_gram(gram, live, order, first.shape, first.dtype, with_factor=True)
     weight = window_weights(live, value, order.fewest, first.shape[0])
     sizes = [len(call.gram) for call in calls if call.gram is not None]
-    _give_factors(calls, factor, weight, sizes)
+    if factor is not None and any(call.angled for call in calls):
+        for call, own in zip(calls, factor.split(sizes), strict=True):
+            call.factor = own if call.angled else None
     counted = torch.where(weight > 0, value, 0)
     totals, counts = (_over(values, sizes) for values in (counted, weight))
     measures = None
@@ -144,16 +151,6 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
         with torch.no_grad():
             measures = _measures(calls, gram.detach(), sizes)
     return totals, counts, measures
-
-
-def _give_factors(calls: list[Capture], factor: Tensor | None, weight: Tensor, sizes: list[int]) -> None:
-    """Of calls whose angle is taken."""
-    if factor is None or not any(call.angled for call in calls):
-        return
-    weighted = (factor * weight[:, None, None]).split(sizes)
-    for call, own in zip(calls, weighted, strict=True):
-        if call.angled:
-            call.factor = own
 
 
 def _measures(calls: list[Capture], gram: Tensor, sizes: list[int]) -> Tensor | None:

@@ -255,6 +255,8 @@ class GAPTOptimizer(OptimizerWrapper):
         return self._step.state_dict()
 
     def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
+        if not self._hook.names and isinstance(own, dict):  # layers=None waits for a forward pass
+            self._hook.choose(own.get("layers") or [])
         return checked_state(own, self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .entropy import Order
-from .windows import Windows
+from .windows import Windows, windows_of
 
 MOST_COMPILED = 8
 """Calls of a layer in a compiled model that are kept for a loss to come: its forward is traced, and cannot count."""
@@ -59,12 +59,14 @@ class Capture:
         """Of the hidden tensor."""
         self.measures = measures
         """Where rows outnumber features, what :func:`gapt_optim.kernels.measures_of_rows` gives."""
-        self.node: Any = None
-        """Of autograd's graph, that made the hidden tensor; None above frozen layers, and in a compiled model."""
+        self.nodes: tuple[Any, ...] = ()
+        """Of autograd's graph, that made the module's output; none above frozen layers, and in a compiled model."""
         self.saved: Any = None
         """The Gram node, for the rows that it saved; None where nothing is differentiated."""
         self.angled = False
         """The angle at this call is taken."""
+        self.pressed = False
+        """Its entropy is part of what is differentiated."""
         self.factor: Tensor | None = None
         """(windows, m, m), from the objective on, where it is."""
 
@@ -89,6 +91,18 @@ class Pass:
         self.used = False
         """A loss used some of its captures."""
         self._graph: weakref.ref[_Graph] | None = None
+        self._windows: dict[Any, tuple[Any, Windows]] = {}
+
+    def windows_of(
+        self, batch: int, length: int, size: int | None, live: Tensor | None, segments: Tensor | None
+    ) -> Windows:
+        """:func:`gapt_optim.windows.windows_of`, once for all layers that have the same mask."""
+        if live is None and segments is None:
+            return windows_of(batch, length, size, None, None)
+        key = batch, length, id(live), id(segments)
+        if key not in self._windows:
+            self._windows[key] = (live, segments), windows_of(batch, length, size, live, segments)
+        return self._windows[key][1]
 
     def follow(self, output: Any) -> None:
         """Forget everything once the graph behind the model's ``output`` is gone."""
@@ -119,9 +133,9 @@ class Pass:
 
     def forget(self) -> None:
         for capture in self.captures:
-            capture.gram = capture.live = capture.measures = capture.node = capture.saved = None
-        self.captures = []
-        self.repeats = {}
+            capture.gram = capture.live = capture.measures = capture.saved = None
+            capture.nodes = ()
+        self.captures, self.repeats, self._windows = [], {}, {}
 
 
 class _Graph:
@@ -172,12 +186,11 @@ class Passes:
         """Captures of the passes in the graph of a loss, given the nodes ``behind`` it; they are no longer here."""
         taken: list[Capture] = []
         for each in self.all():
-            # Above frozen layers a capture has no node: it belongs to the loss if its pass does.
-            free = any(capture.node is None for capture in each.captures)
-            known = any(capture.node in behind for capture in each.captures)
-            if free and not known and each is not self.loose and not each.made(behind):
-                free = False
-            own = {c for c in each.captures if c.node in behind or (free and c.node is None)}
+            # Above frozen layers a capture has no nodes: it belongs to the loss if its pass does.
+            own = {capture for capture in each.captures if not behind.isdisjoint(capture.nodes)}
+            free = {capture for capture in each.captures if not capture.nodes}
+            if free and (own or each is self.loose or each.made(behind)):
+                own |= free
             if own:
                 each.used = True
                 taken += [capture for capture in each.captures if capture in own]

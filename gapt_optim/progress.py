@@ -208,7 +208,7 @@ def _validated(saved: dict[str, Any]) -> SavedState:
         )  # strict Python takes no dict for a class
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(map(str, first["loc"])).removeprefix("")
+        path = ".".join(map(str, first["loc"])).removeprefix("counts.")
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(
                 f"state_dict: {STATE_KEY}.{path}={first['input']!r:.100} is unknown to gapt_optim {__version__}; load "
@@ -242,7 +242,7 @@ def _refuse_contradictions(state: SavedState) -> None:
             if getattr(counts, path) != 0:
                 raise _refusal(path, "must be 0 where unjudged_steps is 0", getattr(counts, path))
     if not set(counts.targets) <= set(state.layers):
-        raise _refusal("targets", f"must be of some of the layers {state.layers}", list(counts.targets))
+        raise _refusal("targets", f"must be of some of the layers {state.layers}", counts.targets)
 
 
 def _refusal(path: str, why: str, found: Any, *, missing: bool = False) -> ValueError:

@@ -109,10 +109,14 @@ class Step:
     def objective(self, loss: Tensor, scaled_by: float) -> Tensor:
         """One micro-batch: records it, and returns what to differentiate."""
         if not loss.requires_grad:  # the captures have a graph all the same: the entropy alone would train, or nothing
+            if self.watching.why_not:
+                raise RuntimeError(self.watching.why_nothing(loss))
             raise RuntimeError(
                 "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
+        if not self.sums.micro_batches:  # what a backward of something else left
+            self.watching.clear_angles()
         if not self.names and self.watching.watches:  # chosen in this forward pass, which captured nothing
             self._know_layers()
             self.begin()
@@ -207,8 +211,7 @@ class Step:
     def discard(self) -> None:
         """No step is taken: what was recorded for it goes, and its plan is made anew."""
         self.sums.clear()
-        for watch in self.watching.watches.values():
-            watch.angles.clear()
+        self.watching.clear_angles()
         self._gradients = None
         self._notices.forget_losses()
         self.begin()
@@ -333,6 +336,7 @@ class Step:
         if state is not None:
             self.progress.load_state_dict(state)
         self._ranks_compared = False
+        self._know_layers()
         self.forget()
         self.discard()
 

@@ -54,7 +54,7 @@ def parameter_gradients(
 def activation_sums(
     case: Case, model: nn.Module, batches: Sequence[dict[str, Tensor]], weight: float, scale: float = 1.0
 ) -> list[Sums]:
-    """Per layer, what its tap sees: g is the gradient of the loss and of the entropies behind that tap."""
+    """Per layer, g of the loss, as it is scaled, and of the entropies behind that layer; d of its own over the step."""
     modules = list(layers_of(model, case).values())
     sums = [(0.0, 0.0, 0.0) for _ in modules]
     for batch in batches:
@@ -68,8 +68,8 @@ def activation_sums(
                     continue
                 (g,) = torch.autograd.grad((total - weight * share / len(modules)) * scale, h, retain_graph=True)
                 leaf = h.detach().requires_grad_()
-                mine = reference_layer_entropy(leaf, mask=batch.get("attention_mask")) / len(of_layer)
-                (d,) = torch.autograd.grad(mine * scale, leaf)
+                mine = reference_layer_entropy(leaf, mask=batch.get("attention_mask")) / len(of_layer) / len(batches)
+                (d,) = torch.autograd.grad(mine, leaf)
                 sums[i] = _plus(sums[i], sums_of((g, d)))
     return sums
 

@@ -149,25 +149,6 @@ def reference_objective(
     return loss + weight * total
 
 
-REFERENCE_SHARES: dict[str, Callable[[int, int, int], list[float]]] = {
-    "all": lambda n, step, period: [1 / n] * n,
-    "rotate": lambda n, step, period: [1.0 if i == step % n else 0.0 for i in range(n)],
-    "alternate": lambda n, step, period: _normalized([float(n == 1 or i % 2 == step % 2) for i in range(n)]),
-    "blocks": lambda n, step, period: _normalized(
-        [float(min(3, n) * i // n == (step // period) % min(3, n)) for i in range(n)]
-    ),
-    "progressive": lambda n, step, period: _normalized([float(n - i <= 1 + step // period) for i in range(n)]),
-    "valley": lambda n, step, period: _normalized([min(i + 1, n - i) for i in range(n)]),
-    "mountain": lambda n, step, period: _normalized([(n + 1) // 2 + 1 - min(i + 1, n - i) for i in range(n)]),
-    "slope": lambda n, step, period: _normalized([i + 1 for i in range(n)]),
-}
-"""Each schedule's shares of n layers at a step, written down once more."""
-
-
-def _normalized(weights: Sequence[float]) -> list[float]:
-    return [weight / sum(weights) for weight in weights]
-
-
 def _number(value: Tensor) -> float:
     return float(value.detach())
 
@@ -184,8 +165,6 @@ def _largest_drop(entropies: list[Tensor]) -> Tensor:
 
 REFERENCE_REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "mean": _mean,
-    "max": lambda entropies: max(entropies, key=_number),
-    "min": lambda entropies: min(entropies, key=_number),
     "largest_drop": _largest_drop,
 }
 """Each reduction of a list of layer entropies, written down once more."""

@@ -292,7 +292,7 @@ def test_a_guess_is_told_where_nothing_was_followed() -> None:
     model, ids, image = TwoTowers(), torch.randint(0, 9, (2, 16)), batch(2, 3, 8, 8)
     with Watch(model, ["image.1"]) as watch:
         watch.layout._looks = 99
-        with pytest.warns(UserWarning, match=r'layer "image.1" is a guess: attention_mask.*pixel_values'):
+        with pytest.warns(UserWarning, match=r'layer "image.1" count is a guess: attention_mask.*pixel_values'):
             model(ids, image, lengths([5, 16], 16))
 
 
@@ -331,6 +331,35 @@ def test_a_mask_that_does_not_fit_is_told_once(kind: str) -> None:
             model(x, mask)
             model(x)
     assert all(reading.live is None for reading in watch.readings["l"])
+
+
+class Dropping(nn.Module):
+    """Takes every so many tokens: one at first."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l, self.step, self.flat = nn.Linear(WIDTH, WIDTH), 1, flat
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        x = x[:, :: self.step]
+        out: Tensor = self.l(x.flatten(0, 1) if self.flat else x)
+        return out
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_mask_that_fits_no_more(flat: bool) -> None:
+    model, mask, x = Dropping(flat), lengths([32, 9], 32), batch(2, 32, WIDTH)
+    with Watch(model, ["l"]) as watch:
+        model(x, mask)
+        assert torch.equal(watch.readings["l"][0].live, mask)  # type: ignore[arg-type]
+        model.step = 2
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model(x, mask)
+        assert watch.readings["l"][1].live is None
+        assert flat or '"l"' in str(said[0].message)
+        assert watch.readings["l"][1].rows.shape == ((1, 32, WIDTH) if flat else (2, 16, WIDTH))
 
 
 @pytest.mark.parametrize(("kind", "start"), [("prefixed", 3), ("cut", -1), ("padded", 4)])

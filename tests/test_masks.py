@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
-from gapt_optim.viewing import profile
+from gapt_optim.profiling import profile
 
 from .reference import reference_layer_entropy
 
@@ -34,7 +34,7 @@ class Recorder:
 
 
 def in_training(model: nn.Module, hook: RepresentationHook, *args: Any, **kwargs: Any) -> dict[str, float]:
-    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook, COMPRESSION, announce=False)
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook, COMPRESSION)
     out = model(*args, **kwargs)
     loss = out if isinstance(out, Tensor) else out.logits
     optimizer.backward(loss.square().mean())

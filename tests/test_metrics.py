@@ -17,6 +17,7 @@ import pytest
 
 from gapt_optim import (
     Alignment,
+    AlignmentConfig,
     Angle,
     GAPTConfig,
     JSONLines,
@@ -299,7 +300,8 @@ def test_observers_are_called_once_a_step_with_its_metrics() -> None:
 
 
 def test_measures_of_a_step_are_means_over_the_layers_that_count() -> None:
-    config = GAPTConfig(gate=RESTLESS, layers=LayerConfig(skip_first=1))
+    every = AlignmentConfig(every=1)
+    config = GAPTConfig(gate=RESTLESS, layers=LayerConfig(skip_first=1), alignment=every)
     model = make_net()
     seen: list[StepMetrics] = []
     run(model, wrap(model, config=config, observers=[seen.append]), range(6))

@@ -28,8 +28,8 @@ from gapt_optim import (
     Phase,
     PhaseGate,
     RepresentationHook,
+    progress,
 )
-from gapt_optim import progress
 
 from .loops import (
     COMPRESSING,
@@ -728,28 +728,33 @@ def test_loss_of_one_element_is_a_scalar() -> None:
     assert_same(gradients(model), gradients(bare_model))
 
 
-def test_loss_that_nothing_computed() -> None:
-    """A parameter of its own, say: there is no graph behind it to look at."""
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_a_loss_that_no_watched_layer_was_computed_for(phase: str) -> None:
+    """A parameter of its own, say. Memorization goes on, and the gate stays; compression has nothing to press."""
     model = make_net()
-    optimizer = wrap(model, config=COMPRESSING)
-    loss_of(model, 0)
+    optimizer = wrap(model, config=GAPTConfig(gate=GateConfig(initial_phase=phase, frozen=True)))
+    other = loss_of(model, 0)
     loss = torch.tensor(3.0, requires_grad=True)
-    optimizer.backward(loss)
-    assert loss.grad == 1
+    message = r'does not depend on the output of layer "layers\.0"'
+    if phase == "compression":
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.backward(loss)
+    else:
+        with pytest.warns(UserWarning, match=message + ".*the gate stays"):
+            optimizer.backward(loss)
+        assert loss.grad == 1
+        optimizer.step()
+        assert optimizer.metrics is not None
+        assert (optimizer.metrics.loss, optimizer.metrics.entropy) == (3, None)
+        optimizer.zero_grad()
+        optimizer.backward(torch.tensor(3.0, requires_grad=True))  # told once
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.backward(other)
     optimizer.step()
     assert optimizer.metrics is not None
-    assert optimizer.metrics.loss == 3
-
-
-def test_objective_before_the_forward_pass_is_refused() -> None:
-    model = make_net()
-    optimizer = wrap(model)
-    with pytest.raises(RuntimeError, match=r'"layers\.0".*did not run'):
-        optimizer.backward(torch.ones((), requires_grad=True))
-    loss = loss_of(model, 0)
-    optimizer.objective(loss)
-    with pytest.raises(RuntimeError, match="did not run"):
-        optimizer.objective(loss)
+    assert optimizer.metrics.entropy is not None
+    assert optimizer.metrics.entropy > 0
 
 
 def test_hook_serves_one_optimizer() -> None:
@@ -769,7 +774,11 @@ def test_removed_hook_is_refused() -> None:
         GAPTOptimizer(adamw(model), hook)
     optimizer = wrap(model)
     optimizer.hook.remove()
-    with pytest.raises(RuntimeError, match="removed"):
+    with pytest.warns(UserWarning, match="the RepresentationHook was removed"):
+        optimizer.backward(loss_of(model, 0))
+    optimizer = wrap(model, config=COMPRESSING)
+    optimizer.hook.remove()
+    with pytest.raises(RuntimeError, match="the RepresentationHook was removed"):
         optimizer.backward(loss_of(model, 0))
 
 

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-
-from gapt_optim import Measures
 from gapt_optim._objective import Objective
 from gapt_optim._step.record import Reading, StepRecord, mean_or_nan
+
+from gapt_optim import Measures
 from tests.distributed.threads import on_threads
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gapt_optim import EntropyConfig, GAPTOptimizer, Measures, RepresentationHook
-from gapt_optim._capture.masks import masked_modules
+from gapt_optim.layout import Layout
 from tests.models import CASES, CNN, MLP, WRAPS, Block, TiedLM, Wrapping, gpt2, masked_tokens, tokens
-from tests.reference import KERNELS, reference_layer_entropy
+from tests.reference import KERNELS, reference_layer_entropy, reference_windows
 from tests.training import distance, gradients, recorded, wrapped
 
 PHASES = pytest.mark.parametrize("phase", ["memorization", "compression"])
@@ -40,7 +40,7 @@ def entropies(optimizer: GAPTOptimizer) -> dict[str, float]:
 
 
 def captured(hook: RepresentationHook) -> int:
-    return sum(map(len, hook._store.calls.values()))
+    return sum(len(each.captures) for each in hook.watching.passes.all())
 
 
 # Which layers
@@ -69,11 +69,30 @@ class Nest(nn.Module):
         ("decoder.a[0]", ["decoder.a[0]"]),
         ("", [""]),
         (["encoder.2", "encoder.0", "encoder.*"], ["encoder.0", "encoder.1", "encoder.2"]),
-        (None, ["encoder.0", "encoder.1", "encoder.2"]),
     ],
 )
 def test_names_and_globs(layers: Any, names: list[str]) -> None:
     assert RepresentationHook(Nest(), layers).names == names
+
+
+@PHASES
+def test_a_forward_pass_chooses_where_a_model_has_several_lists(phase: str) -> None:
+    """From the second step on, the layers are judged and pressed."""
+    model, x = Nest(), torch.randn(8, 4)
+    optimizer = wrapped(model, None, phase=phase)
+    assert optimizer.hook.names == []
+    for step in range(3):
+        optimizer.backward(loss_of(model, x))
+        optimizer.step()
+        assert optimizer.hook.names == ["encoder.0", "encoder.1", "encoder.2"]
+        assert list(entropies(optimizer)) == (optimizer.hook.names if step else [])
+    saved = optimizer.state_dict()
+    other = Nest()
+    again = wrapped(other, None, phase=phase)
+    again.load_state_dict(saved)
+    assert again.hook.names == optimizer.hook.names
+    optimizer.hook.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_no_glob_means_the_model_as_a_whole() -> None:
@@ -91,7 +110,7 @@ def test_modules_and_mixed_lists() -> None:
     model = Nest()
     assert RepresentationHook(model, model.encoder[1]).names == ["encoder.1"]
     assert RepresentationHook(model, [model.decoder["b"], "encoder.0"]).names == ["encoder.0", "decoder.b"]
-    assert RepresentationHook(model, (block for block in model.encoder)).names == RepresentationHook(model).names
+    assert RepresentationHook(model, (block for block in model.encoder)).names == [f"encoder.{i}" for i in range(3)]
     assert RepresentationHook(model.encoder[0], model.encoder[0]).names == [""]
 
 
@@ -109,8 +128,7 @@ class Two(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layers", "error", "message"),
     [
-        (Two(), None, ValueError, r'ambiguous.*"left\.\*", "right\.\*"'),
-        (nn.Sequential(nn.Linear(2, 2)), None, ValueError, r'nn.ModuleList.*name layers: "0"'),
+        (nn.Sequential(nn.Linear(2, 2)), None, ValueError, r'layers=None finds no blocks.*name layers: "0"'),
         (Nest(), "encoder", None, ""),
         (Nest(), "encoders.*", ValueError, r'"encoders\.\*" matches no module.*"encoder\.0"'),
         (Nest(), ["encoder.0", "nothing"], ValueError, '"nothing" matches no module'),
@@ -175,7 +193,6 @@ class Returning(nn.Module):
         (lambda h: h.argmax(-1, keepdim=True), None, TypeError, r'"layer" returned.*int64.*Choose another'),
         (lambda h: h.sum((0, 1)), None, ValueError, r'"layer" returned.*\(4,\).*\(batch, seq, d\)'),
         (lambda h: h, lambda out: "x", TypeError, r'"layer" returned Tensor and output= gave str'),
-        (lambda h: (h, 1), lambda out: out[0] * 2, TypeError, r'"layer" returned tuple.*must return one of'),
     ],
 )
 @PHASES
@@ -184,16 +201,44 @@ def test_errors_of_an_output_name_the_module(
 ) -> None:
     model = Returning(make)
     optimizer = wrapped(model, "layer", phase=phase, output=output)
-    with pytest.raises(error, match=message):
-        optimizer.objective(model(torch.randn(2, 5, 4)).sum())
+    told = "Until then nothing is known of entropies"
+    with pytest.raises(error, match=message) if phase == "compression" else pytest.warns(UserWarning, match=message):
+        loss = model(torch.randn(2, 5, 4)).sum()
+    if phase == "memorization":  # trains on
+        with pytest.warns(UserWarning, match=told):
+            optimizer.backward(loss)
+        optimizer.step()
+        assert optimizer.metrics.entropy is None
+        assert optimizer.metrics.loss == pytest.approx(float(loss.detach()))
 
 
-@pytest.mark.filterwarnings("ignore:the entropy of layer .* is 0 whatever happens:UserWarning")  # of the last shapes
+@PHASES
+def test_a_view_of_an_output_may_be_picked(phase: str) -> None:
+    """Though the loss uses the output itself."""
+    found = []
+    for pick in (None, lambda out: out.unflatten(-1, (2, 3)).flatten(-2)):
+        model = MLP()
+        optimizer = wrapped(model, "blocks.*", phase=phase, output=pick)
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        optimizer.backward(loss_of(model, torch.randn(3, 9, 6)))
+        optimizer.step()
+        found.append((entropies(optimizer), gradients(model)))
+    assert found[0][0] == found[1][0]
+    assert distance(found[1][1], found[0][1]) < 1e-6
+
+
+LAYOUTS = {4: "batch channels height width", 5: "batch channels depth height width"}
+"""By dimensions, what no module here tells."""
+
+
+@pytest.mark.filterwarnings("ignore:layer .* can have no entropy:UserWarning")  # of the last shapes
 @pytest.mark.parametrize("shape", [(11, 6), (3, 11, 6), (2, 6, 3, 5), (2, 6, 2, 3, 3), (1, 6), (2, 1, 6)])
 @pytest.mark.parametrize("window", [4, None])
 def test_shapes(shape: tuple[int, ...], window: int | None) -> None:
     model = nn.Sequential(nn.Tanh(), nn.PReLU())
-    optimizer = wrapped(model, "0", entropy={"window": window})
+    optimizer = wrapped(model, "0", entropy={"window": window}, layout=LAYOUTS.get(len(shape)))
     x = torch.randn(shape, requires_grad=True)
     optimizer.backward(loss_of(model, x))
     leaf = x.detach().requires_grad_()
@@ -202,7 +247,7 @@ def test_shapes(shape: tuple[int, ...], window: int | None) -> None:
     (model[1](hidden).square().mean() + expected).backward()
     torch.testing.assert_close(x.grad, leaf.grad)
     optimizer.step()
-    assert entropies(optimizer)["0"] == pytest.approx(float(expected.detach()), abs=1e-5)
+    assert entropies(optimizer).get("0", 0.0) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "cosine"])
@@ -214,7 +259,8 @@ def test_an_empty_batch_has_no_entropy(shape: tuple[int, ...], phase: str, kerne
     optimizer = wrapped(model, "0", phase=phase, entropy=entropy)
     optimizer.backward(model(torch.randn(shape)).sum())
     optimizer.step()
-    assert entropies(optimizer) == {"0": 0.0}
+    assert entropies(optimizer) == {}
+    assert optimizer.metrics.entropy is None
     assert all((gradient == 0).all() for gradient in gradients(model).values())
 
 
@@ -262,9 +308,13 @@ class TakingMask(nn.Module):
 def test_masks_are_looked_for_around_the_taps() -> None:
     outer = TakingMask(TakingMask(nn.Linear(4, 4)))
     model = nn.ModuleDict({"outer": outer, "beside": TakingMask(nn.Linear(4, 4)), "plain": nn.Linear(4, 4)})
-    assert masked_modules(model, ["outer.inner.inner", "plain"]) == [model, outer, outer.inner]
-    assert masked_modules(model, ["outer"]) == [model, outer]
-    assert masked_modules(model, [""]) == masked_modules(model, ["plain"]) == [model]
+
+    def around(*names: str) -> list[nn.Module]:
+        return [module for module, _ in Layout(model, {name: model.get_submodule(name) for name in names}).callers()]
+
+    assert around("outer.inner.inner", "plain") == [model, outer, outer.inner]
+    assert around("outer") == [model, outer]
+    assert around("plain") == [model]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -412,7 +462,10 @@ def test_errors_of_a_mask(mask: Any, error: Any, message: str, phase: str) -> No
     model = TiedLM()
     optimizer = wrapped(model, "blocks.*", phase=phase.replace("measuring", "compression"), mask=lambda keywords: mask)
     measuring = optimizer.hook.measuring() if phase == "measuring" else nullcontext()
-    with measuring, pytest.raises(error, match=message) if error else nullcontext():
+    refused = pytest.raises(error, match=message) if error else nullcontext()
+    if error and phase == "memorization":
+        refused = pytest.warns(UserWarning, match=message)
+    with measuring, refused:
         model(**tokens())
 
 
@@ -523,8 +576,8 @@ def test_a_mask_serves_its_own_call_only() -> None:
         model(**batch)
         model.blocks[0](h)
     # Windows with three tokens that count, masked; and two of each of the four sequences.
-    m, n = int((batch["attention_mask"].split(8, 1)[0].sum(1) > 2).sum()), 8
-    m += int((batch["attention_mask"].split(8, 1)[1].sum(1) > 2).sum())
+    lives = [live for _, live in reference_windows(h, 8, batch["attention_mask"]) if live is not None]
+    m, n = sum(int(live.sum()) > 2 for live in lives), 8
     found = ((m + n) * measured.entropies["blocks.0"] - m * masked.entropies["blocks.0"]) / n
     assert found == pytest.approx(expected, rel=1e-5)
     assert masked.entropies["blocks.0"] != pytest.approx(expected, rel=1e-2)
@@ -563,7 +616,8 @@ def test_nothing_is_captured_after_remove(remove: Callable[[RepresentationHook],
     loss = loss_of(model, x)
     assert captured(optimizer.hook) == 0
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    with pytest.raises(RuntimeError, match="was removed"):
+    told = pytest.raises(RuntimeError, match="was removed")
+    with told if phase == "compression" else pytest.warns(UserWarning, match="was removed"):
         optimizer.objective(loss)
 
 
@@ -590,15 +644,16 @@ def test_nothing_is_captured_without_an_optimizer() -> None:
     assert "Tap" not in str(output.grad_fn.next_functions)
 
 
-def test_a_module_that_never_ran_is_named() -> None:
+def test_a_loss_that_no_watched_module_ran_for() -> None:
     model = Two()
     optimizer = wrapped(model, ["left.*", "right.*"])
-    model.eval().right[0](torch.randn(3, 4))
-    optimizer.step()  # what happened before it is no part of the message
-    model.train()
     h = model.left[1](model.left[0](torch.randn(3, 4)))
-    with pytest.raises(RuntimeError, match=r'"right.0" \(and 1 more\) did not run before objective'):
-        optimizer.objective(h.sum())
+    optimizer.backward(h.sum())  # a part of the model rests
+    optimizer.step()
+    assert list(entropies(optimizer)) == ["left.0", "left.1"]
+    other = nn.Linear(4, 4)(torch.randn(3, 4)).sum()
+    with pytest.raises(RuntimeError, match=r'does not depend on the output of layer "left.0" \(and 3 more\)'):
+        optimizer.backward(other)
 
 
 def test_a_module_that_ran_before_may_rest() -> None:
@@ -619,7 +674,7 @@ def test_a_module_that_ran_before_may_rest() -> None:
         optimizer.objective(x.sum().requires_grad_())
 
 
-def test_the_entropy_is_averaged_over_the_calls_of_a_module() -> None:
+def test_the_entropy_is_that_of_all_windows_of_the_calls_of_a_module() -> None:
     model = MLP(depth=1)
     block = model.blocks[0]
     optimizer = wrapped(model, "blocks.*")
@@ -627,7 +682,9 @@ def test_the_entropy_is_averaged_over_the_calls_of_a_module() -> None:
     total = sum((block(h).square().mean() for h in hidden), torch.zeros(()))
     optimizer.objective(total)
     optimizer.step()
-    expected = sum(float(reference_layer_entropy(block(h).detach())) for h in hidden) / 3
+    # 8 rows and a row alone, two times 8 rows and 4, and 5 rows.
+    windows = [float(reference_layer_entropy(block(h).detach())) * n for h, n in zip(hidden, (1, 4, 1), strict=True)]
+    expected = sum(windows) / 6
     assert entropies(optimizer)["blocks.0"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -1008,7 +1065,7 @@ def test_misuse_of_measuring_is_refused() -> None:
         pass
     with hook.measuring() as empty:
         pass
-    with pytest.raises(RuntimeError, match="no tapped module ran"):
+    with pytest.raises(RuntimeError, match="no watched module ran"):
         _ = empty.mean
     with hook.measuring(), pytest.raises(RuntimeError, match="already open"), hook.measuring():
         pass

@@ -68,8 +68,10 @@ def test_transforms_of_torch_func_work_as_without_us(phase: str) -> None:
         return [*torch.func.grad(loss)(parameters, x).values(), *each.values(), second]
 
     assert_same(transforms(model), transforms(twin))
-    with pytest.raises(RuntimeError, match=r'"blocks\.0".* ran inside a transform of torch\.func'):
+    message = r'"blocks\.0".* ran inside a transform of torch\.func'
+    with pytest.raises(RuntimeError, match=message) if phase == "compression" else pytest.warns(match=message):
         optimizer.objective(torch.ones((), requires_grad=True))
+    optimizer.discard_step()
     optimizer.backward(case.loss(model, inputs))  # and a step goes on as if nothing had been
     optimizer.step()
 

@@ -16,6 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from gapt_optim._step.evasion import EvasionWatch
+from gapt_optim._step.evasion import _Level as Level
+from gapt_optim._step.evasion import _what_happened as what_happened
+from gapt_optim._step.groups import ZeroedGradients, largest_learning_rate
+from gapt_optim._step.hints import SmallShareHint, ZeroEntropyHint
+from gapt_optim._step.record import Reading
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -29,12 +35,6 @@ from gapt_optim import (
     RepresentationHook,
     StepMetrics,
 )
-from gapt_optim._step.evasion import EvasionWatch
-from gapt_optim._step.evasion import _Level as Level
-from gapt_optim._step.evasion import _what_happened as what_happened
-from gapt_optim._step.groups import ZeroedGradients, largest_learning_rate
-from gapt_optim._step.hints import SmallShareHint, ZeroEntropyHint
-from gapt_optim._step.record import Reading
 
 from .distributed.threads import on_threads
 from .loops import COMPRESSING, RESTLESS, adamw, loss_of, make_net, run, weights, wrap

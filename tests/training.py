@@ -41,7 +41,8 @@ def config(
 
 def wrapped(model: nn.Module, layers: Any, phase: str = "compression", lr: float = 0.0, **parts: Any) -> GAPTOptimizer:
     """SGD on the model's parameters, wrapped, with a frozen gate."""
-    hook = RepresentationHook(model, layers, output=parts.pop("output", None), mask=parts.pop("mask", None))
+    options = {name: parts.pop(name, None) for name in ("output", "mask", "layout", "segments")}
+    hook = RepresentationHook(model, layers, **options)
     return GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=lr), hook, config(phase, **parts))
 
 

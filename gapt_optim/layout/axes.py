@@ -151,6 +151,8 @@ def _of_two(h: Tensor, kind: Kind, axes: Axes | None, sizes: list[tuple[int, int
         return (BATCH, FEATURES), "rows of several sequences", None
     if axes is not None and axes[0] == FEATURES and axes[1] is not None:
         return axes, "followed through the operations before it", None
+    if axes is None and any(batch * length == len(h) and 1 not in (batch, length) for batch, length in sizes):
+        return (FLAT, FEATURES), "as many rows as the call has tokens", 'layout="batch features" for rows of their own'
     if axes is not None and axes[0] == LENGTH:
         return (LENGTH, FEATURES), "followed through the operations before it", None
     return (BATCH, FEATURES), "two dimensions", None

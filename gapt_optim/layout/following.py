@@ -74,8 +74,9 @@ class Following(TorchFunctionMode):
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, (Tensor, tuple, list)) or func is Tensor.__setitem__:
-            # An operation in a form that is not known here leaves its result without a trace.
-            with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+            # An operation in a form that is not known here, or on tensors without a shape, leaves its result without a
+            # trace, and the model as it is.
+            with contextlib.suppress(Exception):
                 self._note(_name(func), list(args), kwargs, result)
         return result
 
@@ -249,7 +250,7 @@ def _of_layer(name: str, args: list[Any], source: Tensor, axes: Axes, out: Tenso
         return (*axes[:-1], FEATURES)
     if name == "embedding":
         return (*axes, FEATURES)
-    convolution = re.fullmatch(r"conv(?:_transpose)?([123])d", name)
+    convolution = re.fullmatch(r"(?:conv|conv_transpose|(?:adaptive_)?(?:avg|max|lp)_pool)([123])d", name)
     if convolution:
         positions = tuple(LENGTH if axis == LENGTH else POSITION for axis in axes[-int(convolution[1]) :])
         batch: Axes = (axes[0] or BATCH,) if out.ndim == len(positions) + 2 else ()

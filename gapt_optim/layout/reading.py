@@ -14,10 +14,22 @@ from torch.overrides import _get_current_function_mode
 
 from .._tell import tell
 from . import axes as axes_
-from .axes import Kind, kind_of
-from .following import BATCH, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
+from .axes import Kind, View, kind_of
+from .following import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
 from .outputs import checked_hidden, hidden_tensor, padded
-from .tokens import Call, Caller, Choice, axes_of, bring_tokens, by_shape, documents, followed, live_rows, may_mask
+from .tokens import (
+    Call,
+    Caller,
+    Choice,
+    axes_of,
+    bring_tokens,
+    by_shape,
+    documents,
+    followed,
+    live_rows,
+    may_mask,
+    still_fits,
+)
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -43,7 +55,7 @@ class Reading(NamedTuple):
     why_rows: str
     guess: str | None
     """What is only likely, and what to pass to say it; None where it is known."""
-    view: Callable[[Tensor], Tensor]
+    view: View | Callable[[Tensor], Tensor]
     """From a tensor of the shape of ``h`` to its rows."""
 
 
@@ -106,9 +118,12 @@ class Layout:
         masks = by_layer("mask", mask, modules)
         layouts = by_layer("layout", layout, modules)
         segment_picks = by_layer("segments", segments, modules)
-        for picks, argument in ((masks, "mask"), (segment_picks, "segments")):
-            for pick in picks.values():
-                _check_function(argument, pick)
+        for value, argument in ((mask, "mask"), (segments, "segments")):
+            if not isinstance(value, Mapping):
+                _check_function(argument, value)
+                continue
+            for glob, pick in value.items():
+                _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
             axes_.parsed(text)
         found = dict(_callers(model, modules))
@@ -201,7 +216,9 @@ class Layout:
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
             batch_and_length = self._sizes_of_flat(len(h))
-        view = axes_.View(decision.axes, batch_and_length)
+            if batch_and_length is None:  # not as many rows as tokens this time
+                decision = decision._replace(axes=(BATCH, FEATURES), choice=None)
+        view = View(decision.axes, batch_and_length)
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:
@@ -234,16 +251,13 @@ class Layout:
         key = (name, h.ndim, *[call.situation for call in self.calls])
         if self._following is None:
             known = self._decisions.get((*key, turn), self._decisions.get((*key, 0)))
-            if known is not None and self._still_fits(known, h):
+            if known is not None:
                 return known
             return self._decided(name, h, watched, None)
         decision = self._decided(name, h, watched, self._following.of(h))
         if decision.followed:
             self._decisions[(*key, turn)] = decision
         return decision
-
-    def _still_fits(self, decision: Decision, h: Tensor) -> bool:
-        return decision.choice is None or decision.choice.call < len(self.calls)
 
     def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
         sizes = self._sizes()
@@ -291,15 +305,16 @@ class Layout:
         batch, length = rows.shape[0], rows.shape[1]
         choice, problem, guess = decision.choice, decision.problem, decision.guess
         if not decision.followed:
-            if h.ndim == 2 and batch == 1:
-                batch, length = self._sizes_of_flat(len(h)) or (batch, length)
             choice, problem, guessed = by_shape(self.calls, name, (batch, length))
             guess = guess or guessed
+        if choice is not None and not still_fits(self.calls[choice.call], choice, (batch, length)):
+            shape = tuple(self.calls[choice.call].tensors[choice.name].shape)
+            problem, choice = f"{choice.name} of shape {shape}", None
+        if guess is not None and not guess.startswith("layout="):
+            self._tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
         if choice is None:
             self._tell_unmasked(name, watched, decision, problem, rows, h)
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
-        if guess is not None and not guess.startswith("layout="):
-            self._tell_once(f'the mask of layer "{name}" is a guess: {guess}; pass mask=')
         live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
         return live if live.shape[0] == batch else live.expand(batch, -1), choice.why, guess
 
@@ -307,8 +322,7 @@ class Layout:
         self, name: str, watched: Watched, decision: Decision, problem: str | None, rows: Tensor, h: Tensor
     ) -> None:
         sizes = rows.shape[0], rows.shape[1]
-        # One vector for each sequence has no tokens left.
-        pooled = h.ndim == 2 and (decision.axes[0] == BATCH or not decision.followed)
+        pooled = h.ndim == 2 and decision.axes[0] == BATCH  # one vector for each sequence has no tokens left
         if problem is not None and not pooled:
             self._tell_misfit(name, problem, sizes)
         elif all(not call.masks for call in self.calls):
@@ -331,13 +345,16 @@ class Layout:
         if not isinstance(found, Tensor):
             raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
         found = found.to(device=rows.device, dtype=torch.bool if argument == "mask" else None)
-        if found.ndim > 2:
+        about_tokens = found.ndim <= 2
+        if not about_tokens:
             found = found.flatten(1)
         shape = tuple(rows.shape[:2])
         if found.shape == shape or (h.ndim == 2 and found.numel() == len(h)):
             return found
         if h.ndim == 2 and len(found) == len(h):
             return None  # a vector for each sequence, which has no tokens left
+        if h.ndim > 3 and about_tokens:
+            return None  # the positions of an image, beside tokens
         raise ValueError(
             f'{argument}= gave shape {tuple(found.shape)}, but the output of module "{name}" has '
             + (f"(batch, seq) = {shape}" if h.ndim > 2 else f"{len(h)} rows")
@@ -360,6 +377,8 @@ class Layout:
         length = max((size[1] for size in self._sizes()), default=0)
         rows, live = padded(h, length)
         why = "a nested tensor", "its own lengths"
+        picked = self._picked(name, "mask", watched.mask, rows, rows)
+        live = live if picked is None else live & picked
         return Reading(h, rows, live, None, "batch length features", *why, None, lambda _: rows)
 
     # Telling

@@ -57,7 +57,8 @@ def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
     if len(lists) == 1:
         (only,) = lists.values()
         within = set(only.children())
-        if isinstance(only, nn.ModuleList) and len({type(block) for block in within}) == 1:
+        kinds = {type(block) for block in within}
+        if isinstance(only, nn.ModuleList) and len(kinds) == 1 and not issubclass(next(iter(kinds)), _CONTAINERS):
             # named_modules has a module that stands in several places once, and so it is watched once.
             return {name: module for name, module in model.named_modules() if module in within}
     candidates = Candidates(model)
@@ -70,7 +71,8 @@ class Candidates:
     """Modules that may be the model's blocks, for hooks during one forward pass: it tells which are.
 
     Blocks run one behind the other: the output of one is an input of the next. Of several such chains, the longest is
-    chosen, and all of the longest, as those of an encoder and a decoder.
+    chosen, and all of the longest, as those of an encoder and a decoder; first those in which
+    nothing stands between, and blocks with parts before single layers.
 
     >>> from torch import nn, randn
     >>> stages = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
@@ -95,6 +97,7 @@ class Candidates:
         self._ran: dict[str, list[str]] = {glob: [] for glob in self._groups}
         self._links: Counter[str] = Counter()
         self._last: dict[str, list[Tensor]] = {}
+        self._passed_on: dict[str, set[str]] = {}  # the chains whose last output a module returned as its own
 
     def place(self) -> list[Any]:
         """Hooks on the candidates; returns their handles."""
@@ -112,6 +115,10 @@ class Candidates:
             if glob not in self._groups:
                 continue
             before = self._last.get(glob, [])
+            if name not in self._passed_on:
+                self._passed_on[name] = {
+                    inner for inner, last in self._last.items() if any(_same(a, b) for a in gave for b in last)
+                }
             if name not in self._ran[glob]:
                 self._links[glob] += any(_same(a, b) for a in given for b in before)
                 self._ran[glob].append(name)
@@ -125,8 +132,14 @@ class Candidates:
         """
         self._last.clear()
         chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
+        chains = {glob: blocks for glob, blocks in chains.items() if not _counts_words(glob)} or chains
+        chains = {glob: inner for glob, inner in chains.items() if not self._is_inside_blocks(glob, inner, chains)}
         longest = max(map(len, chains.values()), default=0)
-        found = {name for blocks in chains.values() if len(blocks) == longest for name in blocks}
+        chains = {glob: blocks for glob, blocks in chains.items() if len(blocks) == longest}
+        whole = {glob: blocks for glob, blocks in chains.items() if len(self._ran[glob]) == longest}
+        chains = whole or chains
+        parted = {glob: blocks for glob, blocks in chains.items() if any(self.modules[blocks[0]].children())}
+        found = {name for blocks in (parted or chains).values() for name in blocks}
         if not found:
             ran = [glob for glob, names in self._ran.items() if len(names) > 1]
             globs = sorted(ran, key=lambda glob: (glob.count("."), -len(self._ran[glob])))[:_MOST_PROPOSED]
@@ -137,6 +150,15 @@ class Candidates:
     def _is_chain(self, glob: str, ran: list[str]) -> bool:
         """More than half go on with what the one before gave; between stages, something may stand."""
         return len(ran) > 1 and 2 * self._links[glob] >= len(ran) - 1
+
+    def _is_inside_blocks(self, glob: str, inner: list[str], chains: Mapping[str, list[str]]) -> bool:
+        """A chain inside the blocks of another one, which do more than to pass on its last output, as a stage does."""
+        for other, blocks in chains.items():
+            around = [block for block in blocks if any(name.startswith(block + ".") for name in inner)]
+            passing = [block for block in around if glob in self._passed_on[block]]
+            if other != glob and len(around) > 1 and 2 * len(passing) < len(around):
+                return True
+        return False
 
     def _blocks(self, glob: str) -> list[str]:
         """Those of a chain that are of its most frequent class, those with weights first."""
@@ -226,12 +248,19 @@ def _glob(name: str) -> str:
 
 
 def _globs(name: str) -> list[str]:
-    """``name`` with all of its numbers starred, and but the last, as of the third part of each block."""
-    glob = _glob(name)
-    if glob == name:
-        return []
+    """``name`` with all of its numbers starred; also but the last, as of the third part of each block of a list."""
     head, _, last = name.rpartition(".")
-    return [glob] if _glob(head) == head or _glob(last) == last else [glob, f"{_glob(head)}.{last}"]
+    starred = _glob(name)
+    if starred == name:
+        return []
+    if _glob(last) == last or _glob(head) == head:
+        return [starred]
+    return [starred, f"{_glob(head)}.{last}"]
+
+
+def _counts_words(glob: str) -> bool:
+    """A number ends a word in it, as in fc1, and may count the parts of a block."""
+    return glob.rpartition(".")[2] not in ("*", glob.rpartition(".")[2].rstrip("*"))
 
 
 def _pass(globs: list[str]) -> str:

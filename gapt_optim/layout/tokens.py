@@ -16,7 +16,16 @@ from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
 _NOT_OF_TOKENS = ("global_attention_mask", "image_attention_mask", "cross_attention_mask")
-_OF_SOMETHING_ELSE = ("head_mask", "tokens_mask", "loss_mask", "labels_mask", "global_attention_mask", "lm_mask")
+_OF_SOMETHING_ELSE = (
+    "head_mask",
+    "tokens_mask",
+    "token_mask",
+    "loss_mask",
+    "labels_mask",
+    "global_attention_mask",
+    "lm_mask",
+)
+_NOT_TEXT = ("vision", "visual", "image", "img", "pixel", "patch", "audio", "video", "speech")
 _PADDING = {
     nn.MultiheadAttention: "key_padding_mask",
     nn.TransformerEncoder: "src_key_padding_mask",
@@ -53,10 +62,12 @@ class Call:
         names += [f"argument {i}" for i in range(len(names), len(args))]
         self.arguments: dict[str, Any] = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo of torch 2.6
         named = {name: self.arguments[name] for name in names if name in self.arguments}
-        self.tensors = tensors_of({**named, **self.arguments})  # in the order of the signature
+        named = {**named, **self.arguments}  # in the order of the signature
+        self.tensors = tensors_of(named, within=caller.is_model)
         self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
+        self.knows_documents = any(name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS, "position_ids"))
         self.documents: Tensor | None = None
         self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
@@ -109,13 +120,14 @@ def argument_names(module: nn.Module) -> list[str]:
     return [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments, and in mappings, sequences and dataclasses among them, by name."""
+def tensors_of(arguments: Mapping[str, Any], *, within: bool) -> dict[str, Tensor]:
+    """The tensors among the arguments by name, and those ``within`` mappings, sequences and dataclasses among them."""
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            found[name] = value
-        elif not isinstance(value, (str, int, float, bool, type(None))):
+            if not value.is_nested:  # which has no shape
+                found[name] = value
+        elif within and not isinstance(value, (str, int, float, bool, type(None))):
             for key, item in _items(name, value):
                 if isinstance(item, Tensor):
                     found.setdefault(key, item)
@@ -186,7 +198,9 @@ def axes_of(call: Call, name: str) -> Axes:
                 return (LENGTH, BATCH, *features)
             if shape == tuple(tensor.shape[:2]):
                 return (BATCH, LENGTH, *features)
-    return (BATCH, LENGTH) if tensor.ndim == 2 else unknown
+    if any(name in call.tokens(mask) for mask in call.masks):
+        return unknown if tensor.ndim == 3 else (BATCH, LENGTH)  # (batch, channels, length), as of audio
+    return (BATCH, LENGTH, *unknown[2:])
 
 
 # Which mask
@@ -257,6 +271,8 @@ def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choi
             batch, length = sizes_of_mask(call.tensors[name])
             if batch in (1, rows[0]) and (length == rows[1] or (length > rows[1] and is_past(call, rows))):
                 others = call.others(name)
+                if others and any(word in layer for word in _NOT_TEXT):
+                    return None, None, f"{name} is not taken for that of {others[0]}"
                 guess = f"{name} may belong to another argument than {others[0]}" if others else None
                 return Choice(position, name, 0, f"{name} of {call.caller.kind}, by its shape"), None, guess
             problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
@@ -273,12 +289,17 @@ def _reads_memory(call: Call) -> bool:
     return "encoder_hidden_states" in call.tensors or "memory" in call.tensors
 
 
+def still_fits(call: Call, choice: Choice, rows: tuple[int, int]) -> bool:
+    """What was chosen in another pass has the sizes of this one too."""
+    batch, length = sizes_of_mask(call.tensors[choice.name])
+    tokens = rows[1] - choice.start
+    return batch in (1, rows[0]) and (length == tokens or (length > tokens and is_past(call, (rows[0], tokens))))
+
+
 def is_past(call: Call, rows: tuple[int, int]) -> bool:
     """The call was given as many tokens as there are rows; its mask is also of those that are cached."""
     return any(
-        not value.is_floating_point() and tuple(value.shape) == rows
-        for name, value in call.tensors.items()
-        if not is_mask(name)
+        value.ndim > 1 and tuple(value.shape[:2]) == rows for name, value in call.tensors.items() if not is_mask(name)
     )
 
 
@@ -335,6 +356,8 @@ def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
     """(batch, length) numbers of documents, from the outermost call that knows them."""
     batch, length = rows.shape[:2]
     for call in calls:
+        if not call.knows_documents:
+            continue
         for name in _DOCUMENTS:
             if name in call.tensors and call.tensors[name].shape == (batch, length):
                 return call.tensors[name], name

@@ -10,11 +10,11 @@ import arithmetic
 import pytest
 import torch
 from arithmetic import CONTEXT, SYMBOLS, TEST, TRAINING, VALIDATION, Config, answers, draw, encode, evaluate, part
+from gapt_optim.viewing import read_run
 from torch import nn
 
 from gapt_optim import GAPTConfig, GateConfig, RepresentationHook, viewing
 from gapt_optim.runs import run_script
-from gapt_optim.viewing import read_run
 
 SMALL: dict[str, Any] = {
     "layers": 1, "width": 16, "heads": 2, "steps": 6, "batch": 8, "problems": 16, "evaluate_every": 3, "seed": 0,

@@ -10,10 +10,10 @@ import forgetting
 import pytest
 import torch
 from forgetting import Config
+from gapt_optim.viewing import read_run
 
 from gapt_optim import EntropyConfig, GAPTConfig, GateConfig, ObjectiveConfig, viewing
 from gapt_optim.runs import run_script
-from gapt_optim.viewing import read_run
 
 METHODS = ("plain", "penalty", "published", "gapt")
 LINEAR = EntropyConfig(kernel="linear", center=False)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import text
 import torch
+from gapt_optim.viewing import read_metrics
 from gpt2_fineweb import PRESETS, Config, batch, build_model, learning_rate, make_optimizers
 
 from gapt_optim import GAPTConfig, GateConfig, viewing
 from gapt_optim.runs import CommandError, StoppedError, run_script
-from gapt_optim.viewing import read_metrics
 from tests.examples import quick
 from tests.examples.conftest import ROOT, Interrupting
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from gapt_optim.viewing import read_metrics
+
 from tests.examples import quick
 from tests.examples.conftest import ROOT, shards_on_a_cpu
 from tests.examples.test_gpt2_fineweb import _no_pictures, results, run  # noqa: F401

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gapt_optim.viewing import summary
 from pydantic import BaseModel, Field
 
 from gapt_optim import GAPTConfig, GateConfig, ObjectiveConfig
@@ -26,7 +27,6 @@ from gapt_optim.runs import (
     run_script,
     stopping,
 )
-from gapt_optim.viewing import summary
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

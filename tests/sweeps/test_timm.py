@@ -20,7 +20,7 @@ from torch import nn
 from gapt_optim.layout import Layout
 from gapt_optim.layout.outputs import checked_hidden
 
-timm = pytest.importorskip("timm") if "pytest" in sys.modules else __import__("timm")
+timm = pytest.importorskip("timm")
 
 SMALL = ("test_", "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xx_small", "extra_tiny", "xtiny", "_xs", "tiny")
 SMALL += ("_ti", "_t0", "_t1", "_s0", "_0", "x0_25", "_100", "mini", "small", "_s", "18", "_b0", "_m0", "_p1", "_n")

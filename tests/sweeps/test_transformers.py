@@ -155,10 +155,12 @@ def summed(case: Tiny) -> Summed:
 
 
 def _alike(ones: Any, none: Any) -> bool:
-    """All rows count with a mask of ones, as they do without."""
+    """The same rows count with a mask of ones and without."""
     if ones.rows.shape != none.rows.shape or ones.axes != none.axes:
         return False
-    return all(reading.live is None or bool(reading.live.all()) for reading in (ones, none))
+    every = torch.ones(ones.rows.shape[:2], dtype=torch.bool)
+    first, second = (every if reading.live is None else reading.live for reading in (ones, none))
+    return torch.equal(first, second)
 
 
 def near(first: tuple[float, int], second: tuple[float, int]) -> bool:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gapt_optim.viewing import Profile
+from gapt_optim.viewing.model_loading import TextBatches
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gapt_optim.cli import main
-from gapt_optim.viewing import Profile
-from gapt_optim.viewing.model_loading import TextBatches
 
 from ..reporting.runs import write_lines
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn, randn
-
 from gapt_optim.viewing import profile, write_profile
+from torch import nn, randn
 
 from ..reporting.browser import opened
 from ..reporting.runs import HOSTILE
