@@ -139,6 +139,8 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
         while reads is not None:
             try:
                 with reads.reading(read):
+                    if not reads.names:  # a first pass shows which modules are the model's blocks
+                        model(*args, **kwargs)
                     model(*args, **kwargs)
                 break
             except (TypeError, ValueError) as error:  # of the first output that cannot be read: go on without it

@@ -75,13 +75,13 @@ def profile(
     weights = None if dtype == "auto" else _dtype(dtype)
     found: dict[str, Profile] = {}
     for name, spec, at in checkpoints(model, revision):
-        tokenizer = None
-        if not is_python(spec) and not is_python(data):
-            tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
         loaded = load_model(
             spec, revision=at, dtype=weights, device_map=device_map, quantize=quantize,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        tokenizer = None
+        if not is_python(spec) and not is_python(data):
+            tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
         batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
         models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
         for title, each in models.items():
@@ -153,9 +153,6 @@ def explain(
         length: Tokens per sequence; default: at most 512.
         trust_remote_code: Run code that comes with the model.
     """
-    from pandas import DataFrame
-
-    from .._display.tables import print_table
     from ..explain import explain as explained
     from ..explain import modules_of
     from ..hook import RepresentationHook
@@ -170,14 +167,26 @@ def explain(
     if batch is None:
         raise ValueError(f"the data {data!r} has no batch")
     run = caller(loaded, None)
-    shapes = modules_of(loaded, lambda: run(loaded, batch))
-    rows = [{"class": kind, "output": shape} for _, kind, shape in shapes]
-    print_table(DataFrame(rows, index=[name for name, _, _ in shapes]), "All modules", wide=True)
+    for line in _listed(modules_of(loaded, lambda: run(loaded, batch))):
+        print(line)
     print()
     with RepresentationHook(loaded, layers) as hook:
         arguments = batch if isinstance(batch, Mapping) else {}
         first = batch[0] if isinstance(batch, tuple | list) else batch
         print(explained(hook, **arguments) if arguments else explained(hook, first))
+
+
+def _listed(modules: list[tuple[str, str, str]]) -> list[str]:
+    """One line for each kind of module: those of a list's blocks, whose numbers alone differ, share one."""
+    kinds: dict[tuple[str, str, str], int] = {}
+    for name, kind, shape in modules:
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        kinds[".".join(parts), kind, shape] = kinds.get((".".join(parts), kind, shape), 0) + 1
+    first, second = (max(len(key[i]) for key in kinds) for i in (0, 1))
+    return [
+        f"{name:{first}}  {kind:{second}}  {shape}{f'  ({count} alike)' if count > 1 else ''}"
+        for (name, kind, shape), count in kinds.items()
+    ]
 
 
 def check_outputs(paths: Sequence[Path]) -> None:
