@@ -232,7 +232,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
     # Ranks whose data ends before that of others: ``with Join([model, optimizer]):`` of torch.distributed
 
-    _join_config = _JoinConfig.construct_disabled_join_config()
+    _join_config = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
 
     @property
     def join_device(self) -> torch.device:
