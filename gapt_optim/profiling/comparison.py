@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Profiles that may be compared. Made by :func:`gapt_optim.compare`."""
+    """Profiles that may be compared. Made by :func:`gapt_optim.compare`.
+
+    >>> import torch
+    >>> from gapt_optim import compare, profile
+    >>> models = {name: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()) for name in ("base", "tuned")}
+    >>> data = [torch.randn(64, 4)]
+    >>> compare({name: profile(model, data, "*") for name, model in models.items()}).names
+    ['0', '1']
+    """
 
     profiles: dict[str, Profile]
     warnings: tuple[str, ...]

@@ -67,7 +67,16 @@ def monitor(
 
 
 class Monitor:
-    """Made by :func:`monitor`; a context manager."""
+    """Made by :func:`monitor`; a context manager.
+
+    >>> from gapt_optim import monitor
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> with monitor(model, "1") as watched:
+    ...     model(torch.randn(16, 4)).square().mean().backward()
+    ...     watched.step()
+    >>> watched.metrics.step
+    1
+    """
 
     def __init__(
         self,

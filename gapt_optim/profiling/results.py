@@ -184,7 +184,7 @@ class Profile:
     >>> found = profile(model, [torch.randn(64, 4)], "1")
     >>> Profile.load(found.save("profile.json")).names
     ['1']
-    >>> found.to_pandas().loc["1", "features"]
+    >>> int(found.to_pandas().loc["1", "features"])
     16
     """
 
@@ -247,7 +247,14 @@ class Profile:
 
 
 def save_profiles(profiles: Mapping[str, Profile], path: str | os.PathLike[str]) -> Path:
-    """Write one profile, or several by name, as JSON."""
+    """Write one profile, or several by name, as JSON; see :func:`load_profiles`.
+
+    >>> import torch
+    >>> from gapt_optim.profiling import profile, save_profiles
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> save_profiles({"base": profile(model, [torch.randn(64, 4)], "1")}, "base.json").name
+    'base.json'
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     if len(profiles) == 1:
@@ -260,6 +267,13 @@ def save_profiles(profiles: Mapping[str, Profile], path: str | os.PathLike[str])
 
 def load_profiles(path: str | os.PathLike[str]) -> dict[str, Profile]:
     """Read what ``--out NAME.json`` wrote: one profile, named as the file, or several.
+
+    >>> import torch
+    >>> from gapt_optim.profiling import load_profiles, profile, save_profiles
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
+    >>> path = save_profiles({"base": profile(model, [torch.randn(64, 4)], "1")}, "base.json")
+    >>> list(load_profiles(path))
+    ['base']
 
     Raises:
         FileNotFoundError: there is no such file.
