@@ -84,7 +84,7 @@ def build_objective(
         means = of_calls / weights.clamp(min=1)
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights), None), loss)[0]
+            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights)), loss)[0]
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
         judged = [name for name in layers if name in pressure.layers]
@@ -202,7 +202,7 @@ def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tens
     return tuple(torch.stack([value[i] for i in places]) if places else value[:0] for value in values)
 
 
-def _mean(means: Tensor, weights: Tensor, among: int | None) -> Tensor:
+def _mean(means: Tensor, weights: Tensor, among: int | None = None) -> Tensor:
     """Over the layers that can have an entropy, or as many as are named."""
     return means.sum() / ((weights > 0).sum().clamp(min=1) if among is None else among)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .layout import Layout, Reading
 from .layout.following import BATCH, FEATURES, LENGTH, POSITION
 
-Group = dist.ProcessGroup
+Group: TypeAlias = "dist.ProcessGroup"
 
 
 class Shards(NamedTuple):
@@ -53,7 +53,7 @@ def is_dtensor(value: Any) -> bool:
 
 def plain(loss: Tensor) -> Tensor:
     """A DTensor loss, as that of ``loss_parallel``, as the number that it is on every rank."""
-    return loss.full_tensor() if is_dtensor(loss) else loss  # type: ignore[attr-defined,no-any-return]
+    return loss.full_tensor() if is_dtensor(loss) else loss  # type: ignore[attr-defined]
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor | None:
@@ -194,7 +194,7 @@ def read_part(
     length = rows.shape[1]
     fewest = (length if window is None else min(window, length)) if features else 0
     placements = h.placements if is_dtensor(h) else None
-    to_rows = PartView(view, tuple(gathered), placements, fewest)
+    to_rows: Any = PartView(view, tuple(gathered), placements, fewest)
     copies = at.copies * math.prod(dist.get_world_size(group) for group, _ in gathered)
     shards = Shards(tuple(own), tuple(features), at.ranks**2 / copies)
     part_of = reading._replace(h=h, rows=to_rows(h), live=live, segments=segments, view=to_rows)
