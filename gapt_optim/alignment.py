@@ -65,7 +65,7 @@ class Alignment(Angle):
     """
 
     layers: dict[str, Angle] = field(default_factory=dict)
-    """Per tapped layer."""
+    """Per watched layer."""
     parameters: dict[str, Angle] = field(default_factory=dict)
     """Per parameter tensor that both losses reach (parameter space only)."""
     shared: int | None = None

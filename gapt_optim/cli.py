@@ -6,101 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    from .viewing import Profile
-
-
-def profile(
-    model: str,
-    /,
-    data: str,
-    out: tuple[Path, ...] = (),
-    layers: tuple[str, ...] = (),
-    windows: tuple[str, ...] = ("8", "all"),
-    orders: tuple[float, ...] = (2.0,),
-    length: int | None = None,
-    batch_size: int = 8,
-    tokens: int = 100_000,
-    rankme_rows: int = 25_600,
-    views: int = 1,
-    device: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
-    wide: bool = False,
-) -> None:
-    """The layers of a model on some data, without training.
-
-    gapt-optim profile ./my-llama --data text.txt --out page.html
-
-    Args:
-        model: A transformers folder or hub name, or module:build.
-        data: Text (.txt, .jsonl, .parquet) or module:batches.
-        out: Files to write: .html, .json or .png.
-        layers: Globs over modules; default: the longest list.
-        windows: Tokens per window; all = sequences.
-        orders: Orders of the entropy.
-        length: Tokens per sequence; default: at most 512.
-        batch_size: Sequences per batch.
-        tokens: Tokens of the text to read.
-        rankme_rows: Rows for RankMe; 0 = none.
-        views: Views per item, for LiDAR.
-        device: Where to run, such as cuda.
-        dtype: Of the model's weights.
-        wide: Print all columns.
-    """
-    _check_outputs(out)
-    sizes = [_window(text) for text in windows]
-    from ._display.tables import print_table
-    from .viewing import profile as profile_layers
-    from .viewing.model_loading import checked_device, dtype_named, is_python, load_batches, load_model
-    from .viewing.profile_view import profile_table, summary_line
-
-    on = checked_device(device)
-    loaded = load_model(model)
-    batches = load_batches(data, model, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
-    name = model if is_python(model) else Path(model).name or model
-    try:
-        result = profile_layers(
-            loaded, batches, layers or None, orders=orders, windows=sizes, views=views, rankme_rows=rankme_rows,
-            device=on, dtype=dtype_named(dtype), progress=sys.stderr.isatty(), name=name,
-            data=data if is_python(data) else Path(data).name,
-        )  # fmt: skip
-    except Exception as error:  # whatever a model raises on data that does not fit it
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{kind}{(str(error).strip() or repr(error)).splitlines()[0]}") from error
-    print_table(profile_table(result), summary_line(result), wide=wide)
-    for note in result.notes:
-        print(f"note: {note}")
-    _write_profiles({name: result}, out, f"Layers of {name}")
-
-
-def compare(first: Path, second: Path, /, out: tuple[Path, ...] = (), wide: bool = False) -> None:
-    """Two profiles, with the change of each layer.
-
-    gapt-optim compare base.json tuned.json --out page.html
-
-    Args:
-        first: What profile wrote with --out first.json.
-        second: The other one.
-        out: Files to write: .html, .json or .png.
-        wide: Print all columns.
-    """
-    _check_outputs(out)
-    for path in out:
-        if path.resolve() in (first.resolve(), second.resolve()):
-            raise ValueError(f"--out {path} is one of the profiles to compare; choose another name")
-    from ._display.tables import print_table
-    from .viewing import Profile
-    from .viewing.profile_view import comparison_table
-
-    profiles: dict[str, Profile] = {}
-    for path in (first, second):
-        name = path.stem if path.stem not in profiles else str(path)
-        profiles[name if name not in profiles else f"{name} (2)"] = Profile.load(path)
-    (a, before), (b, after) = profiles.items()
-    print_table(comparison_table(before, after), f"{b}, and its change from {a}", wide=wide)
-    _write_profiles(profiles, out, f"From {a} to {b}")
+from .profiling.command import compare, explain, profile
 
 
 def report(
@@ -121,7 +28,8 @@ def report(
         title: Heading of the page.
     """
     # The suffix is checked first: a run or a script of the user's would be overwritten.
-    _check_outputs([out], (".html", ".png", ".pdf", ".svg"))
+    if out.suffix not in (".html", ".png", ".pdf", ".svg"):
+        raise ValueError(f"--out {out} must end in .html, .png, .pdf or .svg")
     from .reporting import draw_runs, find_runs, write_report
 
     found = find_runs(runs)
@@ -208,6 +116,7 @@ def doctor(runs: list[str], /) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "profile": profile,
     "compare": compare,
+    "explain": explain,
     "report": report,
     "watch": watch,
     "doctor": doctor,
@@ -261,36 +170,3 @@ def _failed(error: object) -> int:
     text = " ".join(str(error).split())
     print(f"error: {text}", file=sys.stderr, flush=True)
     return 2
-
-
-def _write_profiles(profiles: dict[str, Profile], paths: Sequence[Path], title: str) -> None:
-    import json
-
-    from .viewing import draw_profile, write_profile
-
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".html":
-            write_profile(profiles, path, title=title)
-        elif path.suffix == ".png":
-            draw_profile(profiles, path, title=title)
-        elif len(profiles) == 1:
-            next(iter(profiles.values())).save(path)
-        else:
-            tables: dict[str, Any] = {name: one.as_dict() for name, one in profiles.items()}
-            path.write_text(json.dumps(tables, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {path}")
-
-
-def _check_outputs(paths: Sequence[Path], suffixes: Sequence[str] = (".html", ".json", ".png")) -> None:
-    for path in paths:
-        if path.suffix not in suffixes:
-            raise ValueError(f"--out {path} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-
-
-def _window(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not (text.isdecimal() and int(text) >= 2):
-        raise ValueError(f'--windows takes numbers of at least 2 and "all", found {text!r}')
-    return int(text)

@@ -17,6 +17,7 @@ from ._unsaved import Unsaved, leave_out
 from .alignment import Angles
 from .config import EntropyConfig
 from .entropy import Gram, Order, entropies, gram_of, measures_of, window_weights
+from .explain import Explanation, explain
 from .kernels import Kernel, measures_of_rows
 from .layout import Calls, Candidates, Layers, Layout, Pick, Reading, by_layer, choose_layers, select_layers
 from .metrics import Measures
@@ -209,6 +210,16 @@ class RepresentationHook:
             yield
         finally:
             self.watching.reader = None
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Run the model once on these arguments, and say how each watched output is read.
+
+        >>> import torch
+        >>> print(RepresentationHook(torch.nn.Sequential(torch.nn.Linear(4, 16)), "0").explain(torch.randn(64, 4)))
+        0
+          shape    (64, 16) is (batch features): ...
+        """
+        return explain(self, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A deep copy or pickle of (model, optimizer) gives a hook on the copied model.

@@ -245,7 +245,7 @@ def check_loss(loss: Tensor, scaled_by: float) -> None:
             f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
             "reduce it first, for example with loss.mean()"
         )
-    if not isinstance(scaled_by, SupportsFloat):
+    if not isinstance(scaled_by, (int, float, SupportsFloat)):  # numbers first: a protocol is slow to ask for
         raise TypeError(f"scaled_by must be a number, found {type(scaled_by).__name__}; give 1 / micro-batches")
     if not (math.isfinite(scaled_by) and scaled_by > 0):
         raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")

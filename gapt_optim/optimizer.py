@@ -157,7 +157,7 @@ class GAPTOptimizer(OptimizerWrapper):
                 ``scaler.scale(optimizer.objective(loss)).backward()`` instead.
             backward_options: of ``Tensor.backward``, such as ``retain_graph``, ``create_graph`` and ``inputs``.
         """
-        if not isinstance(scale, SupportsFloat):
+        if not isinstance(scale, (int, float, Tensor, SupportsFloat)):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):

@@ -331,7 +331,7 @@ class Layout:
         pooled = h.ndim == 2 and decision.axes[0] == BATCH  # one vector for each sequence has no tokens left
         if problem is not None and not pooled:
             self._tell_misfit(name, problem, sizes)
-        elif all(not call.masks for call in self.calls):
+        elif self.calls and all(not call.masks for call in self.calls):
             self._tell_bypassed(name, watched)
             self._tell_unknown(name, sizes)
 

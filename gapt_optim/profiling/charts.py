@@ -141,7 +141,10 @@ def _sequence_panels(profiles: Mapping[str, Profile]) -> list[Panel]:
     several = len(profiles) > 1
     first = next(iter(profiles.values()))
     found = []
-    for title, unit, name in (("Sequence level: entropy", "nats", "nats"), ("Sequence level: RankMe", "effective rank", "rankme")):
+    for title, unit, name in (
+        ("Sequence level: entropy", "nats", "nats"),
+        ("Sequence level: RankMe", "effective rank", "rankme"),
+    ):
         panel = Panel(title, unit, "", [], first.names)
         for i, (profile_name, one) in enumerate(profiles.items()):
             for place, pooling in enumerate(_POOLINGS):
@@ -205,7 +208,16 @@ def similarity(one: Profile) -> Heat | None:
     note = "1 where two layers hold the same up to rotation and one scale, 0 where they share nothing. Linear kernel."
     x = [names[j].removeprefix("against: ") for j in columns]
     title = "CKA with the other model" if other else "CKA between layers"
-    return Heat(title, "CKA", note, x, [names[i] for i in own], {"": rows}, "layer of the other" if other else "layer", (0.0, 1.0))
+    return Heat(
+        title,
+        "CKA",
+        note,
+        x,
+        [names[i] for i in own],
+        {"": rows},
+        "layer of the other" if other else "layer",
+        (0.0, 1.0),
+    )
 
 
 def norms_by_position(one: Profile) -> Heat | None:
@@ -218,7 +230,9 @@ def norms_by_position(one: Profile) -> Heat | None:
         norms = dict(layer.norm_by_position)
         usual = norms[max(norms)] if norms else 0
         rows.append([norms[edge] / usual if edge in norms and usual else None for edge in edges])
-    names = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in zip(edges, [*edges[1:], edges[-1] + 1], strict=True)]
+    names = [
+        f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in zip(edges, [*edges[1:], edges[-1] + 1], strict=True)
+    ]
     names[-1] = f"{edges[-1]} on" if edges[-1] >= 4 else names[-1]
     note = "Mean norm of the tokens at a position over that of the last ones. First tokens that are long are sinks."
     return Heat("Norm by position", "ratio", note, names, one.names, {"": rows}, "position in the sequence")
@@ -231,7 +245,9 @@ def over_profiles(found: Comparison) -> Heat:
         rows = [[figure.read(one.layers[i]) for one in found.profiles.values()] for i in range(len(found.names))]
         if figure.title != "±" and any(value is not None for row in rows for value in row):
             values[f"{figure.title} ({figure.unit})"] = rows
-    return Heat("Layers over profiles", "", "A column for each profile.", list(found.profiles), found.names, values, "profile")
+    return Heat(
+        "Layers over profiles", "", "A column for each profile.", list(found.profiles), found.names, values, "profile"
+    )
 
 
 def _titled(text: str, window: int | None, alpha: float) -> str:

@@ -44,7 +44,7 @@ class Comparison:
         for figure in figures(_common(first, second)):
             before, after = ([figure.read(pair[i]) for pair in pairs] for i in (0, 1))
             if figure.title == "±":
-                columns["± of change"] = [
+                columns["± of Δ"] = [
                     None if a is None or b is None else hypot(a, b) for a, b in zip(before, after, strict=True)
                 ]
                 continue
@@ -53,9 +53,9 @@ class Comparison:
                 before, after = [found[0] for found in both], [found[1] for found in both]
             changes = [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
             if any(change is not None for change in changes):
-                columns |= {figure.title: after, f"change of {figure.title}": changes}
-        order = [name for name in columns if name != "± of change"]
-        order.insert(2, "± of change")
+                columns |= {figure.title: after, f"Δ {figure.title}": changes}
+        order = [name for name in columns if name != "± of Δ"]
+        order.insert(2, "± of Δ")
         return DataFrame({name: columns[name] for name in order if name in columns}, index=self.names)
 
     def over_profiles(self, title: str | None = None) -> DataFrame:
@@ -163,7 +163,9 @@ def _differences(named: str, first: Profile, other: Profile) -> list[str]:
         found.append(f"{named}: the output of {axes[0][0]} is read as ({axes[0][1]}) and ({axes[0][2]})")
     rows = [(a.name, a.rows, b.rows) for a, b in pairs if a.rows != b.rows]
     if rows:
-        found.append(f"{named} have {rows[0][1]:,} and {rows[0][2]:,} rows at {rows[0][0]}; RankMe grows with rows alone")
+        found.append(
+            f"{named} have {rows[0][1]:,} and {rows[0][2]:,} rows at {rows[0][0]}; RankMe grows with rows alone"
+        )
     if any(a.rankme_rows != b.rankme_rows for a, b in pairs):
         both = any(rankme_at_equal_rows(*pair)[0] is not None for pair in pairs)
         said = "is taken of as many rows of each" if both else "is left out"

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..entropy import matrix_entropy
 from ..hook import RepresentationHook
-from ..layout import Pick, Reading
-from ..layout import Layers
+from ..layout import Layers, Pick, Reading
 from .batches import Digest, batch_of_texts, caller, device_of, moved, token_ids
 from .presets import PRESETS
 from .results import (
@@ -117,18 +116,18 @@ def profile(
         hook = stack.enter_context(
             RepresentationHook(model, layers, output=output, mask=mask, layout=layout, segments=segments)
         )
-        collector = Collector(what, hook.names, _pooled_calls(model))
-        models = [model]
+        collector = Collector(what, model)
         stack.enter_context(hook.reading(collector.read))
+        runs = [Run(model, hook, call, device, dtype)]
         if against is not None:
             other = stack.enter_context(RepresentationHook(against))
             stack.enter_context(other.reading(collector.read_other))
-            models.append(against)
-        stack.enter_context(evaluating(models))
-        runs = [(each, device_of(each) if device is None else torch.device(device), caller(each, call)) for each in models]
-        pass_over = _Passes(runs, collector, tokenizer, dtype, views)
+            runs.append(Run(against, other, call, device, dtype))
+        stack.enter_context(evaluating([each.model for each in runs]))
+        pass_over = _Passes(runs, collector, tokenizer, views)
         for item in _counted(batches, progress):
             pass_over.run(item)
+        names = hook.names
     if pass_over.count == 0:
         raise ValueError("batches is empty; pass at least one batch (an iterator that was used up gives none)")
     return collector.result(
@@ -137,24 +136,39 @@ def profile(
         batches=pass_over.count,
         seconds=time.perf_counter() - started,
         tokenizer=tokenizer,
+        names=names,
         origin=pass_over.origin(collector.dtype, preset),
         prompts=tuple(pass_over.prompts),
     )
 
 
-class _Passes:
-    """Runs the models on one item of the data after the other."""
+class Run:
+    """A model that is called on batches."""
 
     def __init__(
         self,
-        runs: list[tuple[nn.Module, torch.device, Callable[[nn.Module, Any], Any]]],
-        collector: Collector,
-        tokenizer: Any,
+        model: nn.Module,
+        hook: RepresentationHook,
+        call: Callable[[nn.Module, Any], Any] | None,
+        device: str | torch.device | None,
         dtype: torch.dtype | None,
-        views: int,
     ) -> None:
-        self.runs, self.collector, self.tokenizer = runs, collector, tokenizer
-        self.dtype, self.views = dtype, views
+        self.model, self.hook, self.call, self.dtype = model, hook, caller(model, call), dtype
+        self.device = device_of(model) if device is None else torch.device(device)
+
+    def __call__(self, batch: Any) -> None:
+        batch = moved(batch, self.device, self.dtype)
+        with torch.no_grad():
+            if not self.hook.names:  # a first pass shows which modules are the model's blocks, and is not read
+                self.call(self.model, batch)
+            self.call(self.model, batch)
+
+
+class _Passes:
+    """Runs the models on one item of the data after the other."""
+
+    def __init__(self, runs: list[Run], collector: Collector, tokenizer: Any, views: int) -> None:
+        self.runs, self.collector, self.tokenizer, self.views = runs, collector, tokenizer, views
         self.digest = Digest()
         self.prompts: list[str] = []
         self.count = 0
@@ -169,10 +183,9 @@ class _Passes:
             ids = token_ids(batch)
             if self.tokenizer is not None and ids is not None and len(self.prompts) < MOST_PROMPTS:
                 self.prompts += [self.tokenizer.decode(row[:24], skip_special_tokens=True)[:80] for row in ids]
-            for model, device, run in self.runs:
-                self.collector.ids = ids
-                with torch.no_grad():
-                    run(model, moved(batch, device, self.dtype))
+            self.collector.ids = ids
+            for run in self.runs:
+                run(batch)
             self.collector.end_of_pass()
         self.collector.end_of_views()
         self.count += 1
@@ -189,12 +202,14 @@ class Collector:
 
     Args:
         what: is summed.
-        names: of the watched modules.
-        pooled: those of them whose calls are taken together.
+        model: whose layers they are.
     """
 
-    def __init__(self, what: What, names: Sequence[str], pooled: set[str]) -> None:
-        self.what, self.names, self.pooled = what, list(names), pooled
+    def __init__(self, what: What, model: nn.Module) -> None:
+        self.what, self.modules = what, dict(model.named_modules())
+        self.scripted = isinstance(model, torch.jit.ScriptModule)
+        self.pooled = {name for name, module in self.modules.items() if isinstance(module, nn.RNNCellBase)}
+        """Modules whose calls in a pass are steps in time, and are taken together."""
         self.sums: dict[tuple[str, int], LayerSums] = {}
         self.calls: Counter[str] = Counter()
         self.most_calls: Counter[str] = Counter()
@@ -207,6 +222,10 @@ class Collector:
 
     def read(self, name: str, reading: Reading) -> None:
         """One output of a layer."""
+        with torch._C.DisableTorchFunction():  # a first pass is followed through its operations; these are none of it
+            self._read(name, reading)
+
+    def _read(self, name: str, reading: Reading) -> None:
         self.calls[name] += 1
         key = (name, 1 if name in self.pooled else min(self.calls[name], MOST_DEPTHS))
         kind = (reading.h.ndim, reading.rows.shape[-1])
@@ -248,9 +267,7 @@ class Collector:
         for key, embeddings in self._views.items():
             shapes = {tuple(embedding.shape) for embedding in embeddings}
             if len(shapes) > 1:
-                raise ValueError(
-                    f'the views of a batch differ in shape at layer "{self.title(key)}": {sorted(shapes)}'
-                )
+                raise ValueError(f'the views of a batch differ in shape at layer "{self.title(key)}": {sorted(shapes)}')
             lidar = self.sums[key].lidar
             if lidar is not None and len(embeddings) == self.what.views:
                 lidar.add(torch.stack(embeddings))
@@ -261,17 +278,18 @@ class Collector:
         """That of the layers' outputs."""
         return ", ".join(dict.fromkeys(str(sums.dtype).removeprefix("torch.") for sums in self.sums.values()))
 
-    def result(self, *, tokenizer: Any, **about: Any) -> Profile:
-        """What was summed."""
+    def result(self, *, names: list[str], tokenizer: Any, **about: Any) -> Profile:
+        """What was summed of the modules ``names``."""
+        if not self.sums:
+            advice = "leave it out of layers"
+            if self.scripted:
+                advice = "the model is scripted, and runs no hooks inside; pass the module that it was scripted from"
+            raise ValueError(f'layer "{names[0]}" did not run in a forward pass; {advice}')
         if not any(sums.rows for sums in self.sums.values()):
-            silent = f'layer "{self.names[0]}" did not run in a forward pass; leave it out of layers'
-            nothing = "no row of any layer counts: all are masked or not finite, or the batches are empty"
-            raise ValueError(nothing if self.sums else silent)
-        keys = sorted(self.sums, key=lambda key: (self.names.index(key[0]), key[1]))
+            raise ValueError("no row of any layer counts: all are masked or not finite, or the batches are empty")
+        keys = sorted(self.sums, key=lambda key: (names.index(key[0]), key[1]))
         sums = [self.sums[key] for key in keys]
-        layers = tuple(
-            layer_of(self.title(key), each, tokenizer) for key, each in zip(keys, sums, strict=True)
-        )
+        layers = tuple(layer_of(self.title(key), each, tokenizer) for key, each in zip(keys, sums, strict=True))
         return Profile(
             layers,
             sequences=sums[0].sequences,
@@ -279,18 +297,18 @@ class Collector:
             views=self.what.views,
             orders=self.what.orders,
             windows=self.what.windows,
-            notes=tuple(self._notes(keys)),
+            notes=tuple(self._notes(names, keys)),
             cka_names=tuple(self.similarity.names),
             cka=_frozen(self.similarity.value()),
             **about,
         )
 
-    def _notes(self, keys: list[tuple[str, int]]) -> Iterator[str]:
+    def _notes(self, names: list[str], keys: list[tuple[str, int]]) -> Iterator[str]:
         for key in keys:
             if self.sums[key].nonfinite:
                 yield f"layer {self.title(key)}: {self.sums[key].nonfinite} rows were not finite and are left out"
         ran = {name for name, _ in self.sums}
-        silent = [name for name in self.names if name not in ran]
+        silent = [name for name in names if name not in ran]
         if silent:
             yield f"did not run in any forward pass: {', '.join(silent)}"
         for name, calls in self.most_calls.items():
@@ -299,6 +317,10 @@ class Collector:
                 yield f"layer {name} runs up to {calls} times in a pass; its calls {said}"
                 if calls > MOST_DEPTHS and name not in self.pooled:
                     yield f"layer {name}: its calls from {MOST_DEPTHS} on are taken together"
+        for name in names:
+            module = self.modules[name]
+            if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+                yield f"layer {name} has {module.num_layers} layers of its own; only the output of the top one is seen"
         yield from self.notes
 
 
@@ -306,7 +328,7 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
     """The numbers of a layer from its sums."""
     entropies, shapes = [], []
     for (window, first), one in sums.windows.items():
-        nats, normalized, shape = (mean.means() for mean in (one.entropies, one.normalized, one.shape))
+        nats, normalized, shape = one.means()
         if not nats:
             continue
         for kind, (value, error), (share, _) in zip(sums.what.kinds, nats, normalized, strict=True):
@@ -332,9 +354,7 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
         sequence_level=tuple(
             level_of(pooling, rows, sums.what.kinds[sums.what.main]) for pooling, rows in sums.pooled.joined().items()
         ),
-        longest=tuple(
-            Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0
-        ),
+        longest=tuple(Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0),
         channels=tuple(sums.where.channels()),
         norm_by_position=tuple(sums.where.by_position()),
         by_sequence=tuple(None if value != value else value for value in sums.by_sequence[:MOST_PROMPTS]),
@@ -389,11 +409,6 @@ def _what(
     if preset is not None:
         return What((PRESETS[preset],), (None,), rankme_rows, views)
     return What(all_kinds(orders), windows, rankme_rows, views)
-
-
-def _pooled_calls(model: nn.Module) -> set[str]:
-    """Modules whose calls in a pass are steps in time."""
-    return {name for name, module in model.named_modules() if isinstance(module, nn.RNNCellBase)}
 
 
 def _only(means: list[tuple[float | None, float | None]]) -> float | None:

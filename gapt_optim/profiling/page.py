@@ -75,7 +75,7 @@ def _page_of_one(one: Profile, title: str) -> Page:
     if any(layer.longest for layer in one.layers):
         page.add("Longest tokens and largest channels", html_table(longest))
     prompts = by_prompt(one)
-    if 1 < len(prompts):
+    if len(prompts) > 1:
         page.add("By sequence", html_table(prompts, "Entropies of the longest windows, in nats."))
     page.add("Table", html_table(profile_table(one), " ".join(what_is_shown(one)[:1])))
     return page
@@ -86,7 +86,9 @@ def _page_of_several(found: Comparison, title: str) -> Page:
     subtitle = "; ".join(f"{name}: {summary_line(one)}" for name, one in profiles.items())
     page = Page(title, subtitle, [(name, COLORS[i % len(COLORS)]) for i, name in enumerate(profiles)])
     notes = [html.escape(warning) for warning in found.warnings]
-    notes += [f"<b>{html.escape(name)}</b>: {html.escape(note)}" for name, one in profiles.items() for note in one.notes]
+    notes += [
+        f"<b>{html.escape(name)}</b>: {html.escape(note)}" for name, one in profiles.items() for note in one.notes
+    ]
     if notes:
         page.add("To know", bullets(notes))
     if len(profiles) == 2:
@@ -98,7 +100,9 @@ def _page_of_several(found: Comparison, title: str) -> Page:
     page.add("What can hide in an entropy, and more", "", [_chart(panel) for panel in other_panels(profiles)])
     for name, one in profiles.items():
         heats = [heat for heat in (similarity(one),) if heat is not None] if len(profiles) == 2 else []
-        page.add(name, html_table(profile_table(one), " ".join(what_is_shown(one)[:1])), [_heat(heat) for heat in heats])
+        page.add(
+            name, html_table(profile_table(one), " ".join(what_is_shown(one)[:1])), [_heat(heat) for heat in heats]
+        )
     return page
 
 

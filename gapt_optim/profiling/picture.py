@@ -75,7 +75,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     lines = [line for line in panel.lines if line.view == view]
     for line in lines:
         values = np.array([np.nan if value is None else value for value in line.values])
-        style: dict[str, Any] = {"ls": "--", "lw": 1.0} if line.dashed else {"ls": "-", "lw": 1.6, "marker": "o", "ms": 2.5}
+        style: dict[str, Any] = (
+            {"ls": "--", "lw": 1.0} if line.dashed else {"ls": "-", "lw": 1.6, "marker": "o", "ms": 2.5}
+        )
         axes.plot(values, color=line.color, label=None if line.dashed else line.name, **style)
         if line.errors is not None and any(line.errors):
             error = np.array([np.nan if value is None else value for value in line.errors])

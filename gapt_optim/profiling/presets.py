@@ -4,8 +4,8 @@
   entropy is ``entropy("cosine", False, alpha=1, window=None).normalized``; dataset entropy the ``normalized`` of the
   sequence level with mean pooling. Negative products are products here; the paper's code sets them to 0.
 - ``diff-erank``: Wei et al., "Diff-eRank: a novel rank-based metric for evaluating large language models", 2024. The
-  mean is taken off, then rows are scaled. ``entropy("cosine", "first", alpha=1, window=None).effective_rank``, untrained
-  minus trained (``--baseline random``), is the paper's number of the last layer on a data set.
+  mean is taken off, then rows are scaled. ``entropy("cosine", "first", alpha=1, window=None).effective_rank`` of the
+  last layer, untrained minus trained (``--baseline random``), is the paper's number on a data set.
 """
 
 from __future__ import annotations

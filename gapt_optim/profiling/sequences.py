@@ -108,19 +108,16 @@ class SimilaritySums:
     def add(self, name: str, reading: Reading) -> None:
         """One output of the pass under way."""
         rows, live = reading.rows.float(), reading.live
-        samples = rows[0] if reading.axes == "batch features" else rows
-        if live is not None:
-            rows = rows.masked_fill(~live.unsqueeze(-1), 0)
-        flat = samples.flatten(1) if live is None or samples.ndim == 2 else rows.flatten(1)
         batch, length = rows.shape[:2]
-        places = torch.linspace(0, length - 1, min(length, MOST_ROWS), device=rows.device).round().long()
         keep = rows.new_ones(batch, length) if live is None else live.to(rows.dtype)
-        picked, keep = rows[:, places], keep[:, places]
-        # The mean goes first: from products, a large one leaves its rounding.
-        mean = (picked * keep.unsqueeze(-1)).sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
-        picked, flat = (picked - mean) * keep.unsqueeze(-1), flat - flat.mean(0)
-        of_tokens = centered_without_diagonal(picked @ picked.mT, keep).flatten()
-        of_samples = centered_without_diagonal((flat @ flat.mT)[None], flat.new_ones(1, len(flat))).flatten()
+        of_tokens = of_samples = rows.new_zeros(0)
+        if self.of_tokens is not False:
+            places = torch.linspace(0, length - 1, min(length, MOST_ROWS), device=rows.device).round().long()
+            of_tokens = _vector(rows[:, places], keep[:, places])
+        if self.of_tokens is not True:
+            samples = rows if live is None else rows.masked_fill(~live.unsqueeze(-1), 0)
+            samples = rows if reading.axes == "batch features" else samples.flatten(1).unsqueeze(0)
+            of_samples = _vector(samples, samples.new_ones(samples.shape[:2]))
         shape = torch.tensor([batch, length, *keep.sum(1).tolist()])
         self._pass[name] = of_tokens, of_samples, shape
 
@@ -133,7 +130,9 @@ class SimilaritySums:
             self.names = list(found)
         if self.of_tokens is None:
             shapes = [shape for _, _, shape in found.values()]
-            self.of_tokens = all(shape.shape == shapes[0].shape and bool((shape == shapes[0]).all()) for shape in shapes)
+            self.of_tokens = all(
+                shape.shape == shapes[0].shape and bool((shape == shapes[0]).all()) for shape in shapes
+            )
         columns = [vectors[0] if self.of_tokens else vectors[1] for vectors in found.values()]
         if list(found) != self.names or len({len(column) for column in columns}) > 1:
             return
@@ -150,6 +149,14 @@ class SimilaritySums:
             return None
         matrix: list[list[float]] = (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()
         return matrix
+
+
+def _vector(rows: Tensor, keep: Tensor) -> Tensor:
+    """Gram matrices of rows (windows, n, d), as a vector; ``keep`` (windows, n) is 1 for those that count."""
+    # The mean goes first: from products, a large one leaves its rounding.
+    mean = (rows * keep.unsqueeze(-1)).sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
+    rows = (rows - mean) * keep.unsqueeze(-1)
+    return centered_without_diagonal(rows @ rows.mT, keep).flatten()
 
 
 def centered_without_diagonal(gram: Tensor, keep: Tensor) -> Tensor:
@@ -169,4 +176,3 @@ def centered_without_diagonal(gram: Tensor, keep: Tensor) -> Tensor:
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:
     return value if total is None else total.add_(value)
-

@@ -38,6 +38,7 @@ from .sequences import LidarSums, PooledRows
 from .where import Where, places
 
 Center = bool | Literal["first"]
+MeanAndError = tuple[float | None, float | None]
 
 
 class Kind(NamedTuple):
@@ -109,11 +110,11 @@ class Mean:
         self.sums = sums if self.sums is None else self.sums + sums
         self.latest = torch.where(w > 0, v / torch.where(w > 0, w, 1), math.nan)
 
-    def means(self) -> list[tuple[float | None, float | None]]:
+    def means(self) -> list[MeanAndError]:
         """Mean and standard error of each column; None where nothing, or a single sequence, counts."""
         if self.sums is None:
             return []
-        found: list[tuple[float | None, float | None]] = []
+        found: list[MeanAndError] = []
         for v, w, vv, vw, ww, count in self.sums.T.tolist():
             mean = v / w if w else None
             error = None
@@ -146,15 +147,21 @@ class WindowValues(NamedTuple):
 class WindowSums:
     """Entropies, norm ratio and mean share over windows of one length, with or without the first token."""
 
-    def __init__(self) -> None:
-        self.entropies, self.normalized, self.shape = Mean(), Mean(), Mean()
+    def __init__(self, kinds: int) -> None:
+        self.kinds = kinds
+        self.mean = Mean()
+        """Of the entropies, these over their limits, the norm ratio and the mean share."""
 
     def add(self, found: WindowValues, sequence: Tensor, sequences: int) -> None:
-        where = sequence, sequences
-        self.entropies.add(found.entropies, found.weights, *where)
         share = torch.where(found.limits > 0, found.entropies / found.limits, 0)
-        self.normalized.add(share, found.weights, *where)
-        self.shape.add(torch.stack([found.norm_ratio, found.mean_share]), found.shape_weights, *where)
+        values = torch.cat([found.entropies, share, torch.stack([found.norm_ratio, found.mean_share])])
+        weights = torch.cat([found.weights, found.weights, found.shape_weights.expand(2, -1)])
+        self.mean.add(values, weights, sequence, sequences)
+
+    def means(self) -> tuple[list[MeanAndError], list[MeanAndError], list[MeanAndError]]:
+        """Of the entropies, of these over their limits, and of norm ratio and mean share; empty where nothing is."""
+        found = self.mean.means()
+        return found[: self.kinds], found[self.kinds : 2 * self.kinds], found[2 * self.kinds :]
 
 
 class LayerSums:
@@ -172,7 +179,7 @@ class LayerSums:
         self.tokens = False
         """Rows are in order, so that the first one and curvature mean something."""
         keys = [(window, first) for window in what.windows for first in (True, False)]
-        self.windows: dict[tuple[int | None, bool], WindowSums] = {key: WindowSums() for key in keys}
+        self.windows: dict[tuple[int | None, bool], WindowSums] = {key: WindowSums(len(what.kinds)) for key in keys}
         self.curvature = {True: Mean(), False: Mean()}
         self.first_share = Mean()
         self.by_sequence: list[float] = []
@@ -241,7 +248,7 @@ class LayerSums:
         whole, without, changed = _values(z, live, first, self.what.kinds, (size, features), dtype)
         everything.add(whole, sequence, batch)
         if window == self.what.windows[-1] and len(self.by_sequence) < MOST_PROMPTS:
-            latest = everything.entropies.latest
+            latest = everything.mean.latest
             assert latest is not None
             self.by_sequence += latest[self.what.main].tolist()
         if self.tokens and not self.what.centered_first:
@@ -294,14 +301,18 @@ class RankSums:
             return
         if rows.device.type == "mps":  # has no float64
             rows, live, first = rows.cpu(), live.cpu(), first.cpu()
-        rows, heads = rows[live], first[live]
+        rows, heads = rows.flatten(0, 1), first.flatten()
+        if not bool(live.all()):
+            rows, heads = rows[live.flatten()], heads[live.flatten()]
         while len(rows) and (self.wanted is None or self.rows < self.wanted):
             stop = next(mark for mark in _marks() if mark > self.rows)
             stop = stop if self.wanted is None else min(stop, self.wanted)
-            part, head = rows[: stop - self.rows], heads[: stop - self.rows]
-            self.gram = _plus_products(self.gram, part[~head].double())
+            part = rows[: stop - self.rows].to(torch.float64, copy=True)
+            head = heads[: stop - self.rows]
             if head.any():
-                self.first_gram = _plus_products(self.first_gram, part[head].double())
+                self.first_gram = _plus_products(self.first_gram, part[head])
+                part = part.masked_fill_(head.unsqueeze(1), 0)
+            self.gram = _plus_products(self.gram, part)
             self.rows += len(part)
             rows, heads = rows[len(part) :], heads[len(part) :]
             if self.rows == stop:
@@ -355,11 +366,12 @@ def _values(
 ) -> tuple[WindowValues, WindowValues, Tensor | None]:
     """What windows show, with their first tokens and without, and of which windows the latter is; None for all."""
     size, features = shape
-    if size > features:
+    few_and_large = all(kind.alpha == 2 for kind in kinds) and len(z) <= size
+    if size > (2 * features if few_and_large else features):
         whole, without = values_of_rows(z, live, first, kinds, dtype)
         return whole, without, None
     gram = z @ z.mT
-    if all(kind.alpha == 2 for kind in kinds) and len(z) <= size:  # few large windows
+    if few_and_large:
         whole, without = values_of_order_2(gram, live, first, kinds, features)
         return whole, without, None
     whole = values_of_gram(gram, live, features, kinds, dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pandas import DataFrame
 
 from .._display.tables import number
-from .results import EntropyValue, LayerProfile, Profile
+from .results import EntropyValue, LayerProfile, Profile, Token
 
 KINDS: dict[tuple[str, object], str] = {
     ("cosine", True): "cosine, centred",
@@ -168,13 +168,18 @@ def longest_tokens(one: Profile) -> DataFrame:
     rows = []
     for layer in one.layers:
         tokens = [
-            f"{repr(found.text) if found.text is not None else 'id ' + str(found.token) if found.token else 'token'} at "
-            f"{found.position} of sequence {found.sequence}: {number(found.ratio)} x"
+            f"{_token_name(found)} at {found.position} of sequence {found.sequence}: {number(found.ratio)} x"
             for found in layer.longest[:3]
         ]
         channels = [f"{channel}: {share:.1%}" for channel, share in layer.channels[:3]]
         rows.append({"longest tokens, in median norms": "; ".join(tokens), "largest channels": "; ".join(channels)})
     return DataFrame(rows, index=one.names)
+
+
+def _token_name(found: Token) -> str:
+    if found.text is not None:
+        return repr(found.text)
+    return "token" if found.token is None else f"id {found.token}"
 
 
 def by_prompt(one: Profile) -> DataFrame:

@@ -208,8 +208,9 @@ def pressed_entropy(run: Run) -> str:
     if isinstance(entropy.get("kernel"), str):
         centred = ", centred" if entropy.get("center") else ""
         order = "" if entropy.get("alpha", 2) == 2 else f", order {entropy['alpha']}"
-        window = f", windows of {entropy['window']}" if entropy.get("window") else ""
-        return f"{entropy['kernel']} kernel{centred}{order}{window}"
+        window = entropy.get("window", "")
+        rows = ", whole sequences" if window is None else f", windows of {window}" if window else ""
+        return f"{entropy['kernel']} kernel{centred}{order}{rows}"
     for column, kernel in (("centered_cosine_entropy", "cosine kernel, centred"), ("linear_entropy", "linear kernel")):
         if is_pressed(run, column):
             return kernel

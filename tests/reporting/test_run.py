@@ -197,5 +197,8 @@ def test_which_entropy_is_pressed() -> None:
         record["measures"] = {**record["measures"], "centered_cosine_entropy": record["entropy"], "linear_entropy": 1.0}
     assert pressed_entropy(Run.of(rows)) == "cosine kernel, centred"
     assert not is_pressed(Run.of(records(40, measures=False)), "linear_entropy")
-    settings = {"gapt": {"entropy": {"kernel": "linear", "center": False, "alpha": 1.0, "window": 16}}}
-    assert pressed_entropy(Run.of(rows, settings=settings)) == "linear kernel, order 1.0, windows of 16"
+    entropy: dict[str, Any] = {"kernel": "linear", "center": False, "alpha": 1.0, "window": 16}
+    run = Run.of(rows, settings={"gapt": {"entropy": entropy}})
+    assert pressed_entropy(run) == "linear kernel, order 1.0, windows of 16"
+    run = Run.of(rows, settings={"gapt": {"entropy": entropy | {"alpha": 2.0, "window": None}}})
+    assert pressed_entropy(run) == "linear kernel, whole sequences"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gapt_optim.viewing import Profile
-from gapt_optim.viewing.model_loading import TextBatches
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from gapt_optim import Profile
 from gapt_optim.cli import main
+from gapt_optim.profiling.texts import TextBatches
 
 from ..reporting.runs import write_lines
 
@@ -72,8 +72,12 @@ def test_profile_of_a_folder_and_a_text(there: Path, model_folder: Path, capsys:
     assert "Layers of tiny" in (there / "a.html").read_text()
 
     assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "200", "--out", "b.json"]) == 0
-    assert main(["compare", "a.json", "b.json", "--out", "c.html", "c.json"]) == 0
-    assert "b, and its change from a" in capsys.readouterr().out
+    assert main(["compare", "a.json", "b.json"]) == 2
+    assert "a and b were not profiled on the same data" in capsys.readouterr().err
+    assert main(["compare", "a.json", "b.json", "--anyway", "--out", "c.html", "c.json", "c.csv"]) == 0
+    shown = capsys.readouterr().out
+    assert "b, and its change (Δ) from a" in shown
+    assert "warning: a and b were not profiled on the same data" in shown
     assert set(json.loads((there / "c.json").read_text())) == {"a", "b"}
 
 
@@ -122,16 +126,16 @@ def test_a_sequence_has_room_beside_its_special_tokens(there: Path, model_folder
     around = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
     tokenizer.backend_tokenizer.post_processor = around
     tokenizer.eos_token = "<s>"
-    batches = TextBatches(Path("text.txt"), tokenizer, 5, 4, 100)
+    batches = TextBatches("text.txt", tokenizer, 5, 4, 100)
     rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
     assert all(len(row) == 5 and row[0] == 0 for row in rows)
     with pytest.raises(ValueError, match="--length 1 has no room beside the tokenizer's special tokens"):
-        list(TextBatches(Path("text.txt"), tokenizer, 1, 4, 100))
+        list(TextBatches("text.txt", tokenizer, 1, 4, 100))
 
 
 def test_batches_hold_the_whole_text_once(there: Path, model_folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    batches = list(TextBatches(there / "text.txt", tokenizer, 10, 4, 10**6))
+    batches = list(TextBatches(str(there / "text.txt"), tokenizer, 10, 4, 10**6))
     rows = [row[live.bool()].tolist() for batch in batches for row, live in zip(*batch.values(), strict=True)]
     read, whole = [token for row in rows for token in row], tokenizer(TEXT)["input_ids"]
     assert read == whole[: len(read)]
@@ -163,7 +167,7 @@ ERRORS = [
     (["profile", "users_module:build", "--data", "users_module:number"], "which has no batches"),
     (["profile", "users_module:build", "--data", "text.txt"], "a text needs the tokenizer"),
     (["profile", "users_module:build", "--data", "users_module:wrong", "--layers", "0"], "RuntimeError: mat1"),
-    (["profile", "users_module:build", "--data", "users_module:batches"], "layers=None needs"),
+    (["profile", "users_module:build", "--data", "users_module:batches", "--out", "x.doc"], "must end in"),
     (["profile", "users_module:build", "--data", "users_module:batches", "--layers", "x"], "matches no module"),
     (["profile", "MODEL", "--data", "nowhere.txt"], "there is no file 'nowhere.txt'"),
     (["profile", "MODEL", "--data", "users_module.py"], "is no .txt, .jsonl, .parquet file"),
@@ -174,7 +178,7 @@ ERRORS = [
     (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
     (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
     (["profile", "MODEL", "--data", "text.txt", "--device", "teapot"], "--device teapot cannot be used"),
-    (["profile", "MODEL", "--data", "text.txt", "--out", "page.pdf"], "must end in .html, .json or .png"),
+    (["profile", "MODEL", "--data", "text.txt", "--out", "page.py"], "must end in .html, .json, .csv, .png, .pdf or .svg"),
     (["compare", "nowhere.json", "b.json"], "there is no file 'nowhere.json'"),
     (["compare", "bad.jsonl", "bad.jsonl"], "holds no profile"),
     (["compare", "a.json", "b.json", "--out", "c.html", "./b.json"], "--out b.json is one of the profiles to compare"),
@@ -193,3 +197,70 @@ def test_errors_are_one_clear_line(
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert message in said
+
+
+def test_checkpoints_of_a_run_are_a_heat_map(
+    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a run's folder to the map in one command."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    for step in (20, 100, 3):
+        folder = there / "run" / f"checkpoint-{step}"
+        tokenizer.save_pretrained(folder)
+        config = GPT2Config.from_pretrained(model_folder)
+        torch.manual_seed(step)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    assert main(["profile", "run", "--data", "text.txt", "--tokens", "300", "--out", "map.html", "map.csv"]) == 0
+    shown = capsys.readouterr().out
+    assert [word for word in shown.split() if word.startswith("checkpoint-")][:3] == [
+        "checkpoint-3", "checkpoint-20", "checkpoint-100",
+    ]  # fmt: skip
+    assert "Layers over profiles" in (there / "map.html").read_text()
+    assert (there / "map.csv").read_text().splitlines()[0] == "layer,checkpoint-3,checkpoint-20,checkpoint-100"
+
+
+def test_beside_the_same_architecture_untrained(
+    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", "the quick brown fox jumps", "--baseline", "random", "--preset", "diff-erank"]
+    assert main(["profile", str(model_folder), *flags, "--out", "p.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "random, and its change (Δ) from tiny" in shown
+    assert "centred, then cosine S" in " ".join(shown.split()) or "cosine" in shown
+
+
+def test_cka_against_another_model_is_in_the_files(there: Path, model_folder: Path) -> None:
+    flags = ["--data", "text.txt", "--tokens", "300", "--against", str(model_folder), "--out", "p.json", "p.html"]
+    assert main(["profile", str(model_folder), *flags]) == 0
+    found = Profile.load("p.json")
+    assert found.cka is not None
+    assert len(found.cka) == 6
+    assert "CKA with the other model" in (there / "p.html").read_text()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_narrow_terminal_breaks_no_number(
+    columns: int, there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "300", "--out", "p.json"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= columns
+    rank = Profile.load("p.json").layers[0].entropy().effective_rank
+    (row,) = [line for line in shown.splitlines() if line.startswith("0 ")]
+    assert f" {rank:.3g} " in row
+    assert main(["profile", str(model_folder), "--data", "text.txt", "--tokens", "300", "--wide"]) == 0
+    wide = capsys.readouterr().out
+    assert "curvature" in wide
+    assert "Not shown" not in wide
+
+
+def test_explain_lists_modules_and_how_layers_are_read(
+    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", str(model_folder), "--data", "text.txt", "--length", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "(4, 8, 16) is (batch length features)" in shown
+    assert "h.*.attn.c_attn" in shown
+    assert main(["explain", "users_module:build", "--data", "users_module:batches", "--layers", "0"]) == 0
+    assert "(16, 8) is (batch features)" in capsys.readouterr().out

@@ -1,0 +1,257 @@
+"""The commands ``gapt-optim profile``, ``compare`` and ``explain``. Nothing heavy is imported before flags are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+    from .results import Profile
+
+SUFFIXES = (".html", ".json", ".csv", ".png", ".pdf", ".svg")
+
+
+def profile(
+    model: str,
+    /,
+    data: str,
+    out: list[Path] | None = None,
+    layers: list[str] | None = None,
+    windows: tuple[str, ...] = ("8", "all"),
+    orders: tuple[float, ...] = (2.0,),
+    preset: Literal["layer-by-layer", "diff-erank"] | None = None,
+    baseline: Literal["random"] | None = None,
+    against: str | None = None,
+    length: int | None = None,
+    batch_size: int = 8,
+    tokens: int = 100_000,
+    rankme_rows: int = 25_600,
+    views: int = 1,
+    revision: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
+    quantize: Literal["4bit", "8bit"] | None = None,
+    trust_remote_code: bool = False,
+    wide: bool = False,
+) -> None:
+    """The layers of a model on some data, without training.
+
+    gapt-optim profile ./my-llama --data text.txt --out page.html
+
+    Args:
+        model: A transformers folder or hub name, or module:build; a folder of checkpoints means all of them.
+        data: Text (.txt, .jsonl, .parquet, a prompt, a data set of the hub) or module:batches.
+        out: Files to write: .html, .json, .csv, .png, .pdf or .svg.
+        layers: Globs over modules; default: the longest list.
+        windows: Tokens per window; all = sequences.
+        orders: Orders of the entropy.
+        preset: One entropy, as that paper takes it.
+        baseline: Beside the same architecture, untrained.
+        against: A model whose layers are compared with these by CKA.
+        length: Tokens per sequence; default: at most 512.
+        batch_size: Sequences per batch.
+        tokens: Tokens of the text to read.
+        rankme_rows: Rows for RankMe; 0 = none.
+        views: Views per item, for LiDAR.
+        revision: Of the hub; several, as step1000,step2000, give a heat map.
+        device: Where to run, such as cuda.
+        device_map: Of transformers, such as auto.
+        dtype: Of the model's weights.
+        quantize: Load the weights in 4 or 8 bits.
+        trust_remote_code: Run code that comes with the model.
+        wide: Print all columns.
+    """
+    check_outputs(out or ())
+    sizes = [_window(text) for text in windows]
+    from .loading import checked_device, checkpoints, is_python, load_model, load_tokenizer, untrained
+    from .measuring import profile as profile_layers
+    from .texts import load_batches
+
+    on = checked_device(device)
+    weights = None if dtype == "auto" else _dtype(dtype)
+    found: dict[str, Profile] = {}
+    for name, spec, at in checkpoints(model, revision):
+        loaded = load_model(
+            spec, revision=at, dtype=weights, device_map=device_map, quantize=quantize,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        tokenizer = None
+        if not is_python(spec) and not is_python(data):
+            tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
+        batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
+        models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
+        for title, each in models.items():
+            try:
+                found[title] = profile_layers(
+                    each, batches, layers, orders=orders, windows=sizes, preset=preset, views=views,
+                    rankme_rows=rankme_rows, against=None if against is None else load_model(against),
+                    tokenizer=tokenizer, device=on, dtype=weights if is_python(spec) else None,
+                    progress=sys.stderr.isatty(), name=title, data=data if is_python(data) else Path(data).name,
+                )  # fmt: skip
+            except Exception as error:  # whatever a model raises on data that does not fit it
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"{kind}{(str(error).strip() or repr(error)).splitlines()[0]}") from error
+    name = model if is_python(model) else Path(model).name or model
+    _show(found, f"Layers of {name}", out or (), wide=wide, anyway=False)
+
+
+def compare(
+    profiles: list[Path],
+    /,
+    out: list[Path] | None = None,
+    anyway: bool = False,
+    wide: bool = False,
+) -> None:
+    """Profiles side by side: of two the change of each layer, of more a heat map.
+
+    gapt-optim compare base.json tuned.json --out page.html
+
+    Args:
+        profiles: What profile wrote with --out NAME.json.
+        out: Files to write: .html, .json, .csv, .png, .pdf or .svg.
+        anyway: Compare profiles of other data too.
+        wide: Print all columns.
+    """
+    check_outputs(out or ())
+    for path in out or ():
+        if path.resolve() in [each.resolve() for each in profiles]:
+            raise ValueError(f"--out {path} is one of the profiles to compare; choose another name")
+    from .results import load_profiles
+
+    found: dict[str, Profile] = {}
+    for path in profiles:
+        for name, one in load_profiles(path).items():
+            name = name if name not in found else str(path)
+            found[name if name not in found else f"{name} ({len(found) + 1})"] = one
+    if len(found) < 2:
+        raise ValueError(f"give at least two profiles to compare, found {len(found)}")
+    names = list(found)
+    title = f"From {names[0]} to {names[1]}" if len(found) == 2 else f"{len(found)} profiles"
+    _show(found, title, out or (), wide=wide, anyway=anyway)
+
+
+def explain(
+    model: str,
+    /,
+    data: str,
+    layers: list[str] | None = None,
+    length: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """How each layer's output is read: axes, rows, masks, windows; and the names and shapes of all modules.
+
+    gapt-optim explain ./my-llama --data text.txt --layers "model.layers.*"
+
+    Args:
+        model: A transformers folder or hub name, or module:build.
+        data: Text (.txt, .jsonl, .parquet, a prompt, a data set of the hub) or module:batches; the first batch is read.
+        layers: Globs over modules; default: the longest list.
+        length: Tokens per sequence; default: at most 512.
+        trust_remote_code: Run code that comes with the model.
+    """
+    from ..explain import explain as explained
+    from ..explain import modules_of
+    from ..hook import RepresentationHook
+    from .batches import batch_of_texts, caller, device_of, moved
+    from .loading import is_python, load_model, load_tokenizer
+    from .texts import load_batches
+
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    tokenizer = None if is_python(model) or is_python(data) else load_tokenizer(model)
+    batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=4, tokens=4096)
+    batch = moved(batch_of_texts(next(iter(batches), None), tokenizer), device_of(loaded), None)
+    if batch is None:
+        raise ValueError(f"the data {data!r} has no batch")
+    run = caller(loaded, None)
+    for line in _listed(modules_of(loaded, lambda: run(loaded, batch))):
+        print(line)
+    print()
+    with RepresentationHook(loaded, layers) as hook:
+        arguments = batch if isinstance(batch, Mapping) else {}
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+        print(explained(hook, **arguments) if arguments else explained(hook, first))
+
+
+def _listed(modules: list[tuple[str, str, str]]) -> list[str]:
+    """One line for each kind of module: those of a list's blocks, whose numbers alone differ, share one."""
+    kinds: dict[tuple[str, str, str], int] = {}
+    for name, kind, shape in modules:
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        kinds[".".join(parts), kind, shape] = kinds.get((".".join(parts), kind, shape), 0) + 1
+    first, second = (max(len(key[i]) for key in kinds) for i in (0, 1))
+    return [
+        f"{name:{first}}  {kind:{second}}  {shape}{f'  ({count} alike)' if count > 1 else ''}"
+        for (name, kind, shape), count in kinds.items()
+    ]
+
+
+def check_outputs(paths: Sequence[Path]) -> None:
+    """Raises ValueError where a file is of no kind that can be written."""
+    for path in paths:
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"--out {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+
+
+def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: bool, anyway: bool) -> None:
+    from .._display.tables import print_table
+    from .comparison import compare as compared
+    from .tables import figures, profile_table, summary_line, what_is_shown
+
+    result: Profile | Comparison
+    if len(found) == 1:
+        (result,) = found.values()
+        table, said = profile_table(result), summary_line(result)
+        notes = what_is_shown(result)
+    else:
+        result = compared(found, anyway=anyway)
+        first, *others = found
+        table = result.to_pandas()
+        one = found[first]
+        said = (
+            f"{figures(one)[0].title} by layer" if len(found) > 2 else f"{others[0]}, and its change (Δ) from {first}"
+        )
+        notes = [*what_is_shown(one)[:1], *(f"warning: {warning}" for warning in result.warnings)]
+        notes += [f"note: {name}: {note}" for name, each in found.items() for note in each.notes]
+    print_table(table, said, wide=wide)
+    for note in notes:
+        print(note)
+    for path in out:
+        _write(found, result, table, path, title)
+        print(f"wrote {path}")
+
+
+def _write(found: dict[str, Profile], result: Profile | Comparison, table: Any, path: Path, title: str) -> None:
+    from .results import save_profiles
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        save_profiles(found, path)
+    elif path.suffix == ".csv":
+        frame = next(iter(found.values())).to_pandas() if len(found) == 1 else table
+        frame.to_csv(path, index_label="layer")
+    elif path.suffix == ".html":
+        from .page import write_profile
+
+        write_profile(result, path, title=title)
+    else:
+        from .picture import draw_profile
+
+        draw_profile(result, path, title=title)
+
+
+def _window(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not (text.isdecimal() and int(text) >= 2):
+        raise ValueError(f'--windows takes numbers of at least 2 and "all", found {text!r}')
+    return int(text)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
