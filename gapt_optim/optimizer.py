@@ -231,6 +231,38 @@ class GAPTOptimizer(OptimizerWrapper):
         self._notify(metrics)
         step.refuse_nonfinite(metrics)
 
+    # Engines and pipelines: gapt_optim.integrations connects them
+
+    def stepped_elsewhere(self) -> Callable[[Callable[[], bool]], None]:
+        """An engine steps the wrapped optimizer itself, and keeps gradients to itself.
+
+        Returns:
+            What to call in place of each step, with a function that takes it and says whether it did: then the gate
+            judges it. A step that was left out is discarded.
+        """
+        self._step.gradients_elsewhere()
+
+        def judged(take: Callable[[], bool]) -> None:
+            reading = self._begin_reading()
+            if take():
+                self._finish(reading)
+            else:
+                self.discard_step()
+
+        return judged
+
+    def join_stages(self, names: Sequence[str], ranks: int) -> None:
+        """This rank has some stages of a pipeline over ``ranks``; ``names`` are the layers of all, in their order."""
+        self._step.join_stages(list(names), ranks)
+
+    def press_stage(self, output: Tensor) -> Tensor | None:
+        """An earlier stage of a pipeline made ``output``: record its entropies.
+
+        Returns:
+            A scalar to differentiate with the output, or None where this step presses nothing.
+        """
+        return self._step.press_stage(output)
+
     # Ranks whose data ends before that of others: ``with Join([model, optimizer]):`` of torch.distributed
 
     _join_config: Any = None

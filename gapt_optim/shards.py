@@ -60,6 +60,8 @@ def digest(tensors: Iterable[Tensor]) -> Tensor | None:
     """Two numbers that are the same for the same tensors, and hardly for others; None where there are none."""
     found: Tensor | None = None
     for i, tensor in enumerate(tensors):
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+            continue
         flat = (tensor.to_local() if is_dtensor(tensor) else tensor).detach().reshape(-1)  # type: ignore[attr-defined]
         values = flat.abs().to(torch.float32) if flat.is_complex() else flat.to(torch.float32)
         places = torch.arange(len(values), device=values.device, dtype=torch.float32).add_(i + 1).sin_()

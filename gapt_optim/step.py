@@ -82,8 +82,8 @@ class Step:
         self._know_layers()
         self.begin()
 
-    def let_engine_step(self) -> None:
-        """An engine steps the wrapped optimizer, and keeps gradients to itself."""
+    def gradients_elsewhere(self) -> None:
+        """An engine keeps gradients to itself: ``.grad`` tells nothing."""
         self._gradients_show = False
 
     # What this step does
