@@ -133,7 +133,7 @@ class GradientComparison:
         received = mean_over_ranks(torch.cat(sent), group)
         *anywhere, self._behind_loss = (received[: 3 * n].reshape(3, n) > 0).tolist()
         sizes = [p.numel() for p in self._parameters] * len(averaged)
-        means = received[3 * n :].split(sizes)
+        means = torch.split(received[3 * n :], sizes)
         for k, gradients in enumerate(averaged):
             for i, reached in enumerate(anywhere[k]):
                 if reached:

@@ -84,7 +84,8 @@ def build_objective(
         means = of_calls / weights.clamp(min=1)
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(*_of(pressure.counted, layers, means, weights)), loss)[0]
+            of_counted, their_weights = _of(pressure.counted, layers, means, weights)
+            mean_entropy = _finite(_mean(of_counted, their_weights, None), loss)
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
         judged = [name for name in layers if name in pressure.layers]
@@ -93,7 +94,7 @@ def build_objective(
             for call in taken[name]:
                 call.pressed = True
         penalty = pressure.config.objective.weight * _pressed(means, weights, judged, pressure)
-        penalty, _ = _finite(penalty, loss)
+        penalty = _finite(penalty, loss)
         added = penalty if scaled_by == 1.0 else penalty * scaled_by
         return Objective(loss + added.to(loss.dtype), layers, sums, measures, penalty.detach(), mean_entropy)
 
@@ -151,7 +152,7 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
     weight = window_weights(live, value, order.fewest, first.shape[0])
     sizes = [len(call.gram) for call in calls if call.gram is not None]
     if factor is not None and any(call.angled for call in calls):
-        for call, own in zip(calls, factor.split(sizes), strict=True):
+        for call, own in zip(calls, torch.split(factor, sizes), strict=True):
             call.factor = own if call.angled else None
     counted = torch.where(weight > 0, value, 0)
     totals, counts = (_over(values, sizes) for values in (counted, weight))
@@ -190,8 +191,8 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 def _over(values: Tensor, sizes: list[int]) -> Tensor:
     """(..., sum of sizes) summed within each of ``sizes``, (..., len(sizes))."""
     if len(set(sizes)) == 1:
-        return values.unflatten(-1, (len(sizes), sizes[0])).sum(-1)
-    return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1)
+        return values.reshape(*values.shape[:-1], len(sizes), sizes[0]).sum(-1)
+    return torch.stack([part.sum(-1) for part in torch.split(values, sizes, -1)], -1)
 
 
 def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tensor, ...]:
@@ -230,10 +231,9 @@ def _up_to(
     return torch.where(weights > 0, left.clamp(min=0), 0)
 
 
-def _finite(value: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """``value``, and 0 where it or the loss is not finite; and whether they are."""
-    finite = (value.detach() + loss.detach().reshape(())).isfinite()
-    return torch.where(finite, value, 0), finite
+def _finite(value: Tensor, loss: Tensor) -> Tensor:
+    """``value``, and 0 where it or the loss is not finite."""
+    return torch.where((value.detach() + loss.detach().reshape(())).isfinite(), value, 0)
 
 
 def check_loss(loss: Tensor, scaled_by: float) -> None:

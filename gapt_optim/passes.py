@@ -117,7 +117,8 @@ class Pass:
             return
         graph = _Graph()
         for node in nodes:
-            node.metadata.setdefault("gapt_optim", []).append(graph)  # lives as long as the node
+            metadata: Any = node.metadata
+            metadata.setdefault("gapt_optim", []).append(graph)  # lives as long as the node
         forget = weakref.WeakMethod(self.forget)
 
         def gone(_: Any) -> None:

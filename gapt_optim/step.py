@@ -16,7 +16,6 @@ from .alignment import activation_alignment
 from .comparison import GradientComparison, named_parameters, refuse_incomparable
 from .config import GAPTConfig
 from .gate import Phase
-from .hook import Watching, order_of
 from .metrics import Measures, StepMetrics
 from .notices import Notices
 from .objective import Pressure, build_objective, counted_layers
@@ -26,6 +25,7 @@ from .ranks import group_of, refuse_different_ranks
 from .shards import plain
 from .sums import StepNumbers, StepSums
 from .undeclared import Undeclared
+from .watching import Watching, order_of
 
 _LOGGER = logging.getLogger("gapt_optim")
 _WHY = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from .objective import Objective
 
 if TYPE_CHECKING:
-    from .hook import Watching
+    from .watching import Watching
 
 _HEAD = 5  # of a row: loss, whether it is of a low precision, share of the loss, two numbers of a digest
 _SAME = 1e-5

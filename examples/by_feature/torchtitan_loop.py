@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor import parallel as tp
+from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
 from gapt_optim import GAPTOptimizer, RepresentationHook
@@ -30,13 +31,17 @@ class Block(nn.Module):
         h = self.norm1(x)
         q, k, v = (linear(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for linear in self.qkv)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.silu(self.up(self.norm2(x))))
+        found: Tensor = x + self.down(F.silu(self.up(self.norm2(x))))
+        return found
 
 
 SEQUENCE = Shard(1)  # what is between the parallel parts of a block, each rank has for its part of the sequence
 INTO, OUT = tp.ColwiseParallel(input_layouts=SEQUENCE), tp.RowwiseParallel(output_layouts=SEQUENCE)
 NORM = tp.SequenceParallel()
-PLAN = {f"*.{name}": INTO for name in ("qkv.0", "qkv.1", "qkv.2", "up")} | {"*.out": OUT, "*.down": OUT}
+PLAN: dict[str, ParallelStyle] = {f"*.{name}": INTO for name in ("qkv.0", "qkv.1", "qkv.2", "up")} | {
+    "*.out": OUT,
+    "*.down": OUT,
+}
 PLAN |= {
     "*.norm1": NORM,
     "*.norm2": NORM,
@@ -50,14 +55,14 @@ def main() -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
     torch.manual_seed(0)  # the same weights on all ranks
-    parts = {"embed": nn.Embedding(WORDS, WIDTH)} | {f"block{i}": Block() for i in range(3)}
+    parts: dict[str, nn.Module] = {"embed": nn.Embedding(WORDS, WIDTH)} | {f"block{i}": Block() for i in range(3)}
     parts["head"] = nn.Linear(WIDTH, WORDS)
     model = nn.Sequential()
     for name, part in parts.items():
         model.add_module(name, part.to(device))
     mesh = init_device_mesh(device.type, (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     tp.parallelize_module(model, mesh["tp"], PLAN)
-    for part in (*model[1:-1], model):
+    for part in (*list(model)[1:-1], model):
         fully_shard(part, mesh=mesh["dp"])
     for part in model.modules():
         if isinstance(part, FSDPModule):

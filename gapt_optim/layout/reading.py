@@ -55,8 +55,8 @@ class Reading(NamedTuple):
     why_rows: str
     guess: str | None
     """What is only likely, and what to pass to say it; None where it is known."""
-    view: View | Callable[[Tensor], Tensor]
-    """From a tensor of the shape of ``h`` to its rows."""
+    view: Any
+    """A callable, from a tensor of the shape of ``h`` to its rows."""
 
 
 class Decision(NamedTuple):

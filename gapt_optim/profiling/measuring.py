@@ -367,9 +367,9 @@ def level_of(pooling: str, rows: Tensor, kind: Kind) -> SequenceLevel:
     if kind.center == "first" and len(rows):
         rows = rows - rows.mean(0)
     options: dict[str, Any] = {"alpha": kind.alpha, "kernel": kind.kernel, "center": kind.center is True}
-    values = [float(matrix_entropy(rows, normalize=normalize, **options)) for normalize in (False, True)]
+    nats, normalized = (float(matrix_entropy(rows, normalize=normalize, **options)) for normalize in (False, True))
     rankme = exp_entropy(torch.linalg.svdvals(rows)) if len(rows) else None
-    return SequenceLevel(pooling, len(rows), *values, rankme)
+    return SequenceLevel(pooling, len(rows), nats, normalized, rankme)
 
 
 class evaluating:  # noqa: N801
