@@ -203,7 +203,7 @@ def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tens
     return tuple(torch.stack([value[i] for i in places]) if places else value[:0] for value in values)
 
 
-def _mean(means: Tensor, weights: Tensor, among: int | None) -> Tensor:
+def _mean(means: Tensor, weights: Tensor, among: int | None = None) -> Tensor:
     """Over the layers that can have an entropy, or as many as are named."""
     return means.sum() / ((weights > 0).sum().clamp(min=1) if among is None else among)
 

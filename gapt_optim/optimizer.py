@@ -9,7 +9,6 @@ from typing import Any, SupportsFloat
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.join import Join, JoinHook, _JoinConfig
 from torch.optim import Optimizer
 
 from ._tell import tell
@@ -190,7 +189,9 @@ class GAPTOptimizer(OptimizerWrapper):
             ValueError: ranks differ in settings, layers or state.
         """
         step, device = self._step, self._device()
-        if self._join_config.enable:
+        if self._join_config is not None and self._join_config.enable:
+            from torch.distributed.algorithms.join import Join
+
             Join.notify_join_context(self)  # type: ignore[arg-type]
         step.compare_ranks(device)
         step.refuse_undeclared(device)
@@ -230,9 +231,41 @@ class GAPTOptimizer(OptimizerWrapper):
         self._notify(metrics)
         step.refuse_nonfinite(metrics)
 
+    # Engines and pipelines: gapt_optim.integrations connects them
+
+    def stepped_elsewhere(self) -> Callable[[Callable[[], bool]], None]:
+        """An engine steps the wrapped optimizer itself, and keeps gradients to itself.
+
+        Returns:
+            What to call in place of each step, with a function that takes it and says whether it did: then the gate
+            judges it. A step that was left out is discarded.
+        """
+        self._step.gradients_elsewhere()
+
+        def judged(take: Callable[[], bool]) -> None:
+            reading = self._begin_reading()
+            if take():
+                self._finish(reading)
+            else:
+                self.discard_step()
+
+        return judged
+
+    def join_stages(self, names: Sequence[str], ranks: int) -> None:
+        """This rank has some stages of a pipeline over ``ranks``; ``names`` are the layers of all, in their order."""
+        self._step.join_stages(list(names), ranks)
+
+    def press_stage(self, output: Tensor) -> Tensor | None:
+        """An earlier stage of a pipeline made ``output``: record its entropies.
+
+        Returns:
+            A scalar to differentiate with the output, or None where this step presses nothing.
+        """
+        return self._step.press_stage(output)
+
     # Ranks whose data ends before that of others: ``with Join([model, optimizer]):`` of torch.distributed
 
-    _join_config = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
+    _join_config: Any = None
 
     @property
     def join_device(self) -> torch.device:
@@ -244,7 +277,7 @@ class GAPTOptimizer(OptimizerWrapper):
         """The ranks that meet."""
         return self._step.process_group if self._step.process_group is not None else dist.group.WORLD
 
-    def join_hook(self, **kwargs: Any) -> JoinHook:
+    def join_hook(self, **kwargs: Any) -> _Follows:
         """What a rank does in the steps of others, once its own data has ended: it follows the gate."""
         return _Follows(self, [base.join_hook(**kwargs) for base in self._wrapped.all if hasattr(base, "join_hook")])
 
@@ -314,10 +347,10 @@ class GAPTOptimizer(OptimizerWrapper):
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
 
 
-class _Follows(JoinHook):
-    """Takes part in the collectives of a step of the other ranks."""
+class _Follows:
+    """A ``JoinHook``: takes part in the collectives of a step of the other ranks."""
 
-    def __init__(self, optimizer: GAPTOptimizer, of_bases: list[JoinHook]) -> None:
+    def __init__(self, optimizer: GAPTOptimizer, of_bases: list[Any]) -> None:
         self.optimizer, self.of_bases = optimizer, of_bases
 
     def main_hook(self) -> None:

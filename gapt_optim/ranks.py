@@ -15,9 +15,14 @@ _MOST_NAMED = 5
 """Fields that an error about ranks names."""
 
 
+def over_ranks() -> bool:
+    """This process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group to average over: the given one, else the default one, None for a single process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not over_ranks():
         return None
     group = process_group if process_group is not None else dist.group.WORLD
     return group if group is not None and dist.get_world_size(group) > 1 else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .layout import Layout, Reading
 from .layout.following import BATCH, FEATURES, LENGTH, POSITION
 
-Group = dist.ProcessGroup
+Group: TypeAlias = "dist.ProcessGroup"
 
 
 class Shards(NamedTuple):
@@ -60,6 +60,8 @@ def digest(tensors: Iterable[Tensor]) -> Tensor | None:
     """Two numbers that are the same for the same tensors, and hardly for others; None where there are none."""
     found: Tensor | None = None
     for i, tensor in enumerate(tensors):
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+            continue
         flat = (tensor.to_local() if is_dtensor(tensor) else tensor).detach().reshape(-1)  # type: ignore[attr-defined]
         values = flat.abs().to(torch.float32) if flat.is_complex() else flat.to(torch.float32)
         places = torch.arange(len(values), device=values.device, dtype=torch.float32).add_(i + 1).sin_()
@@ -194,7 +196,7 @@ def read_part(
     length = rows.shape[1]
     fewest = (length if window is None else min(window, length)) if features else 0
     placements = h.placements if is_dtensor(h) else None
-    to_rows = PartView(view, tuple(gathered), placements, fewest)
+    to_rows: Any = PartView(view, tuple(gathered), placements, fewest)
     copies = at.copies * math.prod(dist.get_world_size(group) for group, _ in gathered)
     shards = Shards(tuple(own), tuple(features), at.ranks**2 / copies)
     part_of = reading._replace(h=h, rows=to_rows(h), live=live, segments=segments, view=to_rows)

@@ -82,8 +82,8 @@ class Step:
         self._know_layers()
         self.begin()
 
-    def let_engine_step(self) -> None:
-        """An engine steps the wrapped optimizer, and keeps gradients to itself."""
+    def gradients_elsewhere(self) -> None:
+        """An engine keeps gradients to itself: ``.grad`` tells nothing."""
         self._gradients_show = False
 
     # What this step does
@@ -151,7 +151,7 @@ class Step:
         self._notices.divided(loss, scaled_by)
         objective = build_objective(loss, taken, self.plan, self.pressure, scaled_by)
         self._mean_entropy = objective.mean_entropy
-        if self._undeclared.wanted:
+        if self._undeclared.wanted and self.group is not None:
             self._undeclared.note(loss, scaled_by, objective, self.names, self.watching)
         undivided = loss if scaled_by == 1.0 else loss.detach() / scaled_by
         self.sums.add(undivided, objective, alone=self.group is None)

@@ -41,7 +41,7 @@ class Undeclared:
             return
         low = torch.finfo(loss.dtype).bits < 32
         inputs = watching.inputs
-        digest = [math.nan, math.nan] if inputs is None else [inputs[0], inputs[1]]
+        digest: list[Tensor | float] = [math.nan, math.nan] if inputs is None else [inputs[0], inputs[1]]
         share = share_of(loss) if scaled_by == 1.0 else 1.0
         self._row = [loss.detach().reshape(()), float(low), share, *digest]
         self._entropies = made.layers, made.sums
@@ -104,8 +104,11 @@ def _differing(a: Sequence[float], b: Sequence[float], names: Sequence[str]) -> 
     return None
 
 
-def share_of(loss: Tensor) -> float:
-    """Tokens in a loss that is their sum divided by the number of more of them, over that number; otherwise 1."""
+def share_of(loss: Tensor) -> Tensor | float:
+    """Tokens in a loss that is their sum divided by the number of more of them, over that number; otherwise 1.
+
+    It waits for no device.
+    """
     node = loss.grad_fn
     if node is None or torch.compiler.is_compiling() or node.name() != "DivBackward0":
         return 1.0
@@ -116,6 +119,6 @@ def share_of(loss: Tensor) -> float:
     if getattr(behind, "_saved_reduction", None) != _SUM:
         return 1.0
     target = behind._saved_target
-    tokens = int((target != behind._saved_ignore_index).sum())
-    divided_by = float(divisor)
-    return tokens / divided_by if divided_by > target.numel() else 1.0
+    tokens = (target != behind._saved_ignore_index).sum()
+    divided_by = torch.as_tensor(divisor).to(target.device, torch.float32, non_blocking=True)
+    return torch.where(divided_by > target.numel(), tokens / divided_by, 1.0)

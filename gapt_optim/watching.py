@@ -30,6 +30,7 @@ from .passes import (
     tensors_in,
     transformed,
 )
+from .ranks import over_ranks
 from .shards import Placed, Shards, digest, placed, read_part, read_whole
 from .windows import Windows, cut, windows_of
 
@@ -244,6 +245,8 @@ class Watch(Unsaved):
 
     def _placed(self, output: Any) -> tuple[Any, Placed | None]:
         """The hidden tensor, and where its parts lie if this rank does not have all of it."""
+        if not over_ranks():
+            return None, None
         h = self.watching.layout.hidden(self.name, output)
         return h, placed(self.name, h, self.watching.placements.get(self.name))
 

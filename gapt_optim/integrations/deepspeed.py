@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 from ..optimizer import GAPTOptimizer
@@ -47,24 +47,33 @@ def connect(engine: Any) -> GAPTOptimizer:
             "an engine keeps the gradients of parameters to itself, so that their alignment cannot be measured; set "
             "AlignmentConfig(parameter_every=0)"
         )
-    step = optimizer._step
-    step.let_engine_step()
-    Replacement(optimizer, "step", lambda _: partial(optimizer._step_bases, None))
-    Replacement(engine, "step", lambda own: _judged(engine, optimizer, own))
+    judge = optimizer.stepped_elsewhere()
+    bases = optimizer.base if isinstance(optimizer.base, tuple) else (optimizer.base,)
+
+    def step_bases(_: Any) -> Callable[[], None]:
+        def step() -> None:
+            for base in bases:
+                base.step()
+
+        return step
+
+    Replacement(optimizer, "step", step_bases)
+    Replacement(engine, "step", lambda own: _judged(engine, judge, own))
     return optimizer
 
 
-def _judged(engine: Any, optimizer: GAPTOptimizer, own: Callable[..., Any]) -> Callable[..., Any]:
+def _judged(engine: Any, judge: Callable[[Callable[[], bool]], None], own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def judged(*args: Any, **kwargs: Any) -> Any:
         if not engine.is_gradient_accumulation_boundary():
             return own(*args, **kwargs)
-        reading = optimizer._begin_reading()
-        result = own(*args, **kwargs)
-        if engine.was_step_applied():
-            optimizer._finish(reading)
-        else:  # an overflow, on all ranks
-            optimizer.discard_step()
-        return result
+        results: list[Any] = []
+
+        def take() -> bool:
+            results.append(own(*args, **kwargs))
+            return bool(engine.was_step_applied())
+
+        judge(take)
+        return results[0]
 
     return judged

@@ -55,8 +55,8 @@ def pipelined(
             "set AlignmentConfig(parameter_every=0) and LayerConfig(reduce='mean')"
         )
     pipeline = _Pipeline(optimizer, stages, scale)
-    names = _names(optimizer.hook.names, stages, optimizer._step.process_group)
-    optimizer._step.join_stages(names, dist.get_world_size(stages[0].group))
+    names = _names(optimizer.hook.names, stages, optimizer.join_process_group)
+    optimizer.join_stages(names, dist.get_world_size(stages[0].group))
 
     def objective(*args: Any, **kwargs: Any) -> Tensor:
         loss = loss_fn(*args, **kwargs)
@@ -98,7 +98,7 @@ class _Pipeline:
         if not self.live or not module.training or not torch.is_grad_enabled():
             return None
         carrier = next((tensor for tensor in tensors_in(output) if tensor.requires_grad), None)
-        pressed = None if carrier is None else self.optimizer._step.press_stage(carrier)
+        pressed = None if carrier is None else self.optimizer.press_stage(carrier)
         if carrier is None or pressed is None:
             return None
         joined: Tensor = _Join.apply(carrier, pressed * self.factor())  # type: ignore[no-untyped-call]

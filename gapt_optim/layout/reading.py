@@ -144,6 +144,8 @@ class Layout:
         """Under way, the innermost last."""
         self._following: Following | None = None
         self._decisions: dict[Any, Decision] = {}
+        self._plain: dict[Any, tuple[Any, ...]] = {}
+        """How outputs are read of which every row counts, whatever their sizes are."""
         self._situations: set[Any] = set()
         self._looks = 0
         self._told: set[str] = set()
@@ -212,12 +214,15 @@ class Layout:
         own = h = checked_hidden(name, output, self._output)
         if whole is not None:
             h = whole
-        if self._output is not None and own is not hidden_tensor(
-            output
-        ):  # the module's flags are not about this tensor
+        if self._output is not None and own is not hidden_tensor(output):
+            # The module's flags are not about this tensor.
             watched = watched._replace(kind=watched.kind._replace(sequence_first=False))
         if h.is_nested:
             return self._read_nested(name, h, watched)
+        key = None if whole is not None or torch.compiler.is_compiling() else self._key(name, h)
+        if key in self._plain and self._following is None:
+            view, *why_plain = self._plain[key]
+            return Reading(h, view(h), None, None, *why_plain, view)
         decision = self._decision(name, h, watched, own)
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
@@ -231,17 +236,22 @@ class Layout:
             view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
             rows = view(h)
         segments, why_segments = self._segments(name, watched, rows)
-        return Reading(
-            h,
-            rows,
-            live,
-            segments,
-            axes_.described(decision.axes),
-            decision.why_axes,
-            why_rows + (f"; documents by {why_segments}" if why_segments else ""),
-            guess,
-            view,
-        )
+        why_rows += f"; documents by {why_segments}" if why_segments else ""
+        why = axes_.described(decision.axes), decision.why_axes, why_rows, guess
+        if key is not None and live is None and segments is None and self._is_plain(name, watched, decision):
+            self._plain[key] = (view, *why)
+        return Reading(h, rows, live, segments, *why, view)
+
+    def _key(self, name: str, h: Tensor) -> Any:
+        """Of outputs of one kind."""
+        return name, h.ndim, *[call.situation for call in self.calls]
+
+    def _is_plain(self, name: str, watched: Watched, decision: Decision) -> bool:
+        """Outputs of this kind are always read so: nothing in the calls under way could mask them or cut them."""
+        picked = self._picks_masks or watched.segments is not None or self._following is not None
+        named = any(call.masks or call.knows_documents or any(map(may_mask, call.tensors)) for call in self.calls)
+        again = any(call.runs.get(name, 0) > 1 for call in self.calls[:1])
+        return not (picked or named or again) and decision.axes[0] not in (FLAT, FLAT_SEQUENCE_FIRST)
 
     def hidden(self, name: str, output: Any) -> Tensor:
         """The hidden tensor in an output of the watched module ``name``."""

@@ -126,6 +126,8 @@ class Split:
     micro_batches: int = 1
     masked: bool = False
     recompute: bool = False
+    first: bool = False
+    """The sequence is the first axis."""
     dtype: torch.dtype = torch.float64
 
 
@@ -155,7 +157,8 @@ def made(run: Split) -> tuple[nn.Module, GAPTOptimizer, Any]:
                 fully_shard(block, mesh=data_ranks)
             fully_shard(model, mesh=data_ranks)
     mask = (lambda call: call["attention_mask"]) if run.masked else None
-    hook = RepresentationHook(model, run.layers, mask=mask, placements=placements)
+    layout = "length batch features" if run.first else None
+    hook = RepresentationHook(model, run.layers, mask=mask, layout=layout, placements=placements)
     config = GAPTConfig(gate=run.gate, entropy=run.entropy)
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=False)
     return model, GAPTOptimizer(base, hook, config), data_ranks
@@ -171,9 +174,12 @@ def train(run: Split) -> list[Seen]:
         for micro in range(run.micro_batches):
             ids, mask = batch_of(step * run.micro_batches + micro, run.masked)
             ids, mask = ids[rows], None if mask is None else mask[rows]
+            ids, target = ids[:, :-1], ids[:, 1:]
+            if run.first:
+                ids, target = ids.T, target.T
             with loss_parallel():
-                scores = model(ids[:, :-1]) if mask is None else model(ids[:, :-1], attention_mask=mask)
-                loss = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten())
+                scores = model(ids) if mask is None else model(ids, attention_mask=mask)
+                loss = F.cross_entropy(scores.flatten(0, 1), target.flatten())
                 assert isinstance(loss, DTensor) == (run.way is by_loss_parallel)
                 optimizer.backward(loss, scale=1 / run.micro_batches)
         gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}

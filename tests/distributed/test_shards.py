@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from gapt_optim import EntropyConfig
+from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, RepresentationHook
 from tests.distributed.parallel import (
     BATCH,
     LENGTH,
+    RESTLESS,
     Split,
     along_batch,
     by_dtensors,
@@ -24,6 +28,7 @@ from tests.distributed.parallel import (
     train,
 )
 from tests.distributed.ranks import Ranks
+from tests.distributed.runs import Seen
 from tests.distributed.test_over_ranks import counted_collectives, numbers_per_step
 from tests.distributed.test_training_over_ranks import assert_equal_metrics
 from tests.training import distance
@@ -151,3 +156,96 @@ def test_one_collective_for_all_layers_of_an_objective(ranks: Ranks, way: str, m
     step = [*[numbers] * micro_batches, numbers_per_step(LAYERS)]
     compared = [*step[:-1], 8, step[-1]]
     assert ranks(collectives, run) == [[compared, step, step, step]] * 2
+
+
+def test_parts_of_a_sequence_that_comes_first(ranks: Ranks) -> None:
+    """As in Megatron, whose tensors are (length, batch, features)."""
+    run = Split(along_batch, placement=Shard(0), first=True)
+    assert_equal(ranks(train, run), run)
+
+
+class Spread(nn.Module):
+    """A hidden tensor that is spread over a mesh between two layers that all ranks have."""
+
+    def __init__(self, placements: Any) -> None:
+        super().__init__()
+        self.before, self.spread, self.after = nn.Linear(6, 8), nn.Identity(), nn.Linear(8, 3)
+        self.placements = placements
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.before(x))
+        if self.placements is None:
+            return self.after(self.spread(h))
+        mesh = init_device_mesh("cpu", (2, 2))
+        if any(placement.is_partial() for placement in self.placements):
+            return self.after(self.spread(DTensor.from_local(h, mesh, self.placements)).full_tensor())
+        whole = DTensor.from_local(h, mesh, [Replicate()] * 2, run_check=False)
+        return self.after(self.spread(whole.redistribute(placements=self.placements)).full_tensor())
+
+
+def train_spread(placements: Any) -> list[Seen]:
+    torch.manual_seed(0)
+    model = Spread(placements).double()
+    hook = RepresentationHook(model, "spread", layout="batch length features")
+    config = GAPTConfig(gate=RESTLESS, entropy=EntropyConfig(window=4))
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), 0.05), hook, config)
+    seen = []
+    for step in range(5):
+        x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.backward(model(x).square().mean())
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(Seen(optimizer.metrics, gradients, 0.0))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        (Shard(0), Shard(1)),
+        (Shard(1), Shard(0)),
+        (Shard(1), Shard(-1)),
+        (Shard(2), Shard(0)),
+        (Replicate(), Shard(1)),
+        (Shard(-1), Replicate()),
+    ],
+    ids=str,
+)
+def test_two_dimensions_of_a_mesh(four: Ranks, placements: Any) -> None:
+    expected = train_spread(None)
+    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
+    for of_rank in four(train_spread, placements):
+        for here, there in zip(of_rank, expected, strict=True):
+            assert distance(here.gradients, there.gradients) < 1e-9
+            assert_equal_metrics(here, there, 1e-9)
+
+
+def told_of(placements: Any) -> str:
+    """What is said in memorization: the layer is left out, and the gate never compresses."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert {seen.metrics.entropy for seen in train_spread(placements)} == {None}
+    return " ".join(str(each.message) for each in said)
+
+
+def test_summands_and_doubled_parts_are_told(four: Ranks) -> None:
+    for placements, message in (
+        ((Partial(), Replicate()), "of which a rank knows a summand only"),
+        ((Shard(1), Shard(1)), "is sharded twice along one axis"),
+    ):
+        for answer in four(told_of, placements):
+            assert message in answer
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (Shard(1), TypeError, "placements must be (mesh, placement)"),
+        (("tp", Shard(1)), TypeError, "as (mesh, Shard(1))"),
+        ({"nothing.*": ()}, ValueError, "matches none of the layers"),
+    ],
+)
+def test_placements_that_say_nothing_are_refused(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        RepresentationHook(Spread(None), "spread", placements=value)
