@@ -295,9 +295,9 @@ class _Place(torch.autograd.Function):
         value, live, factor = entropy_of_gram(gram, live, order, shape, rows.dtype, with_factor=True)
         assert factor is not None
         factor = factor * window_weights(live, value, order.fewest, size)[:, None, None]
-        ctx.save_for_backward(h.clone(), index, keep, factor)  # a clone: what follows may work in place
+        ctx.save_for_backward(h, index, keep, factor)
         ctx.size, ctx.order, ctx.view = size, order, view
-        return h.view_as(h)
+        return h.clone()  # what follows may work in place, which torch refuses on a view
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
