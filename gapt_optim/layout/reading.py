@@ -221,8 +221,8 @@ class Layout:
             return self._read_nested(name, h, watched)
         key = None if whole is not None or torch.compiler.is_compiling() else self._key(name, h)
         if key in self._plain and self._following is None:
-            view, *why_plain = self._plain[key]
-            return Reading(h, view(h), None, None, *why_plain, view)
+            view, axes, why_axes, why_rows, guess = self._plain[key]
+            return Reading(h, view(h), None, None, axes, why_axes, why_rows, guess, view)
         decision = self._decision(name, h, watched, own)
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
