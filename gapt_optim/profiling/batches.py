@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def device_of(model: nn.Module) -> torch.device:
     """Where the model takes its inputs: of a model on several devices, or on disk, that is its embedding's place."""
     with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         if device.type != "meta":
             return torch.device(device)
     devices = (parameter.device for parameter in model.parameters())

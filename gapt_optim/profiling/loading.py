@@ -81,7 +81,8 @@ def load_model(
         options["device_map"] = device_map
     try:
         if quantize is not None:
-            options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+            bits: Any = BitsAndBytesConfig
+            options["quantization_config"] = bits(**{f"load_in_{quantize}": True})
         # The layers are all that is looked at; a head would only cost time and memory.
         model = AutoModel.from_pretrained(spec, **options)
     except Exception as error:
@@ -138,8 +139,9 @@ def untrained(model: nn.Module) -> nn.Module:
     """
     first = next(model.parameters(), torch.empty(0))
     config = getattr(model, "config", None)
-    if config is not None and hasattr(type(model), "_from_config"):
-        fresh = type(model)._from_config(config)
+    from_config = getattr(type(model), "_from_config", None)
+    if config is not None and from_config is not None:
+        fresh = from_config(config)
     else:
         fresh = copy.deepcopy(model)
         for module in fresh.modules():

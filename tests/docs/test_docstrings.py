@@ -17,7 +17,7 @@ import gapt_optim
 
 PUBLIC_MODULES = [
     "gapt_optim",
-    "gapt_optim.viewing",
+    "gapt_optim.profiling",
     "gapt_optim.reporting",
     "gapt_optim.integrations.lightning",
     "gapt_optim.integrations.trackers",

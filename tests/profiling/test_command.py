@@ -178,7 +178,10 @@ ERRORS = [
     (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
     (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
     (["profile", "MODEL", "--data", "text.txt", "--device", "teapot"], "--device teapot cannot be used"),
-    (["profile", "MODEL", "--data", "text.txt", "--out", "page.py"], "must end in .html, .json, .csv, .png, .pdf or .svg"),
+    (
+        ["profile", "MODEL", "--data", "text.txt", "--out", "page.py"],
+        "must end in .html, .json, .csv, .png, .pdf or .svg",
+    ),
     (["compare", "nowhere.json", "b.json"], "there is no file 'nowhere.json'"),
     (["compare", "bad.jsonl", "bad.jsonl"], "holds no profile"),
     (["compare", "a.json", "b.json", "--out", "c.html", "./b.json"], "--out b.json is one of the profiles to compare"),

@@ -66,7 +66,8 @@ def test_minilm_trained_and_untrained(minilm: Path) -> None:
     assert of_texts.layers[-1].longest[0].text is not None
     # One row for each sequence tells them apart most clearly: random networks map all texts to nearly one vector.
     share = [
-        next(level.nats for level in one.layers[-1].sequence_level if level.pooling == "mean") for one in (trained, random)
+        next(level.nats for level in one.layers[-1].sequence_level if level.pooling == "mean")
+        for one in (trained, random)
     ]
     assert all(value > 0 for value in share)
     assert trained.cka is not None

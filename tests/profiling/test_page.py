@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gapt_optim.profiling import profile, write_profile
 from torch import nn, randn
+
+from gapt_optim.profiling import profile, write_profile
 
 from ..reporting.browser import opened
 from ..reporting.runs import HOSTILE

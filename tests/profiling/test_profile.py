@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -14,10 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from gapt_optim.profiling import LayerProfile, Profile, profile
-from gapt_optim.profiling.charts import entropy_panels, other_panels
-from gapt_optim.profiling.statistics import LayerSums, What, values_of_gram, values_of_order_2
-from gapt_optim.profiling.tables import profile_table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,6 +20,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gapt_optim import EntropyConfig, RepresentationHook
 from gapt_optim.layout import Reading
+from gapt_optim.profiling import LayerProfile, Profile, profile
+from gapt_optim.profiling.charts import entropy_panels, other_panels
+from gapt_optim.profiling.statistics import LayerSums, What, values_of_gram, values_of_order_2
+from gapt_optim.profiling.tables import profile_table
 
 from . import reference
 
@@ -422,7 +421,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"p\.json holds no profile of this version; make one with gapt-optim profile MODEL"):
+    with pytest.raises(ValueError, match=r"p\.json holds no profile of this version; make one with gapt-optim"):
         Profile.load(path)
 
 
