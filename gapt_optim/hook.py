@@ -207,7 +207,8 @@ class RepresentationHook:
         """Run the model once on these arguments, and say how each watched output is read.
 
         >>> import torch
-        >>> print(RepresentationHook(torch.nn.Sequential(torch.nn.Linear(4, 16)), "0").explain(torch.randn(64, 4)))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16))
+        >>> print(RepresentationHook(model, "0").explain(torch.randn(64, 4)))
         0
           shape    (64, 16) is (batch features): ...
         """

@@ -67,7 +67,13 @@ def monitor(
 
 
 class Monitor:
-    """Made by :func:`monitor`; a context manager."""
+    """Made by :func:`monitor`; a context manager.
+
+    >>> model = nn.Sequential(nn.Linear(4, 16))
+    >>> with Monitor(model, "0") as watched:
+    ...     watched.steps
+    0
+    """
 
     def __init__(
         self,
