@@ -1,60 +1,92 @@
 """Conflicting experience: does compression keep apart what contradicts, and forget less of it?
 
-    python examples/forgetting.py                                      # half and half: seconds
-    python examples/forgetting.py --setting sequential --methods plain penalty published gapt
+python examples/forgetting.py                                   # seconds
+python examples/forgetting.py --order interleaved --methods plain penalty published gapt
 
-A random network, shifted both ways along a random direction, gives two teachers that disagree; a student learns both.
+A random network, shifted both ways along a random direction, gives two teachers that disagree. A
+student learns from both of them, P and N. How far apart does it keep them? Then it is fine-tuned
+on P alone. How much of N does it forget?
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
-
-import tyro
-from pydantic import BaseModel, ConfigDict, Field
-
-Method = Literal["plain", "penalty", "published", "gapt"]
-NAME = tyro.conf.arg(metavar="NAME")  # keeps --help short
-
-
-class Config(BaseModel):
-    """Two teachers that disagree, with and without GAPT. GAPTConfig's settings are flags too:
-    --gapt.objective.weight 0.3 and so on; --gapt.help lists them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    setting: Annotated[Literal["mixed", "interleaved", "sequential", "finetune"], NAME] = (
-        "mixed"  # Or interleaved, sequential, finetune.
-    )
-    methods: Annotated[tuple[Method, ...], NAME] = ("plain", "gapt")  # Also penalty and published.
-    out: str = "runs/forgetting"  # Folder for everything that is written.
-    overwrite: bool = False  # Replace the run in --out.
-    quiet: bool = False  # No progress bars.
-    seed: int = Field(100, ge=0, lt=2**62)  # Of weights, teachers, data and their order; tuned on 0 to 9.
-    steps: int = Field(2000, ge=2)  # Optimizer steps.
-    batch: int = Field(32, ge=2)  # Samples in a step.
-    lr: float = Field(0.01, gt=0, allow_inf_nan=False)  # Learning rate.
-    schedule: Literal["constant", "cosine"] = "constant"  # Of the learning rate; cosine ends at a tenth.
-
-
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answers before torch, which takes seconds to load
-    tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+import tyro
 from torch import Tensor, nn
 
-from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, Measures, ObjectiveConfig, RepresentationHook, runs
-from gapt_optim import viewing as view
+import comparison
+from gapt_optim import (
+    EntropyConfig,
+    GAPTConfig,
+    GAPTOptimizer,
+    GateConfig,
+    JSONLines,
+    Measures,
+    ObjectiveConfig,
+    ProgressBar,
+    RepresentationHook,
+)
 
-INPUTS, HIDDEN, OUTPUTS, TRAINING, TEST = 10, 20, 10, 500, 100
-# A window holds samples of one experience. What they share is that experience, so their mean must not be subtracted.
-GAPT = GAPTConfig(entropy=EntropyConfig(center=False), objective=ObjectiveConfig(weight=1.0))
+# ------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class Settings:
+    """Two teachers that disagree: what is kept apart, and what fine-tuning on one forgets."""
+
+    methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")
+    order: Literal["mixed", "interleaved"] = "mixed"  # both in each batch, or in turns
+    out: str = "runs/forgetting"  # folder for everything that is written
+    overwrite: bool = False  # replace the run in --out
+    seed: int = 100  # of weights, teachers, data and order; these settings were tuned on 0 to 9
+
+    steps: int = 2000  # of learning from both
+    finetune_steps: int = 500  # of fine-tuning on P afterwards
+    batch_size: int = 32  # samples in a step
+    eval_every: int = 100  # steps between evaluations
+    lr: float = 0.01
+
+    # GAPT: the settings that people change first; GAPTConfig has them all
+    weight: float = 1.0  # of the entropy in compression, per nat
+    kernel: Literal["cosine", "linear"] = "cosine"  # linear is the paper's
+    patience_memorization: int = 15  # steps in which the loss does not fall before compression
+    patience_compression: int = 25  # steps in which the entropy does not fall before memorization
+
+
+def config_of(s: Settings, method: str) -> GAPTConfig:
+    """One loop trains all methods, which differ in this alone."""
+    # A window holds samples of one experience. What they share is that experience, so their mean
+    # must not be subtracted.
+    entropy = EntropyConfig(kernel=s.kernel, center=False)
+    objective = ObjectiveConfig(weight=s.weight)
+    if method == "plain":  # never compresses: the bare optimizer, bit for bit
+        return GAPTConfig.plain(entropy=entropy, objective=objective)
+    if method == "penalty":  # always compresses
+        return GAPTConfig.penalty(entropy=entropy, objective=objective)
+    if method == "published":  # the paper's gate, entropy and weight
+        return GAPTConfig.published()
+    gate = GateConfig(
+        patience_memorization=s.patience_memorization, patience_compression=s.patience_compression
+    )
+    return GAPTConfig(entropy=entropy, objective=objective, gate=gate)
+
+
+# ------------------------------------------------------------------------------------------------
+# The task
+
+INPUTS, HIDDEN, OUTPUTS = 10, 20, 10
+TRAINING, TEST = 500, 100  # samples of an experience
 
 
 class Network(nn.Module):
-    """10-20-10. What comes out of ``hidden`` is the representation."""
+    """What comes out of `hidden` is the representation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +94,8 @@ class Network(nn.Module):
         self.readout = nn.Linear(HIDDEN, OUTPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.hidden(x))  # type: ignore[no-any-return]
+        y: Tensor = self.readout(self.hidden(x))
+        return y
 
 
 class Experience(NamedTuple):
@@ -73,128 +106,170 @@ class Experience(NamedTuple):
 
 
 def make_task() -> tuple[Network, Experience, Experience]:
-    """The student as it starts, and experiences P and N, drawn from torch's global generator."""
-    student, shifts, experiences = Network(), [], []
+    """The student as it starts, and experiences P and N."""
+    student = Network()
+    shifts = []
     for weights in student.parameters():
         if weights.ndim == 1:
             direction = torch.randn_like(weights)
-        else:
+        else:  # of rank 3
             direction = torch.randn(weights.shape[0], 3) @ torch.randn(3, weights.shape[1])
         size = torch.empty(()).uniform_(0.5, 5.0) * weights.norm()
         shifts.append((direction / direction.norm() * size).detach())
-    for sign, half in ((1, slice(0, INPUTS // 2)), (-1, slice(INPUTS // 2, INPUTS))):
-        teacher = Network()
-        with torch.no_grad():
-            for weights, start, shift in zip(teacher.parameters(), student.parameters(), shifts, strict=True):
-                weights.copy_(start + sign * shift)
-            inputs = 0.25 * torch.randn(TRAINING + TEST, INPUTS)
-            inputs[:, half] += 1.0
-            answers = teacher(inputs)
-        experiences.append(Experience(inputs[:TRAINING], answers[:TRAINING], inputs[TRAINING:], answers[TRAINING:]))
-    return student, experiences[0], experiences[1]
+    p = make_experience(student, shifts, sign=1, raised=slice(0, INPUTS // 2))
+    n = make_experience(student, shifts, sign=-1, raised=slice(INPUTS // 2, INPUTS))
+    return student, p, n
 
 
-def batch_order(config: Config, generator: torch.Generator) -> Tensor:
-    """Rows of a step's batch (steps, batch), where experience P is rows 0 to 499 and N the 500 after them.
+@torch.no_grad()
+def make_experience(student: Network, shifts: list[Tensor], sign: int, raised: slice) -> Experience:
+    """What a teacher answers, who is the student shifted to one side."""
+    teacher = Network()
+    for weights, start, shift in zip(
+        teacher.parameters(), student.parameters(), shifts, strict=True
+    ):
+        weights.copy_(start + sign * shift)
+    inputs = 0.25 * torch.randn(TRAINING + TEST, INPUTS)
+    inputs[:, raised] += 1.0
+    answers = teacher(inputs)
+    return Experience(inputs[:TRAINING], answers[:TRAINING], inputs[TRAINING:], answers[TRAINING:])
+
+
+def batch_order(s: Settings, generator: torch.Generator) -> Tensor:
+    """Rows of each step's batch (steps, batch): P is rows 0 to 499, and N the 500 after them.
 
     A batch of both holds P first and then N, so that a window of the entropy holds one experience.
     """
-    p = torch.randint(TRAINING, (config.steps, config.batch), generator=generator)
-    n = TRAINING + torch.randint(TRAINING, (config.steps, config.batch), generator=generator)
-    both = torch.cat([p[:, : config.batch // 2], n[:, config.batch // 2 :]], dim=1)
-    step = torch.arange(config.steps)[:, None]
-    first_half = step < config.steps // 2
-    return {
-        "mixed": both,
-        "interleaved": torch.where(step % 2 == 0, p, n),
-        "sequential": torch.where(first_half, p, n),
-        "finetune": torch.where(first_half, both, p),
-    }[config.setting]
+    shape = (s.steps + s.finetune_steps, s.batch_size)
+    p = torch.randint(TRAINING, shape, generator=generator)
+    n = TRAINING + torch.randint(TRAINING, shape, generator=generator)
+    half = s.batch_size // 2
+    if s.order == "mixed":
+        both = torch.cat([p[:, :half], n[:, half:]], dim=1)
+    else:
+        both = p.clone()
+        both[1::2] = n[1::2]
+    return torch.cat([both[: s.steps], p[s.steps :]])
 
 
-def train(
-    config: Config, gapt: GAPTConfig, method: str, record: Callable[[Any], None] = lambda metrics: None
-) -> dict[str, Any]:
-    """One run. The seed alone decides weights, teachers, data and their order, so methods share them."""
-    torch.manual_seed(config.seed)
-    student, p, n = make_task()
-    order = batch_order(config, torch.Generator().manual_seed(config.seed + 1_000_003))
-    inputs, answers = torch.cat([p.inputs, n.inputs])[order], torch.cat([p.answers, n.answers])[order]
-    old, learned = {"sequential": p, "finetune": n}.get(config.setting), math.nan  # not seen in the second half
-
-    def rate(step: int) -> float:
-        return 1.0 if config.schedule == "constant" else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-    with RepresentationHook(student, "hidden") as hook:
-        adam = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
-        optimizer = GAPTOptimizer(adam, hook, runs.config_of(method, gapt))  # plain: a frozen gate
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        for step in range(config.steps):
-            if old is not None and step == config.steps // 2:
-                learned = held_out_loss(student, old)
-            loss = (student(inputs[step]) - answers[step]).abs().mean()
-            optimizer.backward(loss)  # was: loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            record(optimizer.metrics)
-        result = evaluate(student, hook, p, n, gapt)
-    if old is not None:
-        result["forgotten_loss"] = held_out_loss(student, old)
-        result["forgetting"] = result["forgotten_loss"] - learned
-    last: Any = optimizer.metrics
-    return {**result, "compression_share": last.compression_steps / config.steps, "switches": last.switches}
+# ------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @torch.no_grad()
 def held_out_loss(student: Network, experience: Experience) -> float:
-    """L1 on test data."""
-    loss: Tensor = (student.eval()(experience.test_inputs) - experience.test_answers).abs().mean()
-    student.train()
-    return loss.item()
+    """Mean absolute error on test data."""
+    errors = student(experience.test_inputs) - experience.test_answers
+    return float(errors.abs().mean())
 
 
 @torch.no_grad()
 def evaluate(
-    student: Network, hook: RepresentationHook, p: Experience, n: Experience, gapt: GAPTConfig
+    s: Settings, student: Network, hook: RepresentationHook, p: Experience, n: Experience
 ) -> dict[str, Any]:
-    """Losses, how far the two experiences lie apart in units of their spread, entropies and their measures."""
+    """Losses, entropies, and how far P and N lie apart in units of their spread."""
     clouds, losses, entropies, measures = [], [], [], []
+    student.eval()
     for experience in (p, n):
-        with hook.measuring(gapt.entropy) as measured:
+        with hook.measuring(config_of(s, "plain").entropy) as measured:
             losses.append(held_out_loss(student, experience))
         entropies.append(measured.mean)
         measures.append(measured.measures["hidden"])
         clouds.append(student.hidden(experience.test_inputs))
-    within = torch.stack([cloud.var(0, unbiased=False).sum() for cloud in clouds]).mean()
-    entropy, distance = sum(entropies) / 2, (clouds[0].mean(0) - clouds[1].mean(0)).norm()
+    student.train()
+    distance = (clouds[0].mean(0) - clouds[1].mean(0)).norm()
+    spread = torch.stack([cloud.var(0, unbiased=False).sum() for cloud in clouds]).mean().sqrt()
+    entropy, measure = sum(entropies) / 2, asdict(Measures.mean(measures))
     return {
-        "separation": (distance / within.sqrt()).item(),
+        "separation": (distance / spread).item(),
         "loss": sum(losses) / 2,
         "loss_p": losses[0],
         "loss_n": losses[1],
         "entropy": entropy,
+        "measures": measure,
         "layer_entropy": {"hidden": entropy},
-        "measures": Measures.mean(measures),
-        "layer_measures": {"hidden": Measures.mean(measures)},
-        "clouds": [[[round(x, 4) for x in row] for row in cloud.tolist()] for cloud in clouds],
+        "layer_measures": {"hidden": measure},
     }
 
 
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(s: Settings, method: str, folder: Path) -> dict[str, Any]:
+    """One method. The seed decides weights, teachers, data and order, for all of them alike."""
+    torch.manual_seed(s.seed)
+    student, p, n = make_task()
+    order = batch_order(s, torch.Generator().manual_seed(s.seed + 1_000_003))
+    inputs = torch.cat([p.inputs, n.inputs])[order]
+    answers = torch.cat([p.answers, n.answers])[order]
+
+    log = JSONLines(folder / "metrics.jsonl")
+    bar = ProgressBar(len(order), desc=method, leave=False, disable=None)
+    hook = RepresentationHook(student, "hidden")
+    adam = torch.optim.Adam(student.parameters(), lr=s.lr, fused=True)
+    optimizer = GAPTOptimizer(adam, hook, config_of(s, method), observers=[log, bar])
+    held_out: dict[int, dict[str, Any]] = {}
+
+    def write(step: int) -> None:
+        held_out[step] = evaluate(s, student, hook, p, n)
+        with (folder / "validation.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **held_out[step]}) + "\n")
+
+    with log, bar:
+        for step in range(len(order)):
+            if step % s.eval_every == 0 or step == s.steps:
+                write(step)
+            loss = (student(inputs[step]) - answers[step]).abs().mean()
+            optimizer.backward(loss)  # was: loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        write(len(order))
+    learned, finetuned = held_out[s.steps], held_out[len(order)]
+    return {**learned, "forgotten": finetuned["loss_n"] - learned["loss_n"]}
+
+
+def draw(s: Settings, path: Path) -> None:
+    """What each method loses on P and on N, and how far apart it keeps them."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    shown = {"loss_p": "loss on P", "loss_n": "loss on N", "separation": "separation of P and N"}
+    for method in s.methods:
+        with (path.parent / method / "validation.jsonl").open() as file:
+            records = [json.loads(line) for line in file][1:]  # without that of the first weights
+        for panel, key in zip(panels, shown, strict=True):
+            steps, values = [r["step"] for r in records], [r[key] for r in records]
+            panel.plot(steps, values, label=method)
+    for panel, title in zip(panels, shown.values(), strict=True):
+        panel.set_ylabel(title)
+        panel.set_ylim(bottom=0)
+        panel.axvline(s.steps, color="gray", linestyle=":")
+    panels[0].set_title("Learning from P and N, then (right of the dotted line) from P alone")
+    panels[0].legend()
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
-    config, gapt, folder = runs.open_run(Config, sys.argv[1:], gapt_default=lambda config: GAPT)
-    settings, results = {"config": config.model_dump(), "gapt": gapt.model_dump()}, {}
-    folder.begin(settings, children=config.methods, replace=config.overwrite)
-    for method in config.methods:
-        child = folder.child(method)
-        with child.recording(0, config.steps, name=method, quiet=config.quiet) as record:
-            results[method] = train(config, gapt, method, record)
-        child.append("validation.jsonl", {"step": config.steps, **results[method]})
-    view.conclude(folder, config.methods, settings)
-    for method, result in results.items():
-        forgotten = f", of the old experience forgotten {result['forgetting']:.3f}" if "forgetting" in result else ""
-        print(f"{method}: separation {result['separation']:.2f}{forgotten}")
+    s = tyro.cli(Settings)
+    if min(s.steps, s.finetune_steps, s.eval_every) < 1 or s.batch_size < 2:
+        raise SystemExit(
+            "--steps, --finetune-steps and --eval-every must be at least 1, and --batch-size 2"
+        )
+    configs: dict[str, GAPTConfig] = {method: config_of(s, method) for method in s.methods}
+    out = Path(s.out)
+    comparison.check_folder(out, overwrite=s.overwrite)
+    comparison.begin_folder(out, asdict(s), configs)
+    results: dict[str, dict[str, Any]] = {}
+    for method in s.methods:
+        print(f"Two teachers that disagree, {method}, {s.steps} + {s.finetune_steps} steps.")
+        learned = train(s, method, out / method)
+        results[method] = comparison.result_of(out / method, learned)
+    more = {"separation of P and N": "separation", "N forgotten, tuned on P": "forgotten"}
+    comparison.conclude(out, results, more, draw=partial(draw, s))
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,8 +15,10 @@ from .kernels import Kernel
 from .windows import Windows
 
 if TYPE_CHECKING:
-    from .layout import View
     from .passes import Capture
+
+Rows: TypeAlias = Callable[[Tensor], Tensor]
+"""From a hidden tensor, or a gradient of it, to its rows."""
 
 _PIECE = 2**18
 
@@ -65,7 +67,7 @@ class Alignment(Angle):
     """
 
     layers: dict[str, Angle] = field(default_factory=dict)
-    """Per tapped layer."""
+    """Per watched layer."""
     parameters: dict[str, Angle] = field(default_factory=dict)
     """Per parameter tensor that both losses reach (parameter space only)."""
     shared: int | None = None
@@ -225,14 +227,17 @@ class Angles:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.paused = False
         self._sums: Tensor | None = None
         self._probe = torch.zeros(3, device=device, requires_grad=True)
         """In a compiled model the sums leave the backward as the gradient of this leaf: it runs no Python."""
 
-    def watch(self, seen: Tensor, capture: Capture, windows: Windows, order: Order, view: View) -> None:
+    def watch(self, seen: Tensor, capture: Capture, windows: Windows, order: Order, view: Rows) -> None:
         """Add what arrives at ``seen``, a view of the hidden tensor, once the objective gave ``capture`` its factor."""
 
         def arrived(g: Tensor) -> None:
+            if self.paused:
+                return
             factor, capture.factor = capture.factor, None
             if factor is None:  # the gradient of something else
                 return
@@ -249,7 +254,7 @@ class Angles:
 
         seen.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def in_graph(self, h: Tensor, view: View, windows: Windows, order: Order) -> Tensor:
+    def in_graph(self, h: Tensor, view: Rows, windows: Windows, order: Order) -> Tensor:
         """``h`` with a place behind it where g arrives alone, for a compiled model."""
         found: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
             h, self._probe, *windows[1:], windows.size, order.alpha, *order.kernel, order.normalize, view
@@ -281,7 +286,7 @@ class _Place(torch.autograd.Function):
         cosine: bool,
         center: bool,
         normalize: bool,
-        view: View,
+        view: Rows,
     ) -> Tensor:
         windows, order = Windows(size, index, keep), Order(alpha, Kernel(cosine, center), normalize)
         rows = view(h)

@@ -6,6 +6,7 @@ backward leaves in ``.grad``. That backward is the one of any other step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,13 +59,15 @@ class GradientComparison:
         """A backward was compared, and its gradients are still in ``.grad``."""
         return self._statistics is not None and any(p.grad is not None for p in self._parameters)
 
-    def backward(self, total: Tensor, loss: Tensor, entropy: Tensor, options: dict[str, Any]) -> None:
-        """Differentiate ``total`` into ``.grad``, and compare ``loss`` with ``entropy``, all scaled alike."""
+    def before(self, loss: Tensor, entropy: Tensor) -> None:
+        """Take the gradients that ``.grad`` will not show, of a loss and an entropy that are scaled alike."""
         self._add_gradient(entropy, self._entropy)
         if self.weight is None:
             self._add_gradient(loss, self._loss)
         self._note_parameters_of(loss)
-        total.backward(**options)  # type: ignore[no-untyped-call]
+
+    def after(self) -> None:
+        """Compare them with what the backward left in ``.grad``."""
         self._average_over_ranks()
         rows = [self._row(i) for i in range(len(self._parameters))]
         self._reached = [(by_loss, by_entropy) for by_loss, by_entropy, _ in rows]
@@ -117,16 +120,24 @@ class GradientComparison:
         group = self.group
         if group is None:
             return
-        # A parameter may be out of reach on some of the ranks.
-        both = (self._entropy, self._loss)
-        flags = [[g is not None for g in gradients] for gradients in both] + [self._behind_loss]
-        here = torch.tensor(flags, dtype=torch.float32, device=self._parameters[0].device)
-        *anywhere, self._behind_loss = (mean_over_ranks(here, group) > 0).tolist()
-        for gradients, reached in zip(both, anywhere, strict=True):
-            for i in [i for i, flag in enumerate(reached) if flag]:
-                gradient = gradients[i]
-                dense = torch.zeros_like(self._parameters[i]) if gradient is None else gradient.to_dense()
-                gradients[i] = mean_over_ranks(dense, group)
+        # A parameter may be out of reach on some of the ranks, so all have a place in one collective of fixed size.
+        averaged = (self._entropy,) if self.weight is not None else (self._entropy, self._loss)
+        flags = [[g is not None for g in self._entropy], [g is not None for g in self._loss], self._behind_loss]
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
+        sent = [torch.tensor(flags, dtype=dtype, device=self._parameters[0].device).reshape(-1)]
+        for gradients in averaged:
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                dense = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+                sent.append(dense.reshape(-1).to(sent[0]))
+        n = len(self._parameters)
+        received = mean_over_ranks(torch.cat(sent), group)
+        *anywhere, self._behind_loss = (received[: 3 * n].reshape(3, n) > 0).tolist()
+        sizes = [p.numel() for p in self._parameters] * len(averaged)
+        means = torch.split(received[3 * n :], sizes)
+        for k, gradients in enumerate(averaged):
+            for i, reached in enumerate(anywhere[k]):
+                if reached:
+                    gradients[i] = means[k * n + i].reshape(self._parameters[i].shape).to(self._parameters[i])
 
     def _own(self, i: int) -> Tensor | None:
         """The loss's part of what the backward left in ``.grad``."""

@@ -272,7 +272,7 @@ def gradient_of_rows(factor: Tensor, rows: Tensor, windows: Windows, order: Orde
         d = _gradient(factor, z, order.kernel).to(rows.dtype)
     else:
         d = torch.empty_like(z)
-        factors = factor.split([len(part) for part in parts])
+        factors = torch.split(factor, [len(part) for part in parts])
         for out, own, part in zip(_pieces(d), factors, parts, strict=True):
             out.copy_(_gradient(own, part, order.kernel))
     return joined(d, windows, *rows.shape[:2])
@@ -297,7 +297,7 @@ def _pieces(z: Tensor) -> Sequence[Tensor]:
     """``z`` in parts where its whole float32 copy would take as much memory as two activations."""
     if z.dtype in (torch.float32, torch.float64) or z.numel() <= _PIECE or torch.compiler.is_compiling():
         return (z,)
-    return z.split(max(1, _PIECE // (z.shape[-2] * z.shape[-1])))
+    return torch.split(z, max(1, _PIECE // (z.shape[-2] * z.shape[-1])))
 
 
 def entropies(

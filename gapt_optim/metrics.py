@@ -61,7 +61,7 @@ _numbers = attrgetter(*(part.name for part in fields(Measures)))
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. Losses and entropies are means over micro-batches and ranks.
+    """One optimizer step, over its micro-batches and ranks: losses are means of theirs, entropies of all their windows.
 
     >>> phase = "memorization"
     >>> metrics = StepMetrics(1, phase, next_phase=phase, reason=None, loss=2.0, entropy=1.5, layer_entropy={})
@@ -80,18 +80,19 @@ class StepMetrics:
     loss: float | None
     """Task loss (nats for cross-entropy); None if none was recorded."""
     entropy: float | None
-    """Mean entropy over the layers that count, the value that the gate judges."""
+    """Mean entropy over the layers that count, the value that the gate judges; None where no watched layer had one."""
     layer_entropy: dict[str, float]
-    """Entropy per tapped layer, in nats (or in [0, 1] with ``normalize``)."""
+    """Entropy per watched layer, in nats (or in [0, 1] with ``normalize``)."""
     measures: Measures | None = None
-    """Whether the entropy fell through compression: means over the layers that count."""
+    """Whether the entropy fell through compression: means over the layers that count. None on steps where they are not
+    due (``AlignmentConfig.every``)."""
     layer_measures: dict[str, Measures] = field(default_factory=dict)
-    """The same per tapped layer."""
+    """The same per watched layer."""
     entropy_share: float | None = None
-    """Share of the objective that is entropy, |weight * entropy| / (|loss| + |weight * entropy|), in [0, 1]; None in
-    memorization."""
+    """Share of the objective that is entropy, ``|weight * entropy| / (|loss| + |weight * entropy|)``, in [0, 1]; None
+    in memorization."""
     alignment: Alignment | None = None
-    """Activation alignment; None where it is off."""
+    """Angles at the layers; None on steps where they are not due."""
     parameter_alignment: Alignment | None = None
     """Parameter alignment, on the steps where it is due."""
     validation_loss: float | None = None

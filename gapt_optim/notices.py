@@ -65,9 +65,9 @@ class Notices:
             more = f" (and of {len(pressed) - 1} more)" if len(pressed) > 1 else ""
             self.once(
                 "frozen",
-                f'the entropy of layer "{pressed[0]}"{more} has no gradient, as everything below is frozen: compression '
-                "changes nothing and parameter alignment is not measured. Watch layers above trainable parameters, or "
-                "set requires_grad_() on some below",
+                f'the entropy of layer "{pressed[0]}"{more} has no gradient, as everything below is frozen: '
+                "compression changes nothing and parameter alignment is not measured. Watch layers above trainable "
+                "parameters, or set requires_grad_() on some below",
             )
 
     def divided(self, loss: Tensor, scaled_by: float) -> None:
@@ -190,7 +190,7 @@ def _why_none(calls: list[Capture], *, center: bool) -> str | None:
 
 def _where_it_went(name: str, model: nn.Module | None, watched: dict[str, Any]) -> str:
     """What is known of a layer that no longer runs."""
-    module = watched[name]
+    module = watched.get(name)
     if model is None or module is None:
         return ""
     now = dict(model.named_modules()).get(name)

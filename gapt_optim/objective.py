@@ -16,12 +16,15 @@ from torch import Tensor
 from .config import GAPTConfig, ObjectiveConfig
 from .entropy import entropies, entropy_of_gram, measures_of, window_weights
 from .passes import Capture, Plan
+from .shards import sum_grams, sum_windows
 
 
 class Pressure(NamedTuple):
     """What is pressed in the step under way."""
 
     config: GAPTConfig
+    counted: tuple[str, ...]
+    """Layers that count."""
     layers: tuple[str, ...]
     """Those whose entropy is in the objective: all that count, or the one whose turn it is."""
     active: bool
@@ -30,6 +33,8 @@ class Pressure(NamedTuple):
     """Where pressing stops, by layer; None where it has no end."""
     compared: bool = False
     """The gradient of the mean entropy is wanted by itself."""
+    among: int | None = None
+    """Layers that the mean is over, where stages on other ranks have some of them; None where they are all here."""
 
 
 class Objective(NamedTuple):
@@ -77,20 +82,19 @@ def build_objective(
         if not (pressure.active or pressure.compared):
             return Objective(loss, layers, sums, measures, None, None)
         means = of_calls / weights.clamp(min=1)
-        places = [i for i, name in enumerate(layers) if name in pressure.layers]
-        if len(places) < len(layers):
-            means, weights = (values[places] if places else values[:0] for values in (means, weights))
-        judged = [layers[i] for i in places]
         mean_entropy = None
         if pressure.compared:
-            mean_entropy = _finite(_mean(means, weights), loss)[0]
+            of_counted, their_weights = _of(pressure.counted, layers, means, weights)
+            mean_entropy = _finite(_mean(of_counted, their_weights, None), loss)
         if not pressure.active:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
+        judged = [name for name in layers if name in pressure.layers]
+        means, weights = _of(pressure.layers, layers, means, weights)
         for name in judged:
             for call in taken[name]:
                 call.pressed = True
         penalty = pressure.config.objective.weight * _pressed(means, weights, judged, pressure)
-        penalty, _ = _finite(penalty, loss)
+        penalty = _finite(penalty, loss)
         added = penalty if scaled_by == 1.0 else penalty * scaled_by
         return Objective(loss + added.to(loss.dtype), layers, sums, measures, penalty.detach(), mean_entropy)
 
@@ -100,6 +104,9 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
 
     Matrices of equal size are computed as one batch: they are so small that it is the number of operations that costs.
     """
+    sharded = any(call.shards is not None for call in calls)
+    if sharded:
+        sum_grams(calls)
     alike: dict[object, list[int]] = {}
     for i, call in enumerate(calls):
         assert call.gram is not None
@@ -120,13 +127,16 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
             measures.append(of_measures.to(device))
     order = [i for members in alike.values() for i in members]
     if len(totals) == 1:
-        return totals[0], counts[0], measures[0] if measures else None
+        of_all = sum_windows(calls, totals[0], counts[0]) if sharded else (totals[0], counts[0])
+        return *of_all, measures[0] if measures else None
     dtype = torch.float64 if any(total.dtype == torch.float64 for total in totals) else totals[0].dtype
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
-    joined = [torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts)]
+    total, count = (torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts))
+    if sharded:
+        total, count = sum_windows(calls, total, count)
     if not measures:
-        return joined[0], joined[1], None
-    return joined[0], joined[1], torch.cat([part.to(dtype) for part in measures], 1)[:, back]
+        return total, count, None
+    return total, count, torch.cat([part.to(dtype) for part in measures], 1)[:, back]
 
 
 def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -142,7 +152,7 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Te
     weight = window_weights(live, value, order.fewest, first.shape[0])
     sizes = [len(call.gram) for call in calls if call.gram is not None]
     if factor is not None and any(call.angled for call in calls):
-        for call, own in zip(calls, factor.split(sizes), strict=True):
+        for call, own in zip(calls, torch.split(factor, sizes), strict=True):
             call.factor = own if call.angled else None
     counted = torch.where(weight > 0, value, 0)
     totals, counts = (_over(values, sizes) for values in (counted, weight))
@@ -181,13 +191,21 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 def _over(values: Tensor, sizes: list[int]) -> Tensor:
     """(..., sum of sizes) summed within each of ``sizes``, (..., len(sizes))."""
     if len(set(sizes)) == 1:
-        return values.unflatten(-1, (len(sizes), sizes[0])).sum(-1)
-    return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1)
+        return values.reshape(*values.shape[:-1], len(sizes), sizes[0]).sum(-1)
+    return torch.stack([part.sum(-1) for part in torch.split(values, sizes, -1)], -1)
 
 
-def _mean(means: Tensor, weights: Tensor) -> Tensor:
-    """Over the layers that can have an entropy."""
-    return means.sum() / (weights > 0).sum().clamp(min=1)
+def _of(wanted: Sequence[str], layers: list[str], *values: Tensor) -> tuple[Tensor, ...]:
+    """(layers,) values of those that are wanted."""
+    places = [i for i, name in enumerate(layers) if name in wanted]
+    if len(places) == len(layers):
+        return values
+    return tuple(torch.stack([value[i] for i in places]) if places else value[:0] for value in values)
+
+
+def _mean(means: Tensor, weights: Tensor, among: int | None) -> Tensor:
+    """Over the layers that can have an entropy, or as many as are named."""
+    return means.sum() / ((weights > 0).sum().clamp(min=1) if among is None else among)
 
 
 def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressure) -> Tensor:
@@ -200,7 +218,7 @@ def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressu
         values = _up_to(means, weights, layers, pressure.targets, objective)
     if pressure.config.layers.reduce == "largest_drop" and len(layers) > 1:
         return values[(-means.detach().diff()).argmax() + 1]
-    return _mean(values, weights)
+    return _mean(values, weights, pressure.among)
 
 
 def _up_to(
@@ -213,10 +231,9 @@ def _up_to(
     return torch.where(weights > 0, left.clamp(min=0), 0)
 
 
-def _finite(value: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """``value``, and 0 where it or the loss is not finite; and whether they are."""
-    finite = (value.detach() + loss.detach().reshape(())).isfinite()
-    return torch.where(finite, value, 0), finite
+def _finite(value: Tensor, loss: Tensor) -> Tensor:
+    """``value``, and 0 where it or the loss is not finite."""
+    return torch.where((value.detach() + loss.detach().reshape(())).isfinite(), value, 0)
 
 
 def check_loss(loss: Tensor, scaled_by: float) -> None:
@@ -228,7 +245,7 @@ def check_loss(loss: Tensor, scaled_by: float) -> None:
             f"loss must be one floating-point number, found shape {tuple(loss.shape)} of {loss.dtype}; "
             "reduce it first, for example with loss.mean()"
         )
-    if not isinstance(scaled_by, SupportsFloat):
+    if not isinstance(scaled_by, (int, float, SupportsFloat)):  # numbers first: a protocol is slow to ask for
         raise TypeError(f"scaled_by must be a number, found {type(scaled_by).__name__}; give 1 / micro-batches")
     if not (math.isfinite(scaled_by) and scaled_by > 0):
         raise ValueError(f"scaled_by must be a positive number, found {scaled_by}; give 1 / micro-batches")

@@ -9,6 +9,7 @@ from typing import Any, SupportsFloat
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Join, JoinHook, _JoinConfig
 from torch.optim import Optimizer
 
 from ._tell import tell
@@ -19,8 +20,10 @@ from .metrics import Observer, StepMetrics
 from .notices import tell_of_another_model
 from .objective import check_loss
 from .progress import checked_state
+from .ranks import meeting_device
 from .several import OptimizerWrapper, Several
 from .step import Step
+from .sums import StepNumbers
 
 
 class GAPTOptimizer(OptimizerWrapper):
@@ -155,7 +158,7 @@ class GAPTOptimizer(OptimizerWrapper):
                 ``scaler.scale(optimizer.objective(loss)).backward()`` instead.
             backward_options: of ``Tensor.backward``, such as ``retain_graph``, ``create_graph`` and ``inputs``.
         """
-        if not isinstance(scale, SupportsFloat):
+        if not isinstance(scale, (int, float, Tensor, SupportsFloat)):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
@@ -187,7 +190,10 @@ class GAPTOptimizer(OptimizerWrapper):
             ValueError: ranks differ in settings, layers or state.
         """
         step, device = self._step, self._device()
+        if self._join_config.enable:
+            Join.notify_join_context(self)  # type: ignore[arg-type]
         step.compare_ranks(device)
+        step.refuse_undeclared(device)
         reading = None
         if closure is None:
             step.look_at_gradients(self.param_groups)
@@ -202,20 +208,50 @@ class GAPTOptimizer(OptimizerWrapper):
             return result
         if closure is not None:
             reading = step.start_reading(device)
+        self._finish(reading)
+        return result
+
+    def _begin_reading(self) -> Callable[[], StepNumbers] | None:
+        """Compare ranks if that is due, and begin to sum over them."""
+        step, device = self._step, self._device()
+        step.compare_ranks(device)
+        step.refuse_undeclared(device)
+        return step.start_reading(device)
+
+    def _finish(self, reading: Callable[[], StepNumbers] | None) -> None:
+        """Let the gate judge a step, and plan the next."""
+        step = self._step
         step.forget()
         numbers = None if reading is None else reading()
         if numbers is None or not numbers.micro_batches:
             step.note_silence()
-            return result
+            return
         metrics = step.finish(numbers, self.param_groups)
         self._notify(metrics)
         step.refuse_nonfinite(metrics)
-        return result
+
+    # Ranks whose data ends before that of others: ``with Join([model, optimizer]):`` of torch.distributed
+
+    _join_config = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where ranks meet."""
+        return self._device()
+
+    @property
+    def join_process_group(self) -> Any:
+        """The ranks that meet."""
+        return self._step.process_group if self._step.process_group is not None else dist.group.WORLD
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What a rank does in the steps of others, once its own data has ended: it follows the gate."""
+        return _Follows(self, [base.join_hook(**kwargs) for base in self._wrapped.all if hasattr(base, "join_hook")])
 
     def _device(self) -> torch.device:
-        """Where ranks meet: that of the parameters."""
+        """Where ranks meet: that of the parameters, if they can meet there."""
         parameters = (p for group in self.param_groups for p in group["params"])
-        return next((p.device for p in parameters), torch.device("cpu"))
+        return meeting_device(self._step.group, next((p.device for p in parameters), torch.device("cpu")))
 
     def _notify(self, metrics: StepMetrics) -> None:
         """Call each observer; one that raises is dropped with a warning."""
@@ -257,7 +293,7 @@ class GAPTOptimizer(OptimizerWrapper):
     def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
         if not self._hook.names and isinstance(own, dict):  # layers=None waits for a forward pass
             self._hook.choose(own.get("layers") or [])
-        return checked_state(own, self._hook.names, self.config)
+        return checked_state(own, self._step.names or self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._step.load_state_dict(own)
@@ -276,3 +312,20 @@ class GAPTOptimizer(OptimizerWrapper):
     def __repr__(self) -> str:
         bases = ", ".join(repr(base) for base in self._wrapped.all)
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
+
+
+class _Follows(JoinHook):
+    """Takes part in the collectives of a step of the other ranks."""
+
+    def __init__(self, optimizer: GAPTOptimizer, of_bases: list[JoinHook]) -> None:
+        self.optimizer, self.of_bases = optimizer, of_bases
+
+    def main_hook(self) -> None:
+        reading = self.optimizer._begin_reading()
+        for hook in self.of_bases:
+            hook.main_hook()
+        self.optimizer._finish(reading)
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        for hook in self.of_bases:
+            hook.post_hook(is_last_joiner)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .entropy import Order
 from .windows import Windows, windows_of
+
+if TYPE_CHECKING:
+    from .shards import Shards
 
 MOST_COMPILED = 8
 """Calls of a layer in a compiled model that are kept for a loss to come: its forward is traced, and cannot count."""
@@ -47,6 +50,7 @@ class Capture:
         shape: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
         measures: tuple[Tensor, Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.name = name
         self.gram = gram
@@ -59,6 +63,8 @@ class Capture:
         """Of the hidden tensor."""
         self.measures = measures
         """Where rows outnumber features, what :func:`gapt_optim.kernels.measures_of_rows` gives."""
+        self.shards = shards
+        """Sums over ranks that it takes part in; None where this rank has the whole output."""
         self.nodes: tuple[Any, ...] = ()
         """Of autograd's graph, that made the module's output; none above frozen layers, and in a compiled model."""
         self.saved: Any = None
@@ -111,7 +117,8 @@ class Pass:
             return
         graph = _Graph()
         for node in nodes:
-            node.metadata.setdefault("gapt_optim", []).append(graph)  # lives as long as the node
+            metadata: Any = node.metadata
+            metadata.setdefault("gapt_optim", []).append(graph)  # lives as long as the node
         forget = weakref.WeakMethod(self.forget)
 
         def gone(_: Any) -> None:

@@ -23,6 +23,14 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
+def meeting_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where ranks meet: at ``device``, or at the present accelerator where the group's backend knows only that."""
+    known = [each.type for each in getattr(group, "_device_types", ())]
+    if not known or device.type in known:
+        return device
+    return torch.device(known[0], torch.accelerator.current_device_index())
+
+
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Elementwise sum over the ranks of ``group``, in one collective; the same on every rank."""
     total = values.clone(memory_format=torch.contiguous_format)
@@ -83,6 +91,11 @@ def difference_between(described: Sequence[Mapping[str, str]]) -> str:
     return (
         f"ranks differ in {', '.join(different[:_MOST_NAMED])}{more}; give all ranks the same configuration, layers "
         "and checkpoint, or say with process_group= which ranks train together"
+        + (
+            "; stages of a pipeline are connected by gapt_optim.integrations.pipelining.pipelined"
+            if "layers" in fields and any(each.get("layers") != described[0].get("layers") for each in described)
+            else ""
+        )
     )
 
 

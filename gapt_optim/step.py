@@ -16,14 +16,16 @@ from .alignment import activation_alignment
 from .comparison import GradientComparison, named_parameters, refuse_incomparable
 from .config import GAPTConfig
 from .gate import Phase
-from .hook import Watching, order_of
 from .metrics import Measures, StepMetrics
 from .notices import Notices
 from .objective import Pressure, build_objective, counted_layers
 from .passes import Capture, Plan
 from .progress import Progress, flat_state
 from .ranks import group_of, refuse_different_ranks
+from .shards import plain
 from .sums import StepNumbers, StepSums
+from .undeclared import Undeclared
+from .watching import Watching, order_of
 
 _LOGGER = logging.getLogger("gapt_optim")
 _WHY = {
@@ -52,6 +54,9 @@ class Step:
         self.metrics: StepMetrics | None = None
         self.within_step = False
         """LBFGS evaluates its closure, and zeroes gradients in it, as often as it likes."""
+        self._undeclared = Undeclared()
+        self._of_stages: list[str] | None = None
+        self._stages = 1
         self._order = order_of(config.entropy)
         self._know_layers()
         self._notices = Notices()
@@ -66,9 +71,20 @@ class Step:
     def _know_layers(self) -> None:
         """Which layers there are: with ``layers=None``, the first forward pass may choose them."""
         layers = self.config.layers
-        self.names = list(self.watching.watches)
+        self.names = list(self.watching.watches) if self._of_stages is None else self._of_stages
         self.counted = counted_layers(self.names, layers.skip_first, layers.skip_last)
         self.sums = StepSums(self.names)
+
+    def join_stages(self, names: list[str], ranks: int) -> None:
+        """This rank has some stages of a pipeline over ``ranks``; ``names`` are the layers of all of them."""
+        self._of_stages, self._stages = names, ranks
+        self._gradients_show = False  # a schedule runs forward passes ahead of backward passes
+        self._know_layers()
+        self.begin()
+
+    def let_engine_step(self) -> None:
+        """An engine steps the wrapped optimizer, and keeps gradients to itself."""
+        self._gradients_show = False
 
     # What this step does
 
@@ -78,6 +94,7 @@ class Step:
         every, parameter_every = config.alignment.every, config.alignment.parameter_every
         self._comparison = self._mean_entropy = None
         self.group = group_of(self.process_group)  # ranks may have met after the optimizer was made
+        self.watching.digest = self._undeclared.wanted and self.group is not None
         compressing = self.progress.phase is Phase.COMPRESSION
         started = counts.steps >= config.objective.start
         turn = self.counted
@@ -85,10 +102,12 @@ class Step:
             turn = (self.counted[counts.compression_steps % len(self.counted)],)
         self.pressure = Pressure(
             config,
+            counted=self.counted,
             layers=turn,
             active=compressing and started,
             targets=self._targets(),
             compared=parameter_every > 0 and counts.steps % parameter_every == 0,
+            among=None if self._of_stages is None else len(turn),
         )
         differentiated = self.pressure.active or self.pressure.compared
         self.plan = Plan(
@@ -108,6 +127,7 @@ class Step:
 
     def objective(self, loss: Tensor, scaled_by: float) -> Tensor:
         """One micro-batch: records it, and returns what to differentiate."""
+        loss = plain(loss)
         if not loss.requires_grad:  # the captures have a graph all the same: the entropy alone would train, or nothing
             if self.watching.why_not:
                 raise RuntimeError(self.watching.why_nothing(loss))
@@ -131,9 +151,21 @@ class Step:
         self._notices.divided(loss, scaled_by)
         objective = build_objective(loss, taken, self.plan, self.pressure, scaled_by)
         self._mean_entropy = objective.mean_entropy
+        if self._undeclared.wanted:
+            self._undeclared.note(loss, scaled_by, objective, self.names, self.watching)
         undivided = loss if scaled_by == 1.0 else loss.detach() / scaled_by
         self.sums.add(undivided, objective, alone=self.group is None)
         return objective.total
+
+    def press_stage(self, output: Tensor) -> Tensor | None:
+        """An earlier stage of a pipeline gave ``output``: record its entropies, and return what presses them."""
+        taken = self.watching.take(output)
+        if not taken:
+            return None
+        nothing = torch.zeros((), device=output.device)
+        objective = build_objective(nothing, taken, self.plan, self.pressure, 1.0)
+        self.sums.add(nothing, objective, alone=False, micro_batches=0)
+        return objective.total if objective.total.requires_grad else None
 
     def _nothing_taken(self, loss: Tensor) -> None:
         """No watched module ran for this loss."""
@@ -161,7 +193,11 @@ class Step:
         if self._comparison is None or not self._comparison.begun:
             parameters = named_parameters(self.watching.model(), groups)
             self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
-        self._comparison.backward(total, loss, mean_entropy * scale, options)
+        with self.watching.without_angles():
+            self._comparison.before(loss, mean_entropy * scale)
+        self.compare_ranks(loss.device)  # before the first collective
+        total.backward(**options)  # type: ignore[no-untyped-call]
+        self._comparison.after()
 
     def _weight(self) -> float | None:
         """Of the mean entropy's gradient in what is differentiated; None where that is no multiple of it."""
@@ -243,16 +279,39 @@ class Step:
             ValueError: on all ranks, where they differ; the message names the field and the values.
         """
         if not self._ranks_compared:
+            self.group = group_of(self.process_group)  # ranks may have met after the step began
             if self.group is not None:
                 refuse_different_ranks(flat_state(self.state_dict()), self.group, device)
             self._ranks_compared = True
+
+    def refuse_undeclared(self, device: torch.device) -> None:
+        """At the first step over ranks: what they have is what they seem to have.
+
+        Raises:
+            ValueError: on all ranks, where hidden tensors are parts that nobody declared, or the loss is a share.
+        """
+        if self._undeclared.wanted:
+            if self.group is not None:
+                self._undeclared.refuse(self.names, self.group, device)
+            self._undeclared.wanted = self.watching.digest = False
 
     def start_reading(self, device: torch.device) -> Callable[[], StepNumbers] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self.group is None and not self.sums.micro_batches:
             return None
-        angles = self.watching.take_angles(device) if self.plan.due else None
+        angles = self._angles(device) if self.plan.due else None
         return self.sums.start_reading(angles, self.progress.counts.unjudged_validation, device, self.group)
+
+    def _angles(self, device: torch.device) -> Tensor:
+        """(layers, 3), also of those that stages on other ranks have."""
+        taken = self.watching.take_angles(device)
+        if self._of_stages is None:
+            return taken
+        # g is divided by the number of all ranks, of which each has one stage of its own pipeline.
+        factors = torch.tensor([[self._stages, self._stages**2, 1.0]]).to(taken)
+        found = torch.zeros(len(self.names), 3, dtype=taken.dtype, device=device)
+        found[[self.names.index(name) for name in self.watching.watches]] = taken * factors
+        return found
 
     def finish(self, numbers: StepNumbers, groups: Groups) -> StepMetrics:
         """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""

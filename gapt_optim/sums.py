@@ -59,8 +59,11 @@ class StepSums:
     def clear(self) -> None:
         self.micro_batches, self._row, self._on_host, self._ran = 0, None, None, set()
 
-    def add(self, loss: Tensor, objective: Objective, *, alone: bool) -> None:
-        """One micro-batch: its loss, and what its objective is made of. ``alone`` on one rank."""
+    def add(self, loss: Tensor, objective: Objective, *, alone: bool, micro_batches: int = 1) -> None:
+        """One micro-batch: its loss, and what its objective is made of. ``alone`` on one rank.
+
+        Of a stage of a pipeline it is the objective alone, and counts for no micro-batch.
+        """
         sums, measures, layers = objective.sums, objective.measures, objective.layers
         if len(layers) < len(self.names):
             sums = self._spread(sums, layers, 1)
@@ -69,10 +72,11 @@ class StepSums:
             measures = sums.new_zeros(2, len(self.names), _MEASURES)
         penalty = sums.new_zeros(1) if objective.penalty is None else objective.penalty.reshape(1).to(sums.dtype)
         one = loss.detach().reshape(1).to(sums.dtype)
-        row = torch.cat((one, penalty, torch.ones_like(penalty), sums.reshape(-1), measures.reshape(-1).to(sums.dtype)))
+        count = torch.full_like(penalty, micro_batches)
+        row = torch.cat((one, penalty, count, sums.reshape(-1), measures.reshape(-1).to(sums.dtype)))
         self._row = row if self._row is None else self._row + row
         self._ran.update(layers)
-        self.micro_batches += 1
+        self.micro_batches += micro_batches
         if alone and not torch.compiler.is_compiling():
             self._on_host = HostCopy(self._row)
 
@@ -104,12 +108,12 @@ class StepSums:
             return lambda: self._numbers(
                 [*sums.read(), *ran, *held_out], None if beside is None else beside.read(), ranks=1
             )
-        row = self._row
-        if row is None:
-            row = torch.zeros(_SCALARS + 2 * count * (1 + _MEASURES), device=device)
-        own = torch.tensor([*(float(name in self._ran) for name in self.names), *held_out], dtype=row.dtype)
-        flat = torch.zeros(3 * count, device=row.device) if angles is None else angles.reshape(-1)
-        sent = torch.cat((row, own.to(row.device, non_blocking=True), flat.to(row)))
+        # One type and device on all ranks, also on one that had no loss.
+        like = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        row = like.new_zeros(_SCALARS + 2 * count * (1 + _MEASURES)) if self._row is None else self._row.to(like)
+        own = torch.tensor([*(float(name in self._ran) for name in self.names), *held_out], dtype=like.dtype)
+        flat = like.new_zeros(3 * count) if angles is None else angles.reshape(-1).to(like)
+        sent = torch.cat((row, own.to(device, non_blocking=True), flat))
         arriving = HostCopy(sum_over_ranks(sent, group))
         due, ranks = angles is not None, dist.get_world_size(group)
 

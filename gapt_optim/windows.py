@@ -19,10 +19,10 @@ class Windows(NamedTuple):
 
     size: int
     """Rows of a window."""
-    index: Tensor | None = None
+    places: Tensor | None = None
     """(windows, size), places in the batch * length rows; None where each sequence is cut from its first row on."""
     keep: Tensor | None = None
-    """True where a row counts: (windows, size), or (batch, length) without an index; None where all do."""
+    """True where a row counts: (windows, size), or (batch, length) without places; None where all do."""
 
 
 def windows_of(batch: int, length: int, size: int | None, live: Tensor | None, segments: Tensor | None) -> Windows:

@@ -376,9 +376,9 @@ def test_activation_alignment_compiled(case: Case, phase: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("objective", [{"combine": "project"}, {"floor": 9.0}])
-def test_activation_alignment_of_the_last_layer_knows_no_combination(objective: dict[str, Any]) -> None:
-    """It is measured before the two are joined; at the last tap nothing but the loss arrives."""
+@pytest.mark.parametrize("objective", [{"direction": "up"}, {"target": 1.9}])
+def test_activation_alignment_of_the_last_layer_knows_no_objective(objective: dict[str, Any]) -> None:
+    """It is measured before the two are joined; at the last layer nothing but the loss arrives."""
     case = CASES["sequence mlp"]
     model = case.model(torch.float64)
     optimizer = wrapped(model, case.layers, objective={"weight": WEIGHT, **objective})

@@ -473,7 +473,7 @@ def test_nothing_is_kept_after_the_step() -> None:
     model = case.model()
     optimizer = measuring(model, case, alignment={"parameter_every": 2})
     optimizer.backward(case.loss(model, case.inputs()))
-    held = [weakref.ref(gradient) for gradient in optimizer._state._comparison._entropy if gradient is not None]
+    held = [weakref.ref(gradient) for gradient in optimizer._step._comparison._entropy if gradient is not None]
     assert held
     optimizer.step()
     assert not any(ref() is not None for ref in held)

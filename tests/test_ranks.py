@@ -94,7 +94,7 @@ def net(depth: int = 2) -> Net:
             {
                 "gate": COMPRESSING,
                 "alignment": AlignmentConfig(parameter_every=1),
-                "objective": ObjectiveConfig(floor=0.01),
+                "objective": ObjectiveConfig(target=0.01),
             },
             {"micro_batches": 2},
         ),

@@ -19,8 +19,8 @@ def test_fits_on_a_few_screens() -> None:
 def test_costs_are_those_that_were_measured() -> None:
     figures = json.loads((ROOT / "benchmarks" / "cost" / "results" / "step.json").read_text(encoding="utf-8"))
     rows = {
-        "memorization": "memorization, activation alignment (default)",
-        "compression": "compression, activation alignment (default)",
+        "memorization": "memorization",
+        "compression": "compression",
         "two backward passes, the plain way": "by hand: two retained backward passes",
     }
     for row, measured in rows.items():

@@ -110,7 +110,6 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         RepresentationHook(model, "block"),
         GAPTConfig(alignment=AlignmentConfig(parameter_every=50)),
         observers=[log],
-        announce=False,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=1000)
     kept: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}

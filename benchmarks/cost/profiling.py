@@ -24,7 +24,7 @@ import tyro
 from scipy import stats
 from torch import Tensor, nn
 
-from gapt_optim import profile
+from gapt_optim.profiling import profile
 
 from .table import peak_bytes, show
 

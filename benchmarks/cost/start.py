@@ -1,4 +1,4 @@
-"""How long a program waits for us before its first line: the import, and `--help` of each command and example.
+"""How long a program waits for us before its first line: the import, and `--help` of each command.
 
     python -m benchmarks.cost.start
 
@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH, OURS = "import torch", "import torch; from gapt_optim import GAPTOptimizer, RepresentationHook"
 CONFIGURED = f"{OURS}, GAPTConfig; GAPTConfig()"
 COMMANDS = ("profile", "compare", "report", "watch", "doctor")
-EXAMPLES = ("gpt2_fineweb", "arithmetic", "forgetting")
 
 
 @dataclass
@@ -44,8 +43,7 @@ def programs() -> dict[str, list[str]]:
         CONFIGURED: ["-c", CONFIGURED],
         "gapt-optim --help": _command("--help"),
     }
-    found |= {f"gapt-optim {name} --help": _command(name, "--help") for name in COMMANDS}
-    return found | {f"examples/{name}.py --help": [f"examples/{name}.py", "--help"] for name in EXAMPLES}
+    return found | {f"gapt-optim {name} --help": _command(name, "--help") for name in COMMANDS}
 
 
 def _command(*words: str) -> list[str]:

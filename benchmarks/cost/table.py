@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from gapt_optim import matrix_entropy
 
 from .figures import write_figures
-from .workloads import BARE, SMALL, STEPS, WIDE, WINDOWS, Build, Size, Step, entropy_by_eigenvalues
+from .workloads import BARE, SELDOM, SMALL, STEPS, WIDE, WINDOWS, Build, Size, Step, entropy_by_eigenvalues
 
 WARM_UP = 2
+_TIMES = ("cpu", "low", "high", "ms")
 
 
 @dataclass
@@ -83,12 +84,6 @@ def ratio_with_interval(ours: list[float], bare: list[float]) -> tuple[float, fl
     return float(np.median(ratios)), float(interval.low), float(interval.high)
 
 
-def amortized(seconds: list[float], every: int, rounds: int) -> float:
-    """Mean over whole cycles of ``every`` steps, for a row whose steps differ; nan if no cycle was completed."""
-    cycles = rounds // every
-    return statistics.fmean(seconds[: cycles * every]) if cycles else float("nan")
-
-
 def peak_bytes(step: Callable[[], object], times: int = 3) -> int:
     """Peak of live tensor bytes over so many steps, above what lives now."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
@@ -129,11 +124,11 @@ def measure(rows: dict[str, Build], size: Size, options: Options) -> dict[str, d
         figures[name] = {"cpu": ratio, "low": low, "high": high, "ms": 1000 * statistics.median(seconds[name])}
         if memory:
             figures[name]["memory"] = memory[name] / memory[BARE]
-    every_step = figures.get("compression, parameter alignment every step")
-    silent = figures.get("compression, activation alignment (default)")
-    if every_step and silent:  # a median does not see one step in 50
-        cost = {k: silent[k] + (every_step[k] - silent[k]) / 50 for k in ("cpu", "low", "high", "ms")}
-        figures["compression, parameter alignment every 50 steps"].update(cost)
+    for name, (never, always, period) in SELDOM.items():
+        if {name, never, always} <= figures.keys():
+            figures[name].update(
+                {k: figures[never][k] + (figures[always][k] - figures[never][k]) / period for k in _TIMES}
+            )
     return figures
 
 

@@ -84,7 +84,7 @@ def bare(size: Size) -> Step:
 def wrapped(
     phase: Literal["memorization", "compression"],
     *,
-    activation: bool = True,
+    every: int = 0,
     parameter_every: int = 0,
     read: bool = False,
     **entropy: Any,
@@ -92,6 +92,8 @@ def wrapped(
     """Ours, with the gate frozen in ``phase``.
 
     Args:
+        every: steps from one measurement of angles and measures to the next; 0 = never. The library's default is 10.
+        parameter_every: the same for the angle between parameter gradients.
         read: an observer turns each step's metrics, with all measures of all layers, into plain values as a log would.
         entropy: fields of `EntropyConfig`.
     """
@@ -102,7 +104,7 @@ def wrapped(
             entropy=EntropyConfig(**entropy),
             gate=GateConfig(initial_phase=phase, frozen=True),
             objective=ObjectiveConfig(weight=WEIGHT),
-            alignment=AlignmentConfig(every=int(activation), parameter_every=parameter_every),
+            alignment=AlignmentConfig(every=every, parameter_every=parameter_every),
         )
         hook = RepresentationHook(model, "transformer.h.*")
         seen: list[Any] = []
@@ -223,11 +225,13 @@ def torchjd_pcgrad(size: Size) -> Step:
 
 STEPS: dict[str, Build] = {
     BARE: bare,
-    "memorization": wrapped("memorization", activation=False),
-    "memorization, activation alignment (default)": wrapped("memorization"),
-    "compression": wrapped("compression", activation=False),
-    "compression, activation alignment (default)": wrapped("compression"),
-    "compression, alignment, all measures read": wrapped("compression", read=True),
+    "memorization": wrapped("memorization", every=10),
+    "memorization, nothing measured": wrapped("memorization"),
+    "memorization, measured every step": wrapped("memorization", every=1),
+    "compression": wrapped("compression", every=10),
+    "compression, nothing measured": wrapped("compression"),
+    "compression, measured every step": wrapped("compression", every=1),
+    "compression, measured and read every step": wrapped("compression", every=1, read=True),
     "compression, linear kernel": wrapped("compression", kernel="linear", center=False),
     "compression, order 1/2": wrapped("compression", alpha=0.5),
     "compression, order 1": wrapped("compression", alpha=1.0),
@@ -241,7 +245,17 @@ STEPS: dict[str, Build] = {
     "by hand: two retained backward passes": two_backwards,
     "TorchJD, PCGrad": torchjd_pcgrad,
 }
-"""Order 2 unless said otherwise. All take the same model and batch."""
+"""Order 2 and nothing measured, unless said otherwise. All take the same model and batch."""
+
+SELDOM: dict[str, tuple[str, str, int]] = {
+    "memorization": ("memorization, nothing measured", "memorization, measured every step", 10),
+    "compression": ("compression, nothing measured", "compression, measured every step", 10),
+    "compression, parameter alignment every 50 steps": (
+        "compression, nothing measured", "compression, parameter alignment every step", 50,
+    ),
+}  # fmt: skip
+"""Rows that do something on one step in so many, which a median does not see: they are taken from the rows that never
+and always do it."""
 
 WINDOWS: dict[str, Build] = {
     BARE: bare,

@@ -133,7 +133,7 @@ def train_run(run: Run) -> Record:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    logging.getLogger("gapt_optim").setLevel(logging.WARNING)  # it tells of the first switch, in every run
+    logging.getLogger("gapt_optim").setLevel(logging.WARNING)  # every switch of every run otherwise
     module = importlib.import_module(f".tasks.{run.task}", __package__)
     started = _cpu_seconds()
     result = module.train(run.settings)

@@ -47,14 +47,25 @@ def messages(folder: Path) -> list[Message]:
 
 
 def _raised(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """What a statement or call says, and as what."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
         yield ast.unparse(node.exc.func), node.exc.args[0]
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and node.value.args:
+        called = ast.unparse(node.value.func)
+        if called.endswith("Error"):  # made here, raised by the caller
+            yield called, node.value.args[0]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "tell") and node.args:
         yield (ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"), node.args[0]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "self._tell_once":
+        yield "UserWarning", node.args[0]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("self.once", "self._notices.once"):
+        yield "UserWarning", node.args[1]
     elif isinstance(node, ast.Call) and re.fullmatch(r"_?log(ger)?\.\w+", ast.unparse(node.func), re.IGNORECASE):
         yield from (("logging", part) for part in node.args[:1])
-    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):  # a state, and what to warn of
-        yield from (("UserWarning", part) for part in node.value.elts if isinstance(part, ast.Constant))
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+        first, *others = node.value.elts  # no state, and what to warn of
+        if isinstance(first, ast.Constant) and first.value is None:
+            yield from (("UserWarning", part) for part in others if isinstance(part, ast.Constant))
 
 
 def _collect(body: Sequence[ast.AST], named: dict[str, list[ast.expr]]) -> None:
@@ -82,6 +93,10 @@ def _texts(node: ast.expr, named: dict[str, list[ast.expr]], depth: int = 0) -> 
         return [a + b for a in _texts(node.left, named, depth) for b in _texts(node.right, named, depth)]
     if isinstance(node, ast.IfExp):
         return [*_texts(node.body, named, depth), *_texts(node.orelse, named, depth)]
+    if isinstance(node, ast.Dict):
+        return [text for value in node.values for text in _texts(value, named, depth)]
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in named:
+        node = node.value  # any of a table
     if isinstance(node, ast.FormattedValue):
         texts = _texts(node.value, named, depth)
         return texts if _says_something(texts) else ["…"]

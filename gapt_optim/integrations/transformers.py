@@ -13,6 +13,7 @@ from ..layout import Layers
 from ..optimizer import GAPTOptimizer
 from ..profiling import Monitor
 from .common import Replacement, unwrapped
+from .deepspeed import connect
 
 
 class GAPTCallback(TrainerCallback):
@@ -114,10 +115,9 @@ class GAPTCallback(TrainerCallback):
                 "does not see; start one process per GPU with torchrun, or show one GPU in CUDA_VISIBLE_DEVICES"
             )
         if trainer.is_deepspeed_enabled:
-            raise RuntimeError(
-                "DeepSpeed steps inside its own engine and does not call a GAPTOptimizer; train with "
-                "DistributedDataParallel (torchrun without --deepspeed) or FSDP2"
-            )
+            engine = trainer.accelerator.deepspeed_engine_wrapped.engine
+            if "step" not in vars(engine):  # once, though training may start again
+                connect(engine)
         if optimizer.config.gate.signal == "validation" and trainer.args.eval_strategy == "no":
             raise ValueError(
                 'the gate has signal="validation" and the Trainer never evaluates; set eval_strategy="steps" and an '

@@ -337,6 +337,8 @@ def as_rows(h: Tensor, axes: Axes, flat: tuple[int, int] | None) -> Tensor:
         return h.reshape(flat[0], flat[1], -1)
     if axes == (BATCH, LENGTH, FEATURES):
         return h
+    if axes == (BATCH, FEATURES):  # samples are the rows of one sequence
+        return h.unsqueeze(0)
     batch = [i for i, axis in enumerate(axes) if axis == BATCH]
     positions = [i for i, axis in enumerate(axes) if axis in (LENGTH, POSITION)]
     features = [i for i, axis in enumerate(axes) if i not in batch and i not in positions]

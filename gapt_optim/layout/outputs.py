@@ -28,7 +28,7 @@ def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None)
     """The hidden tensor in the output of the module ``name``: what ``pick`` (``output=``) gives, or the usual one.
 
     Raises:
-        TypeError: it is no tensor, a DTensor, or not of floating point.
+        TypeError: it is no tensor, or not of floating point.
         ValueError: it has fewer than two dimensions.
     """
     h = hidden_tensor(output) if pick is None else pick(output)
@@ -42,11 +42,6 @@ def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None)
         raise TypeError(
             f'module "{name}" returned {type(output).__name__} and {what} gave {type(h).__name__}, not a '
             "tensor; pass output=lambda out: ... to pick the hidden tensor"
-        )
-    if type(h).__name__ == "DTensor":
-        raise TypeError(
-            f'module "{name}" returned a DTensor; its entropy would be that of one shard. Watch a module whose '
-            "output is a plain tensor, for example one that gathers or replicates it"
         )
     if not h.is_floating_point():
         raise TypeError(

@@ -55,8 +55,8 @@ class Reading(NamedTuple):
     why_rows: str
     guess: str | None
     """What is only likely, and what to pass to say it; None where it is known."""
-    view: View | Callable[[Tensor], Tensor]
-    """From a tensor of the shape of ``h`` to its rows."""
+    view: Any
+    """A callable, from a tensor of the shape of ``h`` to its rows."""
 
 
 class Decision(NamedTuple):
@@ -198,8 +198,10 @@ class Layout:
 
     # Outputs
 
-    def read(self, name: str, output: Any) -> Reading:
+    def read(self, name: str, output: Any, whole: Tensor | None = None) -> Reading:
         """What ``output``, of the watched module ``name``, means.
+
+        Where this rank has a part of the hidden tensor only, ``whole`` has the shape of all of it.
 
         Raises:
             TypeError: it holds no hidden tensor of floating point.
@@ -207,12 +209,16 @@ class Layout:
                 segments that was given.
         """
         watched = self._watched[name]
-        h = checked_hidden(name, output, self._output)
-        if self._output is not None and h is not hidden_tensor(output):  # the module's flags are not about this tensor
+        own = h = checked_hidden(name, output, self._output)
+        if whole is not None:
+            h = whole
+        if self._output is not None and own is not hidden_tensor(
+            output
+        ):  # the module's flags are not about this tensor
             watched = watched._replace(kind=watched.kind._replace(sequence_first=False))
         if h.is_nested:
             return self._read_nested(name, h, watched)
-        decision = self._decision(name, h, watched)
+        decision = self._decision(name, h, watched, own)
         batch_and_length = None
         if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
             batch_and_length = self._sizes_of_flat(len(h))
@@ -241,7 +247,7 @@ class Layout:
         """The hidden tensor in an output of the watched module ``name``."""
         return checked_hidden(name, output, self._output)
 
-    def _decision(self, name: str, h: Tensor, watched: Watched) -> Decision:
+    def _decision(self, name: str, h: Tensor, watched: Watched, own: Tensor) -> Decision:
         """What is known of outputs of this kind; found out once where the pass is followed."""
         compiling = torch.compiler.is_compiling()
         turn = 0
@@ -254,7 +260,7 @@ class Layout:
             if known is not None:
                 return known
             return self._decided(name, h, watched, None)
-        decision = self._decided(name, h, watched, self._following.of(h))
+        decision = self._decided(name, h, watched, self._following.of(own))
         if decision.followed:
             self._decisions[(*key, turn)] = decision
         return decision
@@ -311,7 +317,7 @@ class Layout:
             shape = tuple(self.calls[choice.call].tensors[choice.name].shape)
             problem, choice = f"{choice.name} of shape {shape}", None
         if guess is not None and not guess.startswith("layout="):
-            self._tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
+            self.tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
         if choice is None:
             self._tell_unmasked(name, watched, decision, problem, rows, h)
             return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
@@ -325,7 +331,7 @@ class Layout:
         pooled = h.ndim == 2 and decision.axes[0] == BATCH  # one vector for each sequence has no tokens left
         if problem is not None and not pooled:
             self._tell_misfit(name, problem, sizes)
-        elif all(not call.masks for call in self.calls):
+        elif self.calls and all(not call.masks for call in self.calls):
             self._tell_bypassed(name, watched)
             self._tell_unknown(name, sizes)
 
@@ -385,7 +391,7 @@ class Layout:
 
     def _tell_misfit(self, name: str, problem: str, rows: tuple[int, int]) -> None:
         argument = problem.split(" ")[0]
-        self._tell_once(
+        self.tell_once(
             f'{problem} does not fit layer "{name}", whose output has (batch, length) = {rows}: all of its rows count. '
             f"Pass mask= with a function of the call's arguments that gives such a mask, as "
             f'mask={{"{name}": lambda call: shortened(call["{argument}"])}}'
@@ -397,7 +403,7 @@ class Layout:
         innermost = watched.inside[-1] if watched.inside else 0
         if self.calls and innermost not in under_way:
             masks = self._callers[innermost][1].caller.masks
-            self._tell_once(
+            self.tell_once(
                 f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
             )
@@ -407,14 +413,14 @@ class Layout:
         for call in self.calls:
             for argument, value in call.tensors.items():
                 if may_mask(argument) and value.shape == rows and not value.is_floating_point():
-                    self._tell_once(
+                    self.tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
                         "which of its values do is not known: all rows count. Pass mask=lambda call: "
                         f'call["{argument}"] if it is true where a token counts, or lambda call: None',
                         subject=f"argument {argument}",
                     )
 
-    def _tell_once(self, message: str, subject: str | None = None) -> None:
+    def tell_once(self, message: str, subject: str | None = None) -> None:
         if torch.compiler.is_compiling() or (subject or message) in self._told:
             return
         self._told.add(subject or message)

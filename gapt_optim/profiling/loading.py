@@ -81,8 +81,9 @@ def load_model(
         options["device_map"] = device_map
     try:
         if quantize is not None:
-            bits: Any = BitsAndBytesConfig
-            options["quantization_config"] = bits(**{f"load_in_{quantize}": True})
+            options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+                **{f"load_in_{quantize}": True}
+            )
         # The layers are all that is looked at; a head would only cost time and memory.
         model = AutoModel.from_pretrained(spec, **options)
     except Exception as error:
@@ -139,9 +140,9 @@ def untrained(model: nn.Module) -> nn.Module:
     """
     first = next(model.parameters(), torch.empty(0))
     config = getattr(model, "config", None)
-    from_config = getattr(type(model), "_from_config", None)
-    if config is not None and from_config is not None:
-        fresh = from_config(config)
+    kind: Any = type(model)
+    if config is not None and hasattr(kind, "_from_config"):
+        fresh = kind._from_config(config)
     else:
         fresh = copy.deepcopy(model)
         for module in fresh.modules():

@@ -28,7 +28,8 @@ from .results import (
     Token,
 )
 from .sequences import SimilaritySums
-from .statistics import MOST_PROMPTS, Kind, LayerSums, What, all_kinds, exp_entropy
+from .statistics import MOST_PROMPTS, LayerSums, What, exp_entropy
+from .window_values import Kind, all_kinds
 
 MOST_DEPTHS = 64
 """Calls of one module in a pass that are layers of their own."""

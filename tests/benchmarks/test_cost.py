@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import endurance, gpu, narrow, page, profiling, scaling, table
+from benchmarks.cost import endurance, gpu, narrow, page, profiling, scaling, table, trace
 from benchmarks.cost.workloads import (
     BARE,
     STEPS,
@@ -19,7 +19,7 @@ from benchmarks.cost.workloads import (
     entropy_by_autograd,
     entropy_by_eigenvalues,
 )
-from gapt_optim import matrix_entropy
+from gapt_optim import StepMetrics, matrix_entropy
 
 TINY = Size(layers=2, width=64, tokens=64, vocabulary=32)
 
@@ -85,7 +85,7 @@ def test_the_table_is_printed_and_written(
         "1",
         "--no-memory",
         "--only",
-        "alignment",
+        "compression",
         "--json",
         str(tmp_path / "t.json"),
     ]
@@ -93,9 +93,25 @@ def test_the_table_is_printed_and_written(
     figures = json.loads((tmp_path / "t.json").read_text())
     assert figures[BARE]["cpu"] == 1.0
     every, fifty = (figures[f"compression, parameter alignment every {k}"]["cpu"] for k in ("step", "50 steps"))
-    silent = figures["compression, activation alignment (default)"]["cpu"]
+    silent = figures["compression, nothing measured"]["cpu"]
     assert fifty == pytest.approx(silent + (every - silent) / 50)
     assert "| bare AdamW | 1.000 |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="functions have no qualified names")
+def test_a_step_is_traced(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.getprofile()
+    assert trace.main(["--functions"]) == 0
+    assert sys.getprofile() is before
+    printed = capsys.readouterr().out
+    assert "| compression |" in printed
+    memorization, compression = (trace.traced_step(phase) for phase in narrow.PHASES)
+    for found in (memorization, compression):
+        assert found.functions["optimizer.py GAPTOptimizer.step"] == 1
+        assert found.functions["hook.py Watch.__call__"] == trace.LAYERS
+        assert found.library_calls > 0
+    assert compression.functions["entropy.py Gram.backward"] == trace.LAYERS
+    assert "entropy.py Gram.backward" not in memorization.functions
 
 
 def test_an_exponent_is_the_slope() -> None:
@@ -114,18 +130,32 @@ def test_scaling_measures_each_size() -> None:
 def test_narrow_models_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert narrow.main(["--rounds", "2", "--repeats", "2", "--json", str(tmp_path / "n.json")]) == 0
     figures = json.loads((tmp_path / "n.json").read_text())
-    assert list(figures) == [f"{name}, {row}" for name in narrow.MODELS for row in (BARE, *narrow.PHASES)]
+    rows = [BARE, *(row for phase in narrow.PHASES for row in (phase, f"{phase} by hand"))]
+    assert list(figures) == [f"{name}, {row}" for name in narrow.MODELS for row in rows]
+    assert all(figures[f"{name}, {phase}"]["over_by_hand"] > 0 for name in narrow.MODELS for phase in narrow.PHASES)
     assert all(figures[f"{name}, {BARE}"]["cpu"] == 1.0 for name in narrow.MODELS)
     assert "| MLP of width 64, memorization |" in capsys.readouterr().out
 
 
-def test_the_cost_page_has_what_was_measured_of_narrow_models() -> None:
+@pytest.mark.parametrize("name", list(narrow.MODELS))
+def test_by_hand_is_the_same_step(name: str) -> None:
+    """Its loss and entropies are those that the wrapper reports, and so are the weights afterwards."""
+    ours, theirs = narrow.MODELS[name](), narrow.MODELS[name]()
+    seen: list[StepMetrics] = []
+    step, hand = narrow.wrapped(ours, "compression", [seen.append]), narrow.by_hand(theirs, "compression")
+    for _ in range(3):
+        step()
+        found = hand()
+        assert {"loss": seen[-1].loss, **seen[-1].layer_entropy} == pytest.approx(found, rel=1e-4)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_readme_has_what_was_measured_of_narrow_models() -> None:
     root = Path(__file__).parents[2]
     figures = json.loads((root / "benchmarks" / "cost" / "results" / "narrow.json").read_text())
-    cnn, mlp = (figures[f"{name}, memorization"]["cpu"] for name in narrow.MODELS)
-    page = (root / "docs" / "cost.md").read_text(encoding="utf-8")
-    assert f"takes {cnn:.1f} times the CPU time of the bare one in a CNN" in page
-    assert f"and {mlp:.1f} times in an MLP" in page
+    ratio = figures[f"{next(iter(narrow.MODELS))}, memorization"]["cpu"]
+    assert f"{ratio:.1f} times in a small CNN" in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_script_for_gpus_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

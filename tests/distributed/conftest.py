@@ -19,3 +19,11 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    """Four processes."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()

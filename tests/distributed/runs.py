@@ -60,7 +60,7 @@ class Net(nn.Module):
 class Run:
     """What is trained, and how."""
 
-    parallel: str = "none"  # "ddp", "fsdp"
+    parallel: str = "none"  # "ddp", "fsdp", "hsdp"
     options: dict[str, Any] = field(default_factory=dict)  # of DDP or fully_shard
     config: GAPTConfig = field(default_factory=lambda: GAPTConfig(gate=RESTLESS))
     steps: int = 6
@@ -97,8 +97,9 @@ def made(run: Run) -> tuple[nn.Module, nn.Module, GAPTOptimizer]:
     with _SEEDED:
         torch.manual_seed(0)
         model = called = run.build().to(run.dtype)
-    if run.parallel == "fsdp":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if run.parallel in ("fsdp", "hsdp"):
+        sizes = (2, dist.get_world_size() // 2) if run.parallel == "hsdp" else (dist.get_world_size(),)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
         for block in model.blocks:
             fully_shard(block, mesh=mesh, **run.options)
         fully_shard(model, mesh=mesh, **run.options)

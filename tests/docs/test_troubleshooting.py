@@ -15,7 +15,6 @@ from blocks.messages import messages
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 TITLES = re.findall(r"^### `(.*)`$", PAGE, re.MULTILINE)
 OF_PYTORCH = [
-    "one of the variables needed for gradient computation has been modified by an inplace operation",
     "'ModelReturn' object has no attribute '__name__'",
 ]
 TEXTS = [message.text for message in messages(ROOT / "gapt_optim")]

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
 import forgetting
 import pytest
 import torch
-from forgetting import Config
-from gapt_optim.viewing import read_run
+from forgetting import Settings
 
-from gapt_optim import EntropyConfig, GAPTConfig, GateConfig, ObjectiveConfig, viewing
-from gapt_optim.runs import run_script
+from gapt_optim import EntropyConfig, GAPTConfig, ObjectiveConfig, RepresentationHook
+from tests.examples.conftest import Run, read_lines
 
+# What the samples of a window share is their experience: here it may take the entropy down.
+pytestmark = pytest.mark.filterwarnings("ignore:the entropy of layer:UserWarning")
 METHODS = ("plain", "penalty", "published", "gapt")
-LINEAR = EntropyConfig(kernel="linear", center=False)
 
 
-def train(method: str = "gapt", gapt: GAPTConfig | None = None, **changes: Any) -> dict[str, Any]:
-    return forgetting.train(Config(**{"steps": 40, "seed": 0, **changes}), gapt or GAPTConfig(), method)
+def train(folder: Path, method: str = "gapt", **changes: Any) -> dict[str, Any]:
+    folder.mkdir()
+    return forgetting.train(Settings(**{"steps": 40, "finetune_steps": 10, "seed": 0, **changes}), method, folder)
 
 
-def order(setting: Any, steps: int = 10) -> torch.Tensor:
-    return forgetting.batch_order(Config(setting=setting, steps=steps), torch.Generator().manual_seed(0))
+def order(**changes: Any) -> torch.Tensor:
+    settings = Settings(**{"steps": 6, "finetune_steps": 4, **changes})
+    return forgetting.batch_order(settings, torch.Generator().manual_seed(0))
 
 
 def test_the_two_teachers_lie_on_both_sides_of_the_student() -> None:
@@ -48,103 +50,71 @@ def test_a_seed_decides_the_task() -> None:
 
 
 def test_orders_of_the_experiences() -> None:
-    mixed, turns, sequential, finetune = (order(name) for name in ("mixed", "interleaved", "sequential", "finetune"))
-    assert (mixed[:, :16] < 500).all()  # P and then N
-    assert (mixed[:, 16:] >= 500).all()
-    assert (turns[::2] < 500).all()
-    assert (turns[1::2] >= 500).all()
-    assert (sequential[:5] < 500).all()
-    assert (sequential[5:] >= 500).all()
-    assert torch.equal(finetune[:5], mixed[:5])
-    assert (finetune[5:] < 500).all()
+    mixed, turns = order(), order(order="interleaved")
+    assert (mixed[:6, :16] < 500).all()  # P and then N
+    assert (mixed[:6, 16:] >= 500).all()
+    assert (turns[:6:2] < 500).all()
+    assert (turns[1:6:2] >= 500).all()
+    for rows in (mixed, turns):
+        assert (rows[6:] < 500).all()  # fine-tuning
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_seed_decides_a_run(method: str) -> None:
-    first, again, other = train(method), train(method), train(method, seed=1)
+def test_a_seed_decides_a_run(tmp_path: Path, method: str) -> None:
+    first, again = train(tmp_path / "a", method), train(tmp_path / "b", method)
     assert first == again
-    assert first["loss"] != other["loss"]
+    assert first["loss"] != train(tmp_path / "c", method, seed=1)["loss"]
 
 
-def test_the_gate_in_memorization_is_plain_training() -> None:
-    assert train("plain") == train("gapt", GAPTConfig(gate=GateConfig(patience_memorization=1000)))
+def test_the_gate_in_memorization_is_plain_training(tmp_path: Path) -> None:
+    assert train(tmp_path / "a", "plain") == train(tmp_path / "b", patience_memorization=1000)
 
 
-@pytest.mark.filterwarnings("ignore:the entropy of layer")
-def test_a_penalty_lowers_entropy() -> None:
-    gapt = GAPTConfig(entropy=LINEAR, objective=ObjectiveConfig(weight=1.0))
-    assert train("penalty", gapt, steps=200)["entropy"] < 0.7 * train("plain", gapt, steps=200)["entropy"]
+def test_a_penalty_lowers_entropy(tmp_path: Path) -> None:
+    plain, pressed = (train(tmp_path / name, name, kernel="linear", steps=200) for name in ("plain", "penalty"))
+    assert pressed["entropy"] < 0.7 * plain["entropy"]
 
 
 def test_separation_is_the_distance_in_units_of_the_spread() -> None:
-    result = train(steps=20)
-    p, n = (torch.tensor(cloud) for cloud in result["clouds"])
-    within = ((p - p.mean(0)).square().sum(1).mean() + (n - n.mean(0)).square().sum(1).mean()) / 2
-    assert result["separation"] == pytest.approx(((p.mean(0) - n.mean(0)).norm() / within.sqrt()).item(), rel=1e-3)
+    torch.manual_seed(0)
+    student, p, n = forgetting.make_task()
+    with RepresentationHook(student, "hidden") as hook:
+        found = forgetting.evaluate(Settings(), student, hook, p, n)
+    a, b = (student.hidden(each.test_inputs).detach() for each in (p, n))
+    within = ((a - a.mean(0)).square().sum(1).mean() + (b - b.mean(0)).square().sum(1).mean()) / 2
+    assert found["separation"] == pytest.approx(((a.mean(0) - b.mean(0)).norm() / within.sqrt()).item(), rel=1e-4)
 
 
-def test_a_schedule_and_the_objective_reach_the_run() -> None:
-    constant = train("penalty", steps=100)
-    for objective in ({"combine": "project"}, {"floor": 1.5}):
-        changed = GAPTConfig(objective=ObjectiveConfig(**objective))
-        assert train("penalty", changed, steps=100)["loss"] != constant["loss"]
-    assert train("plain", schedule="cosine")["loss"] != train("plain")["loss"]
+def test_what_is_forgotten_is_how_much_the_loss_on_n_rose(tmp_path: Path) -> None:
+    found = train(tmp_path / "run", "plain", steps=100, finetune_steps=100)
+    start, learned, tuned = read_lines(tmp_path / "run" / "validation.jsonl")
+    assert (start["step"], learned["step"], tuned["step"]) == (0, 100, 200)
+    assert found["forgotten"] == tuned["loss_n"] - learned["loss_n"]
+    assert found["forgotten"] > 0
+    assert tuned["loss_p"] < learned["loss_p"]
+    assert found["separation"] == learned["separation"]
 
 
-@pytest.mark.filterwarnings("ignore:the entropy of layer")  # the kernel that is pressed here can be evaded
-def test_entropy_stays_above_a_floor() -> None:
-    objectives = [ObjectiveConfig(weight=1.0, floor=floor) for floor in (0.0, 0.1)]
-    configs = [GAPTConfig(entropy=LINEAR, objective=objective) for objective in objectives]
-    pressed, held = (train("penalty", gapt, steps=400)["entropy"] for gapt in configs)
-    assert pressed < 0.05 < held
+def test_the_settings_reach_the_run() -> None:
+    expected = GAPTConfig(entropy=EntropyConfig(kernel="linear", center=False), objective=ObjectiveConfig(weight=0.5))
+    assert forgetting.config_of(Settings(kernel="linear", weight=0.5), "gapt") == expected
 
 
-@pytest.mark.parametrize(("setting", "old"), [("sequential", "loss_p"), ("finetune", "loss_n")])
-def test_forgetting_is_how_much_the_old_loss_rose(setting: str, old: str) -> None:
-    result = train("plain", setting=setting, steps=200)
-    assert result["forgotten_loss"] == result[old]
-    assert 0 < result["forgetting"] < result["forgotten_loss"]
-    assert "forgetting" not in train("plain")
-
-
-# What the samples of a window share is their experience: here it may take the entropy down.
-@pytest.mark.filterwarnings("ignore:the entropy of layer:UserWarning")
-def test_the_script_leaves_a_comparison(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    concluded: dict[str, Any] = {}
-    monkeypatch.setattr(viewing, "conclude", lambda folder, methods, facts: concluded.update(facts, methods=methods))
-    flags = ["--steps", "24", "--setting", "sequential", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["forgetting.py", *flags, "--methods", "plain", "penalty"])
-    forgetting.main()
-    assert concluded["methods"] == ("plain", "penalty")
-    assert "penalty: separation" in capsys.readouterr().out
+def test_the_script_leaves_a_comparison(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run(forgetting, ["--steps", "24", "--finetune-steps", "6", "--out", str(out), "--methods", "plain", "penalty"])
+    said = capsys.readouterr().out
+    assert "separation of P and N" in said
+    assert "N forgotten, tuned on P" in said
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert (runs["plain"]["compression_share"], runs["penalty"]["compression_share"]) == (0, 1)
+    assert (out / "training.png").stat().st_size > 1000
     for method in ("plain", "penalty"):
-        run = read_run(tmp_path / "out" / method)
-        assert len(run.steps) == 24
-        assert viewing.figures(run)["forgetting"] > 0
+        assert len(read_lines(out / method / "metrics.jsonl")) == 30
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--gapt.objective.weight -1", "--gapt.objective.weight: Input should be"),
-        ("--gapt.gate.patience-memorization 0", "--gapt.gate.patience-memorization: Input should be"),
-        ("--steps 1", "--steps: Input should be greater than or equal to 2, found 1"),
-        ("--lr 0", "--lr: Input should be greater than 0, found 0.0"),
-        ("--lr nan", "--lr: Input should be"),
-        ("--schedule linear", "invalid choice 'linear'"),
-        ("--gapt.objective.combine add", "invalid choice 'add'"),
-        ("--out ", "is empty"),
-    ],
-)
-def test_impossible_settings_are_refused_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["forgetting.py", *flags.split(" ")])
-    with pytest.raises(SystemExit) as ended:
-        run_script(forgetting.main)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.rglob("settings.json"))
+@pytest.mark.parametrize("flags", ["--steps 0", "--finetune-steps 0", "--batch-size 1", "--order backwards"])
+def test_impossible_settings_are_refused_before_training(tmp_path: Path, run: Run, flags: str) -> None:
+    with pytest.raises(SystemExit):
+        run(forgetting, [*flags.split(), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

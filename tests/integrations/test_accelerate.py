@@ -120,7 +120,8 @@ def test_an_overflow_takes_no_step() -> None:
             assert_same(weights(model), before)
     assert [m.step for m in metrics] == [1, 2]
     assert metrics[-1].loss == pytest.approx(float(loss.detach()))
-    assert all(m.alignment is not None and m.alignment.cosine is not None for m in metrics)
+    assert metrics[0].alignment is not None  # due in the first step
+    assert metrics[0].alignment.cosine is not None
 
 
 @pytest.mark.parametrize("several", [False, True])

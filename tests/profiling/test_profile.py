@@ -22,8 +22,9 @@ from gapt_optim import EntropyConfig, RepresentationHook
 from gapt_optim.layout import Reading
 from gapt_optim.profiling import LayerProfile, Profile, profile
 from gapt_optim.profiling.charts import entropy_panels, other_panels
-from gapt_optim.profiling.statistics import LayerSums, What, values_of_gram, values_of_order_2
+from gapt_optim.profiling.statistics import LayerSums, What
 from gapt_optim.profiling.tables import profile_table
+from gapt_optim.profiling.window_values import values_of_gram, values_of_order_2
 
 from . import reference
 

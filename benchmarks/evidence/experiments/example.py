@@ -49,7 +49,7 @@ def tables(records: list[Record]) -> dict[str, str]:
             ]
         )
     s = records[0].settings
-    title = f"`examples/gpt2_fineweb.py --data {s['corpus']} --threads 1`, {seeds_line(records)}, {s['steps']} steps."
+    title = f"`examples/gpt2_fineweb.py --data {s['corpus']}` on one thread, {seeds_line(records)}, {s['steps']} steps."
     return {"example": title + "\n\n" + table(header, rows)}
 
 

@@ -44,12 +44,11 @@ def train(s: Settings) -> dict[str, Any]:
             "methods": s.method,
             "seed": s.seed,
             "steps": s.steps,
-            "threads": 1,
-            "gapt.objective.weight": s.weight,
+            "weight": s.weight,
             "out": out,
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, str(EXAMPLE), *words, "--quiet"]
+        command = [sys.executable, str(EXAMPLE), *words]
         offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
         if done.returncode:

@@ -240,7 +240,7 @@ def train(
 
 
 def plain_loss(hook: RepresentationHook, model: nn.Module, rows: Tensor) -> Tensor:
-    """The loss without the taps."""
+    """The loss without the hook."""
     with hook.measuring():
         return loss_of(model, rows)
 

@@ -1,0 +1,205 @@
+"""Stages of a pipeline do what one process does, and all of them are in the phase that its loss names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.nn import functional as F
+
+from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, RepresentationHook
+from gapt_optim.integrations.pipelining import pipelined
+from tests.distributed.parallel import BATCH, RESTLESS, Block, batch_of
+from tests.distributed.ranks import Ranks
+from tests.distributed.runs import Seen
+from tests.distributed.test_training_over_ranks import assert_equal_metrics
+from tests.training import distance
+
+MICRO = 4
+SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+
+
+class Layers(nn.Module):
+    """Blocks by their numbers in the whole model, with the ends where they belong."""
+
+    def __init__(self, numbers: range, of: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = nn.ModuleDict({str(i): Block() for i in range(of)})
+        embed, head = nn.Embedding(12, 8), nn.Linear(8, 12)
+        self.embed = embed if numbers.start == 0 else nn.Identity()
+        self.blocks = nn.ModuleDict({str(i): whole[str(i)] for i in numbers})
+        self.head = head if numbers.stop == of else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks.values():
+            x = block(x)
+        return self.head(x)
+
+
+@dataclass(frozen=True)
+class Piped:
+    schedule: str = ""
+    scale: float = 1.0
+    config: GAPTConfig = field(default_factory=lambda: GAPTConfig(gate=RESTLESS))
+    steps: int = 20
+    data: int = 1
+    """Pipelines beside each other, each with a share of the batch."""
+    connected: bool = True
+
+
+def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+
+def gradients(model: nn.Module, scale: float, mesh: Any = None) -> dict[str, Tensor]:
+    for p in model.parameters():
+        if mesh is not None:
+            dist.all_reduce(p.grad, group=mesh.get_group())
+            p.grad /= mesh.size()
+        p.grad /= scale
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def rows_of(step: int, part: int, parts: int) -> Tensor:
+    ids = torch.cat([batch_of(MICRO * step + i, masked=False)[0] for i in range(MICRO)])
+    return ids[part * len(ids) // parts : (part + 1) * len(ids) // parts]
+
+
+def train_whole(run: Piped) -> list[Seen]:
+    model = Layers(range(4)).double()
+    hook = RepresentationHook(model, "blocks.*")
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), 0.05), hook, run.config)
+    seen = []
+    for step in range(run.steps):
+        for rows in rows_of(step, 0, 1).split(BATCH):
+            optimizer.backward(cross_entropy(model(rows[:, :-1]), rows[:, 1:]), scale=run.scale / MICRO)
+        own = gradients(model, run.scale)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(Seen(optimizer.metrics, own, 0.0))
+    return seen
+
+
+def train_stages(run: Piped) -> list[Seen]:
+    meshes = init_device_mesh("cpu", (run.data, dist.get_world_size() // run.data), mesh_dim_names=("data", "pipe"))
+    pipe, data = meshes["pipe"], meshes["data"]
+    several = run.schedule == "interleaved"
+    count = pipe.size() * (2 if several else 1)
+    own = range(pipe.get_local_rank(), count, pipe.size())
+    parts = [Layers(range(i * 4 // count, (i + 1) * 4 // count)).double() for i in own]
+    stages = [
+        PipelineStage(part, i, count, torch.device("cpu"), group=pipe.get_group())
+        for part, i in zip(parts, own, strict=True)
+    ]
+    model: nn.Module = nn.ModuleList(parts) if several else parts[0]
+    hook = RepresentationHook(model, "*.blocks.*" if several else "blocks.*")
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), 0.05), hook, run.config)
+
+    def alone(scores: Tensor, target: Tensor) -> Tensor:
+        return optimizer.objective(cross_entropy(scores, target))
+
+    loss_fn: Any = alone
+    if run.connected:
+        loss_fn = pipelined(optimizer, stages if several else stages[0], cross_entropy, scale=lambda: run.scale)
+    schedule = SCHEDULES[run.schedule](stages if several else stages[0], MICRO, loss_fn=loss_fn)
+    seen = []
+    for step in range(run.steps):
+        rows = rows_of(step, data.get_local_rank(), data.size())
+        arguments = (rows[:, :-1],) if own.start == 0 else ()
+        targets = {"target": rows[:, 1:]} if stages[-1].is_last else {}
+        schedule.step(*arguments, **targets)
+        found = gradients(model, run.scale, data)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(Seen(optimizer.metrics, found, 0.0))
+    return seen
+
+
+def bare(name: str, several: bool) -> str:
+    return name.split(".", 1)[1] if several else name
+
+
+def assert_stages_equal(found: list[list[Seen]], run: Piped) -> None:
+    expected = train_whole(run)
+    assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
+    several = run.schedule == "interleaved"
+    for of_rank in found:
+        for here, there in zip(of_rank, expected, strict=True):
+            own = {bare(name, several): gradient for name, gradient in here.gradients.items()}
+            assert distance(own, {name: there.gradients[name] for name in own}) < 1e-9
+            layers = {bare(name, several): value for name, value in here.metrics.layer_entropy.items()}
+            assert layers == pytest.approx(there.metrics.layer_entropy, rel=1e-9)
+            if not several:
+                silent = {"alignment": None}
+                assert_equal_metrics(
+                    replace(here, metrics=replace(here.metrics, **silent)),
+                    replace(there, metrics=replace(there.metrics, **silent)),
+                    1e-9,
+                )
+        for here, there in zip(of_rank, found[0], strict=True):
+            assert here.metrics == there.metrics
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_equal_one_process(ranks: Ranks, schedule: str) -> None:
+    run = Piped(schedule)
+    assert_stages_equal(ranks(train_stages, run, timeout=60), run)
+
+
+def test_the_scale_of_the_loss_reaches_all_stages(ranks: Ranks) -> None:
+    run = Piped("1F1B", scale=1024.0, steps=5)
+    assert_stages_equal(ranks(train_stages, run, timeout=60), run)
+
+
+def test_pipelines_beside_each_other(four: Ranks) -> None:
+    run = Piped("1F1B", data=2, steps=5)
+    assert_stages_equal(four(train_stages, run, timeout=60), run)
+
+
+@pytest.mark.parametrize("layers", [{"skip_first": 1}, {"skip_last": 1}, {"schedule": "rotate"}], ids=str)
+def test_layers_that_count_are_those_of_the_whole_model(ranks: Ranks, layers: dict[str, Any]) -> None:
+    run = Piped("1F1B", config=GAPTConfig(gate=RESTLESS, layers=layers), steps=6)
+    assert_stages_equal(ranks(train_stages, run, timeout=60), run)
+
+
+def test_angles_are_those_of_the_whole_model(ranks: Ranks) -> None:
+    run = Piped("1F1B", config=GAPTConfig(gate=RESTLESS, alignment=AlignmentConfig(every=1)), steps=4)
+    expected = train_whole(run)
+    for here, there in zip(ranks(train_stages, run, timeout=60)[0], expected, strict=True):
+        for name, angle in there.metrics.alignment.layers.items():
+            found = here.metrics.alignment.layers[name]
+            assert found.cosine == pytest.approx(angle.cosine, abs=1e-6)
+            assert found.loss_norm == pytest.approx(angle.loss_norm * MICRO, rel=1e-6)  # the schedule divides later
+
+
+def refused(run: Piped) -> str:
+    try:
+        train_stages(run)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_stages_that_nobody_connected_are_refused_on_all_ranks(ranks: Ranks) -> None:
+    first, second = ranks(refused, Piped("1F1B", connected=False, steps=2), timeout=60)
+    assert first == second
+    assert "ranks differ in layers" in first
+    assert "gapt_optim.integrations.pipelining.pipelined" in first
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GAPTConfig(alignment=AlignmentConfig(parameter_every=2)), GAPTConfig(layers={"reduce": "largest_drop"})],
+    ids=["parameters", "largest_drop"],
+)
+def test_what_needs_all_layers_on_one_rank_is_refused(ranks: Ranks, config: GAPTConfig) -> None:
+    for message in ranks(refused, Piped("1F1B", config=config), timeout=60):
+        assert "need all layers on one rank" in message
