@@ -73,7 +73,7 @@ class RepresentationHook:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-        self._options: dict[str, Any] = {"output": output, "mask": mask, "layout": layout, "segments": segments}
+        self.options: dict[str, Any] = {"output": output, "mask": mask, "layout": layout, "segments": segments}
         self._placements = checked_placements(placements)
         self.watching = Watching(model)
         self._handles: list[RemovableHandle | leave_out] = []
@@ -88,7 +88,7 @@ class RepresentationHook:
     def _watch(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Place the hooks."""
         watching, handles = self.watching, self._handles
-        watching.layout = Layout(model, modules, **self._options)
+        watching.layout = Layout(model, modules, **self.options)
         watching.placements = by_layer("placements", self._placements, modules)
         for name, module in modules.items():
             watching.watches[name] = watch = Watch(name, watching, module)
@@ -200,7 +200,7 @@ class RepresentationHook:
         model = self.watching.model()
         if model is None:
             raise RuntimeError("cannot copy a RepresentationHook whose model no longer exists")
-        return _rebuild, (model, self.names or None, {**self._options, "placements": self._placements})
+        return _rebuild, (model, self.names or None, {**self.options, "placements": self._placements})
 
     def __repr__(self) -> str:
         return f"RepresentationHook({self.names})"

@@ -204,9 +204,12 @@ def squared_norms(z: Tensor) -> Tensor:
     return z.square().sum(-1)
 
 
+_LEAST = {dtype: 8 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+
+
 def least(like: Tensor) -> float:
     """A squared norm or a trace at or below this counts as zero: it has no reciprocal."""
-    return 8 * torch.finfo(torch.promote_types(like.dtype, torch.float32)).tiny
+    return _LEAST.get(like.dtype, _LEAST[torch.float32])
 
 
 def reciprocal(values: Tensor, zero: Tensor | None = None) -> Tensor:

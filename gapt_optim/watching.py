@@ -165,7 +165,7 @@ class Watch(Unsaved):
         self.name, self.watching = name, watching
         self.module = weakref.ref(module)
         self.angles = Angles(next((p.device for p in module.parameters()), torch.device("cpu")))
-        self.recent = [Capture(name) for _ in range(MOST_COMPILED)]
+        self.recent = self._nothing = [Capture(name) for _ in range(MOST_COMPILED)]
         """Of a compiled model, the last calls. Its length never changes, as each would be traced anew."""
         self.of_angle = 1.0
         """Factor on the sums of its angle, where several ranks have parts or copies of its output."""
@@ -307,9 +307,9 @@ class Watch(Unsaved):
 
     def take(self, behind: set[Any]) -> list[Capture]:
         """Captures of the compiled calls that a loss is made of, oldest first."""
-        own = [capture for capture in self.recent if capture.gram is not None]
-        if not own:
+        if self.recent is self._nothing:
             return []
+        own = [capture for capture in self.recent if capture.gram is not None]
         # Without gradients nothing tells which call a loss is of.
         taken = [capture for capture in own if _is_of(capture.gram, behind)]
         self.recent = [Capture(self.name) if capture in taken else capture for capture in self.recent]
@@ -317,8 +317,7 @@ class Watch(Unsaved):
 
     def clear(self) -> None:
         self.angles.clear()
-        if any(capture.gram is not None for capture in self.recent):
-            self.recent = [Capture(self.name) for _ in range(MOST_COMPILED)]
+        self.recent = self._nothing
 
 
 class Begins(Unsaved):

@@ -56,7 +56,7 @@ def _raised(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
             yield called, node.value.args[0]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "tell") and node.args:
         yield (ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"), node.args[0]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "self._tell_once":
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".tell_once"):
         yield "UserWarning", node.args[0]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("self.once", "self._notices.once"):
         yield "UserWarning", node.args[1]

@@ -69,10 +69,20 @@ def monitor(
 class Monitor:
     """Made by :func:`monitor`; a context manager.
 
+<<<<<<< HEAD
     >>> model = nn.Sequential(nn.Linear(4, 16))
     >>> with Monitor(model, "0") as watched:
     ...     watched.steps
     0
+=======
+    >>> from gapt_optim import monitor
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+    >>> with monitor(model, "1") as watched:
+    ...     model(torch.randn(16, 4)).square().mean().backward()
+    ...     watched.step()
+    >>> watched.metrics.step
+    1
+>>>>>>> main
     """
 
     def __init__(

@@ -19,7 +19,7 @@ GROUPS: dict[str, list[str]] = {
     "gate": ["gapt_optim/gate.py"],
     "alignment": ["gapt_optim/alignment.py", "gapt_optim/comparison.py"],
     "layout": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gapt_optim" / "layout").glob("*.py")),
-    "capture": ["gapt_optim/hook.py", "gapt_optim/passes.py"],
+    "capture": ["gapt_optim/hook.py", "gapt_optim/watching.py", "gapt_optim/passes.py", "gapt_optim/shards.py"],
     "objective": ["gapt_optim/objective.py", "gapt_optim/sums.py"],
     "step": ["gapt_optim/step.py", "gapt_optim/progress.py", "gapt_optim/notices.py"],
 }
