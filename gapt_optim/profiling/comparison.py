@@ -16,18 +16,11 @@ class Comparison:
     """Profiles that may be compared. Made by :func:`gapt_optim.compare`.
 
     >>> import torch
-<<<<<<< HEAD
-    >>> from gapt_optim import profile
-    >>> one = profile(torch.nn.Sequential(torch.nn.Linear(4, 8)), [torch.randn(64, 4)], "0")
-    >>> compare({"step 1": one, "step 2": one, "step 3": one}).to_pandas().shape
-    (1, 3)
-=======
     >>> from gapt_optim import compare, profile
     >>> models = {name: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()) for name in ("base", "tuned")}
     >>> data = [torch.randn(64, 4)]
     >>> compare({name: profile(model, data, "*") for name, model in models.items()}).names
     ['0', '1']
->>>>>>> main
     """
 
     profiles: dict[str, Profile]

@@ -69,12 +69,6 @@ def monitor(
 class Monitor:
     """Made by :func:`monitor`; a context manager.
 
-<<<<<<< HEAD
-    >>> model = nn.Sequential(nn.Linear(4, 16))
-    >>> with Monitor(model, "0") as watched:
-    ...     watched.steps
-    0
-=======
     >>> from gapt_optim import monitor
     >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
     >>> with monitor(model, "1") as watched:
@@ -82,7 +76,6 @@ class Monitor:
     ...     watched.step()
     >>> watched.metrics.step
     1
->>>>>>> main
     """
 
     def __init__(

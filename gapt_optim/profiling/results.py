@@ -181,13 +181,8 @@ class Profile:
     >>> found = profile(model, [torch.randn(64, 4)], "1")
     >>> Profile.load(found.save("profile.json")).names
     ['1']
-<<<<<<< HEAD
-    >>> found.to_pandas().shape[0]
-    1
-=======
     >>> int(found.to_pandas().loc["1", "features"])
     16
->>>>>>> main
     """
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
@@ -249,15 +244,6 @@ class Profile:
 
 
 def save_profiles(profiles: Mapping[str, Profile], path: str | os.PathLike[str]) -> Path:
-<<<<<<< HEAD
-    """Write one profile, or several by name, as JSON.
-
-    >>> import torch
-    >>> from gapt_optim import profile
-    >>> found = profile(torch.nn.Sequential(torch.nn.Linear(4, 16)), [torch.randn(64, 4)], "0")
-    >>> list(load_profiles(save_profiles({"base": found, "tuned": found}, "both.json")))
-    ['base', 'tuned']
-=======
     """Write one profile, or several by name, as JSON; see :func:`load_profiles`.
 
     >>> import torch
@@ -265,7 +251,6 @@ def save_profiles(profiles: Mapping[str, Profile], path: str | os.PathLike[str])
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
     >>> save_profiles({"base": profile(model, [torch.randn(64, 4)], "1")}, "base.json").name
     'base.json'
->>>>>>> main
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -281,16 +266,10 @@ def load_profiles(path: str | os.PathLike[str]) -> dict[str, Profile]:
     """Read what ``--out NAME.json`` wrote: one profile, named as the file, or several.
 
     >>> import torch
-<<<<<<< HEAD
-    >>> from gapt_optim import profile
-    >>> found = profile(torch.nn.Sequential(torch.nn.Linear(4, 16)), [torch.randn(64, 4)], "0")
-    >>> list(load_profiles(found.save("base.json")))
-=======
     >>> from gapt_optim.profiling import load_profiles, profile, save_profiles
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU())
     >>> path = save_profiles({"base": profile(model, [torch.randn(64, 4)], "1")}, "base.json")
     >>> list(load_profiles(path))
->>>>>>> main
     ['base']
 
     Raises:
