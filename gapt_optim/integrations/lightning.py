@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..layout import Layers
 from ..optimizer import GAPTOptimizer
+from ..profiling import Monitor
 from .common import Replacement, unwrapped
 
 
@@ -104,6 +106,38 @@ class GAPTCallback(Callback):
         for replacement in self._replaced:
             replacement.undo()
         self._replaced = []
+
+
+class MonitorCallback(Callback):
+    """A :func:`gapt_optim.monitor` of a module that Lightning trains, with any optimizer.
+
+    >>> callback = MonitorCallback("model.1", every=50)  # Trainer(callbacks=[callback])
+
+    The numbers of each report are logged too.
+
+    Args:
+        layers, options: as for :func:`gapt_optim.monitor`; names begin at the LightningModule.
+    """
+
+    def __init__(self, layers: Layers = None, **options: Any) -> None:
+        self.layers, self.options = layers, options
+        self.monitor: Monitor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the monitor."""
+        self.on_train_end(trainer, pl_module)
+        log: Any = lambda metrics: pl_module.log_dict(metrics.scalars())  # noqa: E731
+        observers = [*self.options.get("observers", ()), log]
+        self.monitor = Monitor(pl_module, self.layers, **{**self.options, "observers": observers}).__enter__()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove it."""
+        if self.monitor is not None:
+            self.monitor.__exit__(None, None, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove it."""
+        self.on_train_end(trainer, pl_module)
 
 
 def _wrapped(trainer: Trainer) -> list[GAPTOptimizer]:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from ..layout import Layers
 from ..optimizer import GAPTOptimizer
+from ..profiling import Monitor
 from .common import Replacement, unwrapped
 from .deepspeed import connect
 
@@ -156,3 +158,27 @@ class GAPTCallback(TrainerCallback):
             log(logs, *args, **kwargs)
 
         return joined
+
+
+class MonitorCallback(TrainerCallback):
+    """A :func:`gapt_optim.monitor` of the model that a Trainer trains, with any optimizer.
+
+    >>> callback = MonitorCallback("transformer.h.*", every=50)  # Trainer(..., callbacks=[callback])
+
+    Args:
+        layers, options: as for :func:`gapt_optim.monitor`.
+    """
+
+    def __init__(self, layers: Layers = None, **options: Any) -> None:
+        self.layers, self.options = layers, options
+        self.monitor: Monitor | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Place the monitor."""
+        self.on_train_end(args, state, control)  # of a run that raised
+        self.monitor = Monitor(kwargs["model"], self.layers, **self.options).__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove it."""
+        if self.monitor is not None:
+            self.monitor.__exit__(None, None, None)

@@ -23,7 +23,7 @@ from .tables import (
 )
 
 COLORS = ("#1f6feb", "#d9822b", *OTHER_COLORS, "#8250df")
-WITHOUT_FIRST = "dashed: without the first token of each sequence"
+WITHOUT_FIRST = "dashed: without first tokens"
 _POOLINGS = ("mean", "last", "first", "sample")
 
 

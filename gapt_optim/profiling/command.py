@@ -18,8 +18,8 @@ def profile(
     model: str,
     /,
     data: str,
-    out: list[Path] | None = None,
-    layers: list[str] | None = None,
+    out: tuple[Path, ...] = (),
+    layers: tuple[str, ...] = (),
     windows: tuple[str, ...] = ("8", "all"),
     orders: tuple[float, ...] = (2.0,),
     preset: Literal["layer-by-layer", "diff-erank"] | None = None,
@@ -65,7 +65,7 @@ def profile(
         trust_remote_code: Run code that comes with the model.
         wide: Print all columns.
     """
-    check_outputs(out or ())
+    check_outputs(out)
     sizes = [_window(text) for text in windows]
     from .loading import checked_device, checkpoints, is_python, load_model, load_tokenizer, untrained
     from .measuring import profile as profile_layers
@@ -87,7 +87,7 @@ def profile(
         for title, each in models.items():
             try:
                 found[title] = profile_layers(
-                    each, batches, layers, orders=orders, windows=sizes, preset=preset, views=views,
+                    each, batches, layers or None, orders=orders, windows=sizes, preset=preset, views=views,
                     rankme_rows=rankme_rows, against=None if against is None else load_model(against),
                     tokenizer=tokenizer, device=on, dtype=weights if is_python(spec) else None,
                     progress=sys.stderr.isatty(), name=title, data=data if is_python(data) else Path(data).name,
@@ -96,13 +96,13 @@ def profile(
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 raise ValueError(f"{kind}{(str(error).strip() or repr(error)).splitlines()[0]}") from error
     name = model if is_python(model) else Path(model).name or model
-    _show(found, f"Layers of {name}", out or (), wide=wide, anyway=False)
+    _show(found, f"Layers of {name}", out, wide=wide, anyway=False)
 
 
 def compare(
     profiles: list[Path],
     /,
-    out: list[Path] | None = None,
+    out: tuple[Path, ...] = (),
     anyway: bool = False,
     wide: bool = False,
 ) -> None:
@@ -116,8 +116,8 @@ def compare(
         anyway: Compare profiles of other data too.
         wide: Print all columns.
     """
-    check_outputs(out or ())
-    for path in out or ():
+    check_outputs(out)
+    for path in out:
         if path.resolve() in [each.resolve() for each in profiles]:
             raise ValueError(f"--out {path} is one of the profiles to compare; choose another name")
     from .results import load_profiles
@@ -131,18 +131,17 @@ def compare(
         raise ValueError(f"give at least two profiles to compare, found {len(found)}")
     names = list(found)
     title = f"From {names[0]} to {names[1]}" if len(found) == 2 else f"{len(found)} profiles"
-    _show(found, title, out or (), wide=wide, anyway=anyway)
+    _show(found, title, out, wide=wide, anyway=anyway)
 
 
 def explain(
     model: str,
     /,
     data: str,
-    layers: list[str] | None = None,
-    length: int | None = None,
+    layers: tuple[str, ...] = (),
     trust_remote_code: bool = False,
 ) -> None:
-    """How each layer's output is read: axes, rows, masks, windows; and the names and shapes of all modules.
+    """How each layer's output is read, and the names and shapes of all modules.
 
     gapt-optim explain ./my-llama --data text.txt --layers "model.layers.*"
 
@@ -150,7 +149,6 @@ def explain(
         model: A transformers folder or hub name, or module:build.
         data: Text (.txt, .jsonl, .parquet, a prompt, a data set of the hub) or module:batches; the first batch is read.
         layers: Globs over modules; default: the longest list.
-        length: Tokens per sequence; default: at most 512.
         trust_remote_code: Run code that comes with the model.
     """
     from ..explain import explain as explained
@@ -162,7 +160,7 @@ def explain(
 
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     tokenizer = None if is_python(model) or is_python(data) else load_tokenizer(model)
-    batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=4, tokens=4096)
+    batches = load_batches(data, tokenizer, model=loaded, length=None, batch_size=4, tokens=4096)
     batch = moved(batch_of_texts(next(iter(batches), None), tokenizer), device_of(loaded), None)
     if batch is None:
         raise ValueError(f"the data {data!r} has no batch")
@@ -170,7 +168,7 @@ def explain(
     for line in _listed(modules_of(loaded, lambda: run(loaded, batch))):
         print(line)
     print()
-    with RepresentationHook(loaded, layers) as hook:
+    with RepresentationHook(loaded, layers or None) as hook:
         arguments = batch if isinstance(batch, Mapping) else {}
         first = batch[0] if isinstance(batch, tuple | list) else batch
         print(explained(hook, **arguments) if arguments else explained(hook, first))

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from math import hypot
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .results import LayerProfile, Profile
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,8 @@ class Comparison:
             return first
         return [" / ".join(dict.fromkeys(names)) for names in zip(first, *others, strict=True)]
 
-    def to_pandas(self) -> DataFrame:
-        """Of two profiles, the second's numbers and their changes; of more, the first number of the tables in each."""
+    def to_pandas(self) -> Any:
+        """A DataFrame: of two profiles, the second's numbers and their changes; of more, the first number of each."""
         if len(self.profiles) > 2:
             return self.over_profiles()
         from pandas import DataFrame
@@ -66,8 +63,8 @@ class Comparison:
         order.insert(2, "± of Δ")
         return DataFrame({name: columns[name] for name in order if name in columns}, index=self.names)
 
-    def over_profiles(self, title: str | None = None) -> DataFrame:
-        """One number of the tables, by default the first: a row per layer, a column per profile."""
+    def over_profiles(self, title: str | None = None) -> Any:
+        """A DataFrame of one number of the tables, by default the first: a row per layer, a column per profile."""
         from pandas import DataFrame
 
         from .tables import figures

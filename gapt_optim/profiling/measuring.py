@@ -28,7 +28,8 @@ from .results import (
     Token,
 )
 from .sequences import SimilaritySums
-from .statistics import MOST_PROMPTS, Kind, LayerSums, What, all_kinds, exp_entropy
+from .statistics import MOST_PROMPTS, LayerSums, What, exp_entropy
+from .window_values import Kind, all_kinds
 
 MOST_DEPTHS = 64
 """Calls of one module in a pass that are layers of their own."""
@@ -106,6 +107,8 @@ def profile(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is scripted, and runs no hooks inside; pass the module that it was scripted from")
     what = _what(orders, windows, preset, rankme_rows, views)
     if isinstance(batches, Tensor | Mapping | str):
         batches = [batches]
@@ -207,7 +210,6 @@ class Collector:
 
     def __init__(self, what: What, model: nn.Module) -> None:
         self.what, self.modules = what, dict(model.named_modules())
-        self.scripted = isinstance(model, torch.jit.ScriptModule)
         self.pooled = {name for name, module in self.modules.items() if isinstance(module, nn.RNNCellBase)}
         """Modules whose calls in a pass are steps in time, and are taken together."""
         self.sums: dict[tuple[str, int], LayerSums] = {}
@@ -281,10 +283,7 @@ class Collector:
     def result(self, *, names: list[str], tokenizer: Any, **about: Any) -> Profile:
         """What was summed of the modules ``names``."""
         if not self.sums:
-            advice = "leave it out of layers"
-            if self.scripted:
-                advice = "the model is scripted, and runs no hooks inside; pass the module that it was scripted from"
-            raise ValueError(f'layer "{names[0]}" did not run in a forward pass; {advice}')
+            raise ValueError(f'layer "{names[0]}" did not run in a forward pass; leave it out of layers')
         if not any(sums.rows for sums in self.sums.values()):
             raise ValueError("no row of any layer counts: all are masked or not finite, or the batches are empty")
         keys = sorted(self.sums, key=lambda key: (names.index(key[0]), key[1]))

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from .statistics import Kind
+from .window_values import Kind
 
 PRESETS = {
     "layer-by-layer": Kind("cosine", False, 1.0),

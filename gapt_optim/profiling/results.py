@@ -7,14 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .._version import __version__
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 DEFAULT_WINDOWS: tuple[int | None, ...] = (8, None)
 
@@ -222,8 +219,8 @@ class Profile:
                 return layer
         raise KeyError(f"no layer {name!r}; the profile has {self.names}")
 
-    def to_pandas(self) -> DataFrame:
-        """One row per layer, a column for each number."""
+    def to_pandas(self) -> Any:
+        """A DataFrame: one row per layer, a column for each number."""
         from .tables import every_number
 
         return every_number(self)

@@ -261,9 +261,9 @@ def test_a_narrow_terminal_breaks_no_number(
 def test_explain_lists_modules_and_how_layers_are_read(
     there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["explain", str(model_folder), "--data", "text.txt", "--length", "8"]) == 0
+    assert main(["explain", str(model_folder), "--data", "text.txt"]) == 0
     shown = capsys.readouterr().out
-    assert "(4, 8, 16) is (batch length features)" in shown
+    assert "(4, 32, 16) is (batch length features)" in shown
     assert "h.*.attn.c_attn" in shown
     assert main(["explain", "users_module:build", "--data", "users_module:batches", "--layers", "0"]) == 0
     assert "(16, 8) is (batch features)" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_how_data_is_batched_is_no_difference() -> None:
 def test_other_data_is_refused_or_said(seed: int, sequences: int) -> None:
     """Another text, and more of the same."""
     profiles = {"a": made(), "b": made(batches=data(sequences, seed))}
-    with pytest.raises(ValueError, match="a and b were not profiled on the same data: .*digest.*anyway"):
+    with pytest.raises(ValueError, match=r"a and b were not profiled on the same data: .*digest.*anyway"):
         compare(profiles)
     warned = compare(profiles, anyway=True).warnings
     assert "not profiled on the same data" in warned[0]

@@ -14,6 +14,7 @@ from gapt_optim import matrix_entropy, profile
 from gapt_optim.profiling.sequences import centered_without_diagonal
 
 from . import reference
+from .test_presets import live_rows
 from .test_profile import gpt2, outputs, tokens
 
 IDENTITY = nn.Sequential(nn.Identity())
@@ -47,10 +48,7 @@ def test_cka_equals_its_definition_over_sequences_of_several_lengths() -> None:
     model, batches = gpt2(), tokens(mask=True)
     found = profile(model, batches)
     kept = outputs(model, found.names, lambda: [model(**batch, use_cache=False) for batch in batches])
-    rows = {
-        name: [z[mask.bool()] for h, b in zip(hs, batches, strict=True) for z, mask in zip(h, b["attention_mask"], strict=True)]
-        for name, hs in kept.items()
-    }  # fmt: skip
+    rows = {name: live_rows(batches, hidden) for name, hidden in kept.items()}
 
     def total(a: str, b: str) -> float:
         return sum(hsic(x, y) for x, y in zip(rows[a], rows[b], strict=True))
@@ -122,11 +120,7 @@ def test_a_row_for_each_sequence() -> None:
     found = profile(model, batches)
     kept = outputs(model, found.names, lambda: [model(**batch, use_cache=False) for batch in batches])
     for layer in found.layers:
-        live = [
-            z[mask.bool()]
-            for h, batch in zip(kept[layer.name], batches, strict=True)
-            for z, mask in zip(h, batch["attention_mask"], strict=True)
-        ]
+        live = live_rows(batches, kept[layer.name])
         pooled = {"mean": [z.mean(0) for z in live], "last": [z[-1] for z in live], "first": [z[0] for z in live]}
         assert [level.pooling for level in layer.sequence_level] == list(pooled)
         for level in layer.sequence_level:
