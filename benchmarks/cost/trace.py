@@ -46,7 +46,7 @@ class Traced(NamedTuple):
     files: Counter[str]
     """Calls by file of ours, as ``layout/reading.py``."""
     functions: Counter[str]
-    """Calls by named function of ours, as ``hook.py Watch.__call__``."""
+    """Calls by named function of ours, as ``watching.py Watch.__call__``."""
     library_calls: int
 
 

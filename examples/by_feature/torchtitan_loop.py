@@ -38,13 +38,9 @@ class Block(nn.Module):
 SEQUENCE = Shard(1)  # what is between the parallel parts of a block, each rank has for its part of the sequence
 INTO, OUT = tp.ColwiseParallel(input_layouts=SEQUENCE), tp.RowwiseParallel(output_layouts=SEQUENCE)
 NORM = tp.SequenceParallel()
-PLAN: dict[str, ParallelStyle] = {f"*.{name}": INTO for name in ("qkv.0", "qkv.1", "qkv.2", "up")} | {
-    "*.out": OUT,
-    "*.down": OUT,
-}
+PLAN: dict[str, ParallelStyle] = {f"*.{name}": INTO for name in ("qkv.0", "qkv.1", "qkv.2", "up")}
+PLAN |= {"*.out": OUT, "*.down": OUT, "*.norm1": NORM, "*.norm2": NORM}
 PLAN |= {
-    "*.norm1": NORM,
-    "*.norm2": NORM,
     "embed": tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
     "head": tp.ColwiseParallel(input_layouts=SEQUENCE, output_layouts=Shard(-1), use_local_output=False),
 }

@@ -108,7 +108,7 @@ def test_a_step_is_traced(capsys: pytest.CaptureFixture[str]) -> None:
     memorization, compression = (trace.traced_step(phase) for phase in narrow.PHASES)
     for found in (memorization, compression):
         assert found.functions["optimizer.py GAPTOptimizer.step"] == 1
-        assert found.functions["hook.py Watch.__call__"] == trace.LAYERS
+        assert found.functions["watching.py Watch.__call__"] == trace.LAYERS
         assert found.library_calls > 0
     assert compression.functions["entropy.py Gram.backward"] == trace.LAYERS
     assert "entropy.py Gram.backward" not in memorization.functions
