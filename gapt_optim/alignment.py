@@ -208,15 +208,23 @@ def stacked(rows: Sequence[Tensor | None]) -> Tensor:
     return torch.stack([(like if row is None else row).to(device=like.device, dtype=dtype) for row in rows])
 
 
+def sharded(parameters: Mapping[str, Tensor]) -> str | None:
+    """The name of a parameter that is the shard of one; None where none is."""
+    for name, parameter in parameters.items():
+        flat = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+        if flat or type(parameter).__name__ == "DTensor":
+            return name
+    return None
+
+
 def refuse_sharded(parameters: Mapping[str, Tensor], advice: str) -> None:
     """Raise RuntimeError if a parameter is the shard of one: the forward pass runs on another tensor."""
-    for name, parameter in parameters.items():
-        fully_sharded = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
-        if type(parameter).__name__ == "DTensor" or fully_sharded:
-            raise RuntimeError(
-                f'parameter "{name}" is sharded ({type(parameter).__name__}): the forward pass runs on what is '
-                f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
-            )
+    name = sharded(parameters)
+    if name is not None:
+        raise RuntimeError(
+            f'parameter "{name}" is sharded ({type(parameters[name]).__name__}): the forward pass runs on what is '
+            f"gathered from all ranks, so that no gradient of a single loss reaches it. {advice}"
+        )
 
 
 class Angles:
@@ -248,16 +256,16 @@ class Angles:
                     return
                 if capture.pressed:  # the Gram node's own backward comes next
                     capture.saved.unpacked = saved
-                rows = saved[0]
-                sums = _sums(view(g.detach()), gradient_of_rows(factor, rows, windows, order))
+                sums = _sums(view(g.detach()), gradient_of_rows(factor, saved, windows, order))
                 self._sums = sums if self._sums is None else self._sums + sums.to(self._sums)
 
         seen.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def in_graph(self, h: Tensor, view: Rows, windows: Windows, order: Order) -> Tensor:
         """``h`` with a place behind it where g arrives alone, for a compiled model."""
+        probe = self._probe if self._probe.device == h.device else self._probe.to(h.device)  # the model moved since
         found: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
-            h, self._probe, *windows[1:], windows.size, order.alpha, *order.kernel, order.normalize, view
+            h, probe, *windows[1:], windows.size, order.alpha, *order.kernel, order.normalize, view
         )
         return found
 
@@ -308,6 +316,8 @@ class _Place(torch.autograd.Function):
 
 
 def _sums(g: Tensor, d: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return dot(g, d)
     g, d = g.reshape(-1).to(torch.float32), d.reshape(-1).to(torch.float32)
     return torch.stack((torch.dot(g, d), torch.dot(g, g), torch.dot(d, d)))
 

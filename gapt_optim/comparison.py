@@ -51,13 +51,14 @@ class GradientComparison:
         self._entropy: list[Tensor | None] = [None] * n
         self._loss: list[Tensor | None] = [None] * n
         self._behind_loss = [False] * n
+        self._left: list[Tensor | None] = []
         self._reached: list[tuple[bool, bool]] = []
         self._statistics: HostCopy | None = None
 
     @property
     def begun(self) -> bool:
         """A backward was compared, and its gradients are still in ``.grad``."""
-        return self._statistics is not None and any(p.grad is not None for p in self._parameters)
+        return bool(self._left) and any(p.grad is not None for p in self._parameters)
 
     def before(self, loss: Tensor, entropy: Tensor) -> None:
         """Take the gradients that ``.grad`` will not show, of a loss and an entropy that are scaled alike."""
@@ -67,8 +68,20 @@ class GradientComparison:
         self._note_parameters_of(loss)
 
     def after(self) -> None:
-        """Compare them with what the backward left in ``.grad``."""
+        """Compare them with what the backward left in ``.grad``; over ranks, when these meet at the step."""
+        self._left = [p.grad for p in self._parameters]
+        if self.group is None:
+            self._compare()
+        else:  # the loop may scale or clip .grad before the step
+            self._left = [None if gradient is None else gradient.detach().clone() for gradient in self._left]
+
+    def meet(self) -> None:
+        """All ranks average what they have, and compare. A rank that has nothing takes part."""
         self._average_over_ranks()
+        if self._left:
+            self._compare()
+
+    def _compare(self) -> None:
         rows = [self._row(i) for i in range(len(self._parameters))]
         self._reached = [(by_loss, by_entropy) for by_loss, by_entropy, _ in rows]
         self._statistics = HostCopy(stacked([row for *_, row in rows]).reshape(-1))
@@ -116,7 +129,7 @@ class GradientComparison:
         self._behind_loss = [noted or p in leaves for noted, p in zip(self._behind_loss, self._parameters, strict=True)]
 
     def _average_over_ranks(self) -> None:
-        """In place. A mean that is averaged again stays what it is, so later micro-batches add to it."""
+        """In place."""
         group = self.group
         if group is None:
             return
@@ -143,7 +156,7 @@ class GradientComparison:
         """The loss's part of what the backward left in ``.grad``."""
         if self.weight is None:
             return self._loss[i]
-        return self._without(self._parameters[i].grad, self._entropy[i], self.weight)
+        return self._without(self._left[i], self._entropy[i], self.weight)
 
     @staticmethod
     def _without(gradient: Tensor | None, entropy: Tensor | None, weight: float) -> Tensor | None:

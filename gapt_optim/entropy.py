@@ -133,7 +133,7 @@ class Gram(torch.autograd.Function):
 
     It saves the rows as they are, and neither copies nor changes them.
 
-    ``apply(rows, index, keep, size, order, module)`` takes rows (batch, length, d), their windows
+    ``apply(rows, index, keep, size, alpha, cosine, center, module)`` takes rows (batch, length, d), their windows
     (:class:`gapt_optim.windows.Windows`), and the name of the module that returned them, or None. It gives K
     (windows, m, m) with m = min(n, d), and the rows that count (windows,), None where K or the shape tell.
     """
@@ -150,10 +150,12 @@ class Gram(torch.autograd.Function):
         center: bool,
         module: str | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.windows, ctx.order, ctx.module = size, Order(alpha, Kernel(cosine, center)), module
-        ctx.save_for_backward(rows.clone() if torch.compiler.is_compiling() else rows, index, keep)
+        ctx.windows, ctx.order, ctx.module = Windows(size, index, keep), Order(alpha, Kernel(cosine, center)), module
+        # Of a call that a checkpoint repeats, the rows are made again. Its windows are not: they may be of a mask that
+        # the repeated call does not have.
+        ctx.save_for_backward(rows.clone() if torch.compiler.is_compiling() else rows)
         ctx.set_materialize_grads(False)
-        gram, live = gram_of(rows, Windows(size, index, keep), ctx.order)
+        gram, live = gram_of(rows, ctx.windows, ctx.order)
         if live is not None:
             ctx.mark_non_differentiable(live)
         return gram, live
@@ -170,9 +172,9 @@ class Gram(torch.autograd.Function):
                 "second derivatives inside `with hook.measuring():`, or keep the gate in memorization with "
                 "GateConfig(frozen=True)"
             )
-        rows, index, keep = saved_rows(ctx, module)
+        rows = saved_rows(ctx, module)
         with torch.no_grad():
-            d = gradient_of_rows(grad + grad.mT, rows, Windows(ctx.windows, index, keep), ctx.order)
+            d = gradient_of_rows(grad + grad.mT, rows, ctx.windows, ctx.order)
             if module is not None:
                 # Without this, one overflowing layer would put nan into every weight below it.
                 d = d.nan_to_num_(0.0, 0.0, 0.0)
@@ -181,22 +183,22 @@ class Gram(torch.autograd.Function):
         return (d, *[None] * 7)
 
 
-def saved_rows(node: Any, module: str | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def saved_rows(node: Any, module: str | None) -> Tensor:
     """What a :class:`Gram` node saved. Raises RuntimeError where the rows were changed in place since."""
-    unpacked = node.__dict__.pop("unpacked", None)
-    if unpacked is not None:  # by the angle at this layer, just before: a checkpoint lets tensors be unpacked once
-        rows, index, keep = unpacked
-        return rows, index, keep
+    rows: Tensor | None = node.__dict__.pop("unpacked", None)
+    if rows is not None:  # by the angle at this layer, just before: a checkpoint lets tensors be unpacked once
+        return rows
     try:
-        rows, index, keep = node.saved_tensors
+        (rows,) = node.saved_tensors
     except RuntimeError as error:
         if module is None or "inplace" not in str(error):
             raise
         raise RuntimeError(
             f'the output of module "{module}" was changed in place by what follows it, so that its entropy cannot be '
-            "differentiated; give the operation behind it inplace=False, or watch that module instead"
+            "differentiated; give the operation behind it inplace=False (out = out + x in place of out += x), or watch "
+            "that module instead"
         ) from error
-    return rows, index, keep
+    return rows
 
 
 class _Once(torch.autograd.Function):

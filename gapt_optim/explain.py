@@ -158,7 +158,7 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
 def _without(hook: RepresentationHook, model: nn.Module, names: dict[str, str]) -> RepresentationHook | None:
     """A hook as this one, on the other modules; None where there is none."""
     left = [name for name in hook.names if name not in names]
-    return type(hook)(model, left, **hook.options) if left else None
+    return type(hook)(model, left, **hook.options, placements=hook.placements) if left else None
 
 
 def _explained(name: str, call: int, reading: Reading, window: int | None, fewest: int) -> LayerExplanation:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._unsaved import leave_out
+from ._unsaved import Unsaved, leave_out
 from .config import EntropyConfig
 from .entropy import Order, entropies, gram_of, measures_of, window_weights
 from .explain import Explanation, explain
@@ -19,6 +19,7 @@ from .kernels import measures_of_rows
 from .layout import Candidates, Layers, Layout, Pick, Reading, by_layer, choose_layers, select_layers
 from .metrics import Measures
 from .objective import weighted_measures
+from .progress import bare_name
 from .shards import checked_placements
 from .watching import Begins, Ends, Reader, Watch, Watching, order_of
 from .windows import cut, windows_of
@@ -74,7 +75,7 @@ class RepresentationHook:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
         self.options: dict[str, Any] = {"output": output, "mask": mask, "layout": layout, "segments": segments}
-        self._placements = checked_placements(placements)
+        self.placements = checked_placements(placements)
         self.watching = Watching(model)
         self._handles: list[RemovableHandle | leave_out] = []
         # Also runs when the hook is garbage: a model outlives the hooks placed on it.
@@ -89,7 +90,7 @@ class RepresentationHook:
         """Place the hooks."""
         watching, handles = self.watching, self._handles
         watching.layout = Layout(model, modules, **self.options)
-        watching.placements = by_layer("placements", self._placements, modules)
+        watching.placements = by_layer("placements", self.placements, modules)
         for name, module in modules.items():
             watching.watches[name] = watch = Watch(name, watching, module)
             handles += [leave_out(module), module.register_forward_hook(watch)]
@@ -105,21 +106,15 @@ class RepresentationHook:
         """Watch these layers, where ``layers=None`` has not chosen yet, as when a checkpoint is loaded."""
         model = self.watching.model()
         if model is not None and not self.names:
+            present = {bare_name(name): name for name, _ in model.named_modules()}
+            modules = select_layers(model, [present.get(bare_name(name), name) for name in names])
             _remove(self._handles)
-            self._watch(model, select_layers(model, names))
+            self._watch(model, modules)
 
     def _choose_later(self, model: nn.Module, candidates: Candidates) -> None:
         """The first forward pass shows which of the candidates are the model's blocks."""
-        hook = weakref.ref(self)
-
-        def chosen(module: nn.Module, args: Any, output: Any) -> None:
-            this = hook()
-            if this is None or this.names:
-                return
-            _remove(this._handles)
-            this._watch(module, candidates.chosen())
-
-        self._handles += [*candidates.place(), model.register_forward_hook(chosen)]
+        chooses = model.register_forward_hook(_Chooses(self, candidates))
+        self._handles += [*candidates.place(), leave_out(model), chooses]
 
     @property
     def names(self) -> list[str]:
@@ -200,10 +195,23 @@ class RepresentationHook:
         model = self.watching.model()
         if model is None:
             raise RuntimeError("cannot copy a RepresentationHook whose model no longer exists")
-        return _rebuild, (model, self.names or None, {**self.options, "placements": self._placements})
+        return _rebuild, (model, self.names or None, {**self.options, "placements": self.placements})
 
     def __repr__(self) -> str:
         return f"RepresentationHook({self.names})"
+
+
+class _Chooses(Unsaved):
+    """Forward hook of a model, until its first forward pass has shown which layers to watch."""
+
+    def __init__(self, hook: RepresentationHook, candidates: Candidates) -> None:
+        self._hook, self._candidates = weakref.ref(hook), candidates
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        hook = self._hook()
+        if hook is not None and not hook.names:
+            _remove(hook._handles)
+            hook._watch(module, self._candidates.chosen())
 
 
 class Measurement:

@@ -6,7 +6,7 @@ Every notice is a method that looks at what the step under way has in its hands.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Notices:
         self._divisors: list[float | None] = []
         self._divided = 0
         self._absent: dict[str, int] = {}
+        self._empty: dict[str, int] = {}
 
     def once(self, about: str, message: str) -> None:
         """Warn, unless something was said about this before."""
@@ -154,6 +155,17 @@ class Notices:
                     "entropy is not known. Make the hook on the layers that are trained",
                 )
 
+    def empty(self, ran: Sequence[str], entropies: Mapping[str, float]) -> None:
+        """Layers that ran in this step, and had no window with an entropy."""
+        for name in ran:
+            self._empty[name] = 0 if name in entropies else self._empty.get(name, 0) + 1
+            if self._empty[name] == _ABSENT_STEPS and "no entropy" not in self._said:
+                self.once(
+                    f"empty {name}",
+                    f'layer "{name}" ran and had no entropy for {_ABSENT_STEPS} steps: no window had enough rows that '
+                    "count and differ. hook.explain(...) shows which rows count; see mask= and EntropyConfig(window=)",
+                )
+
     def unused(self, names: set[str]) -> None:
         """Layers whose outputs were in a pass of which no loss used them."""
         if names:
@@ -191,9 +203,11 @@ def _why_none(calls: list[Capture], *, center: bool) -> str | None:
 def _where_it_went(name: str, model: nn.Module | None, watched: dict[str, Any]) -> str:
     """What is known of a layer that no longer runs."""
     module = watched.get(name)
-    if model is None or module is None:
+    if model is None:
         return ""
     now = dict(model.named_modules()).get(name)
+    if module is None:
+        return " (it is gone)" if now is None else f" (the model now has another {type(now).__name__} there)"
     if now is not None and now is not module:
         return f" (the model now has a {type(now).__name__} there, the hook watches a {type(module).__name__})"
     if now is None and not any(each is module for each in model.modules()):

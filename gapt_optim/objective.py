@@ -217,8 +217,16 @@ def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressu
     if pressure.targets is not None:
         values = _up_to(means, weights, layers, pressure.targets, objective)
     if pressure.config.layers.reduce == "largest_drop" and len(layers) > 1:
-        return values[(-means.detach().diff()).argmax() + 1]
+        return values[_largest_drop(means.detach(), weights > 0)]
     return _mean(values, weights, pressure.among)
+
+
+def _largest_drop(means: Tensor, known: Tensor) -> Tensor:
+    """Place of the layer whose entropy is furthest below that of the nearest one before it that has one."""
+    places = torch.arange(len(means), device=means.device)
+    before = torch.where(known, places, 0).cummax(0).values[:-1]
+    drop = torch.where(known[1:] & known[before], means[before] - means[1:], -math.inf)
+    return drop.argmax() + 1
 
 
 def _up_to(

@@ -159,6 +159,8 @@ class GAPTOptimizer(OptimizerWrapper):
         """
         if not isinstance(scale, (int, float, Tensor, SupportsFloat)):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
+        if isinstance(scale, (int, float)) and scale <= 0:
+            raise ValueError(f"scale must be above 0, found {scale}; it multiplies the loss and the entropy")
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale
@@ -198,7 +200,7 @@ class GAPTOptimizer(OptimizerWrapper):
         reading = None
         if closure is None:
             step.look_at_gradients(self.param_groups)
-            reading = step.start_reading(device)
+            reading = step.start_reading(device, self.param_groups)
         step.within_step = True
         try:
             result = self._step_bases(closure, **options)
@@ -208,7 +210,7 @@ class GAPTOptimizer(OptimizerWrapper):
             self.discard_step()
             return result
         if closure is not None:
-            reading = step.start_reading(device)
+            reading = step.start_reading(device, self.param_groups)
         self._finish(reading)
         return result
 
@@ -217,7 +219,7 @@ class GAPTOptimizer(OptimizerWrapper):
         step, device = self._step, self._device()
         step.compare_ranks(device)
         step.refuse_undeclared(device)
-        return step.start_reading(device)
+        return step.start_reading(device, self.param_groups)
 
     def _finish(self, reading: Callable[[], StepNumbers] | None) -> None:
         """Let the gate judge a step, and plan the next."""
@@ -301,6 +303,7 @@ class GAPTOptimizer(OptimizerWrapper):
         For loops that skip a step, for example after an overflow in half precision.
         """
         self._step.discard()
+        self._step.watching.clear()
 
     def record_validation(self, loss: float | Tensor) -> None:
         """Record a held-out loss, at any cadence; a gate with ``signal="validation"`` judges it at the next step.
@@ -324,8 +327,8 @@ class GAPTOptimizer(OptimizerWrapper):
         return self._step.state_dict()
 
     def _check_own_state(self, own: Any) -> tuple[dict[str, Any], str | None]:
-        if not self._hook.names and isinstance(own, dict):  # layers=None waits for a forward pass
-            self._hook.choose(own.get("layers") or [])
+        if not self._hook.names and isinstance(own, dict) and own.get("layers"):  # layers=None waits for a forward pass
+            self._hook.choose(own["layers"])
         return checked_state(own, self._step.names or self._hook.names, self.config)
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:

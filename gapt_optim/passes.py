@@ -7,8 +7,10 @@ keeps a model alive.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,10 +22,11 @@ from .windows import Windows, windows_of
 if TYPE_CHECKING:
     from .shards import Shards
 
-MOST_COMPILED = 8
-"""Calls of a layer in a compiled model that are kept for a loss to come: its forward is traced, and cannot count."""
+MOST_COMPILED = 9
+"""Calls of a layer in a compiled model that are kept for a loss to come: its forward is traced, and cannot count. A
+loss of as many may be of more, and is refused."""
 MOST_LOOSE = 64
-"""Calls of watched modules by themselves that are kept for a loss to come."""
+"""Calls of a watched module by itself that are kept for a loss to come."""
 
 
 class Plan(NamedTuple):
@@ -31,8 +34,10 @@ class Plan(NamedTuple):
 
     order: Order
     window: int | None
-    pressed: frozenset[str] = frozenset()
-    """Layers whose entropy is differentiated."""
+    differentiated: frozenset[str] = frozenset()
+    """Layers whose entropy is differentiated, as compression does, and parameter alignment."""
+    pressed: bool = False
+    """The step compresses: what cannot be done is refused. In memorization it is told."""
     due: bool = False
     """Angles and measures are taken."""
     angles: bool = False
@@ -138,6 +143,19 @@ class Pass:
         graph = None if self._graph is None else self._graph()
         return graph is not None and any(graph in node.metadata.get("gapt_optim", ()) for node in behind)
 
+    def add(self, capture: Capture, repeat: Repeat) -> None:
+        self.captures.append(capture)
+        self.repeats.setdefault(capture.name, []).append(repeat)
+
+    def trim(self, name: str) -> None:
+        """Keep the last calls of a layer, where no graph tells when they are gone."""
+        self.repeats[name] = self.repeats[name][-MOST_LOOSE:]
+        own = [capture for capture in self.captures if capture.name == name]
+        if len(own) > MOST_LOOSE:
+            self.captures.remove(own[0])
+        if len(self._windows) > MOST_LOOSE:
+            self._windows.clear()
+
     def forget(self) -> None:
         for capture in self.captures:
             capture.gram = capture.live = capture.measures = capture.saved = None
@@ -170,18 +188,27 @@ class Passes:
             return
         ended.follow(output)
         self.kept = [each for each in self.kept if not each.gone]
-        if ended.gone:
-            ended.forget()
-        else:
+        if not ended.gone:
             self.kept.append(ended)
+            return
+        raised = output is None and sys.exc_info()[0] is not None
+        if not raised:  # an output of a kind that hides its tensors, or a loss that the model keeps
+            for capture in ended.captures:
+                if capture.nodes:
+                    self.loose.add(capture, ended.repeats[capture.name].pop(0))
+                    self.loose.trim(capture.name)
+            ended.captures = []
+        ended.forget()
 
     def current(self) -> Pass:
         """Where a capture belongs that is made now."""
-        if self.open is not None:
-            return self.open
-        if len(self.loose.captures) >= MOST_LOOSE:
-            self.loose.captures = self.loose.captures[1:]
-        return self.loose
+        return self.loose if self.open is None else self.open
+
+    def add(self, to: Pass, capture: Capture, repeat: Repeat) -> None:
+        """A call of a watched module ended in the pass ``to``."""
+        to.add(capture, repeat)
+        if to is self.loose:
+            to.trim(capture.name)
 
     def all(self) -> Iterator[Pass]:
         yield from self.kept
@@ -244,10 +271,10 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in([getattr(value, name) for name in value.__dataclass_fields__])
+    elif dataclasses.is_dataclass(value):
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
 def recomputing() -> bool:

@@ -167,7 +167,8 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
     if not isinstance(saved, dict):
         raise _refusal(STATE_KEY, "must be an object", saved)
     state = _validated(saved)
-    if _bare_names(state.layers) != _bare_names(list(layers)):
+    # Of layers=None, a state that was saved before the first forward pass has none.
+    if state.layers and [bare_name(n) for n in state.layers] != [bare_name(n) for n in layers]:
         raise ValueError(
             f"state_dict: {STATE_KEY}.layers: it is of the layers {state.layers}, this hook has {list(layers)}; make "
             f"the hook on the same layers, or, {START_FRESH}"
@@ -192,7 +193,7 @@ def checked_state(saved: Any, layers: Sequence[str], config: GAPTConfig) -> tupl
         )
     changed = [f"{path}: {old[path]!r} -> {new[path]!r}" for path in new if old[path] != new[path]]
     notice = f"the state goes on with other settings than it was saved with: {', '.join(changed)}" if changed else None
-    names = dict(zip(state.layers, layers, strict=True))
+    names = dict(zip(state.layers, layers, strict=False))  # none of a state from before the first forward pass
     counts = asdict(state.counts)
     counts["targets"] = {names[name]: target for name, target in counts["targets"].items()}
     return {"gate": asdict(state.gate), **counts}, notice
@@ -251,12 +252,10 @@ def _refusal(path: str, why: str, found: Any, *, missing: bool = False) -> Value
     return ValueError(f"state_dict: {where} {why}, found {text}; load an undamaged checkpoint, or, {START_FRESH}")
 
 
-def _bare_names(names: list[str]) -> list[str]:
-    """Names without what DistributedDataParallel and torch.compile put before them."""
+def bare_name(name: str) -> str:
+    """A name without what DistributedDataParallel, torch.compile and checkpoints put into it."""
     wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")
-    return [
-        functools.reduce(lambda name, part: name.replace(part, ""), wrappers, n).removeprefix("module.") for n in names
-    ]
+    return functools.reduce(lambda name, part: name.replace(part, ""), wrappers, name).removeprefix("module.")
 
 
 def flat_state(state: Mapping[str, Any]) -> dict[str, str]:

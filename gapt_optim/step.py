@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .alignment import activation_alignment
+from .alignment import activation_alignment, sharded
 from .comparison import GradientComparison, named_parameters, refuse_incomparable
 from .config import GAPTConfig
 from .gate import Phase
@@ -62,6 +62,7 @@ class Step:
         self._notices = Notices()
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
+        self._uncompared = False  # this rank had losses in this step, and gave none to backward()
         self._gradients: Gradients | None = None  # as the last loss found them
         self._gradients_show = True
         """.grad shows what a backward left. Under DeepSpeed it does not."""
@@ -113,7 +114,8 @@ class Step:
         self.plan = Plan(
             self._order,
             config.entropy.window,
-            pressed=frozenset(self.counted) if differentiated else frozenset(),
+            differentiated=frozenset(self.counted) if differentiated else frozenset(),
+            pressed=self.pressure.active,
             due=every > 0 and counts.steps % every == 0,
             angles=every > 0,
         )
@@ -146,13 +148,13 @@ class Step:
             if not taken:
                 self._nothing_taken(loss)
         self._notices.no_entropy(taken, center=self.config.entropy.center)
-        if self.plan.pressed:
+        if self.plan.differentiated:
             self._notices.no_gradient(taken, self.counted)
         self._notices.divided(loss, scaled_by)
         objective = build_objective(loss, taken, self.plan, self.pressure, scaled_by)
         self._mean_entropy = objective.mean_entropy
         if self._undeclared.wanted and self.group is not None:
-            self._undeclared.note(loss, scaled_by, objective, self.names, self.watching)
+            self._undeclared.note(loss, scaled_by, objective, self.watching)
         undivided = loss if scaled_by == 1.0 else loss.detach() / scaled_by
         self.sums.add(undivided, objective, alone=self.group is None)
         return objective.total
@@ -195,7 +197,6 @@ class Step:
             self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
         with self.watching.without_angles():
             self._comparison.before(loss, mean_entropy * scale)
-        self.compare_ranks(loss.device)  # before the first collective
         total.backward(**options)  # type: ignore[no-untyped-call]
         self._comparison.after()
 
@@ -293,14 +294,31 @@ class Step:
         if self._undeclared.wanted:
             if self.group is not None:
                 self._undeclared.refuse(self.names, self.group, device)
-            self._undeclared.wanted = self.watching.digest = False
+            else:
+                self._undeclared.wanted = False
+            self.watching.digest = self._undeclared.wanted
 
-    def start_reading(self, device: torch.device) -> Callable[[], StepNumbers] | None:
+    def start_reading(self, device: torch.device, groups: Groups) -> Callable[[], StepNumbers] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self.group is None and not self.sums.micro_batches:
             return None
+        if self.pressure.compared:
+            begun = self._comparison is not None and self._comparison.begun
+            self._uncompared = self.sums.micro_batches > 0 and not begun
+            if self.group is not None and self._of_stages is None:
+                self._compare_over_ranks(groups)
         angles = self._angles(device) if self.plan.due else None
         return self.sums.start_reading(angles, self.progress.counts.unjudged_validation, device, self.group)
+
+    def _compare_over_ranks(self, groups: Groups) -> None:
+        """One collective on every rank, whether or not it compared a backward of its own."""
+        parameters = named_parameters(self.watching.model(), groups)
+        if not parameters or sharded(parameters) is not None:
+            return
+        comparison = self._comparison
+        if comparison is None:
+            comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
+        comparison.meet()
 
     def _angles(self, device: torch.device) -> Tensor:
         """(layers, 3), also of those that stages on other ranks have."""
@@ -348,7 +366,7 @@ class Step:
             compression_steps=counts.compression_steps,
             nonfinite_steps=counts.nonfinite_steps,
         )
-        self._tell(numbers, self.metrics, pressure, missing=pressure.compared and compared is None)
+        self._tell(numbers, self.metrics, pressure, missing=pressure.compared and self._uncompared)
         return self.metrics
 
     def _tell(self, numbers: StepNumbers, metrics: StepMetrics, pressure: Pressure, *, missing: bool) -> None:
@@ -368,6 +386,7 @@ class Step:
         watched = {name: watch.module() for name, watch in self.watching.watches.items()}
         self._notices.unused(self.watching.passes.unused())
         self._notices.absent(numbers.ran, self.names, self.watching.model(), watched)
+        self._notices.empty(numbers.ran, numbers.entropies)
         self._notices.stepped()
 
     def refuse_nonfinite(self, metrics: StepMetrics) -> None:

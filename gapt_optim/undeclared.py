@@ -20,6 +20,8 @@ from .objective import Objective
 if TYPE_CHECKING:
     from .watching import Watching
 
+_TRIES = 3
+"""Steps over ranks that are looked at, where the first tell nothing."""
 _HEAD = 5  # of a row: loss, whether it is of a low precision, share of the loss, two numbers of a digest
 _SAME = 1e-5
 _A_SHARE = 0.67
@@ -31,11 +33,12 @@ class Undeclared:
 
     def __init__(self) -> None:
         self.wanted = True
+        self._tries = 0
         self._row: list[Tensor | float] | None = None
         self._entropies: tuple[list[str], Tensor] | None = None
         self._settled: set[str] = set()
 
-    def note(self, loss: Tensor, scaled_by: float, made: Objective, names: Sequence[str], watching: Watching) -> None:
+    def note(self, loss: Tensor, scaled_by: float, made: Objective, watching: Watching) -> None:
         """One loss; those after the first are passed over."""
         if self._row is not None:
             return
@@ -62,9 +65,14 @@ class Undeclared:
         rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
         dist.all_gather(rows, row, group=group)
         self._row = self._entropies = None
-        problem = undeclared(torch.stack(rows).tolist(), names)
-        if problem is not None:
+        found = torch.stack(rows).tolist()
+        problem, self._tries = undeclared(found, names), self._tries + 1
+        # A head of zeros gives all ranks the same first loss: where their arguments are unknown, the next one tells.
+        certain = self._tries > 1 or not any(math.isnan(value) for row in found for value in row[3:_HEAD])
+        if problem is not None and certain:
             raise ValueError(problem)
+        empty = all(math.isnan(value) for row in found for value in row[_HEAD:])
+        self.wanted = (problem is not None or empty) and self._tries < _TRIES
 
 
 def undeclared(rows: Sequence[Sequence[float]], names: Sequence[str]) -> str | None:

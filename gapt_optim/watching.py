@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,6 +125,8 @@ class Watching:
 
     def take_angles(self, device: torch.device) -> Tensor:
         """(layers, 3) sums of <g,d>, |g|² and |d|² since the last call, zeros where no backward reached an angle."""
+        if not self.watches:
+            return torch.zeros(0, 3, device=device)
         taken = torch.stack([watch.angles.take(device) for watch in self.watches.values()])
         factors = [watch.of_angle for watch in self.watches.values()]
         if any(factor != 1.0 for factor in factors):
@@ -214,7 +217,7 @@ class Watch(Unsaved):
         windows = cutting(batch, length, plan.window, reading.live, reading.segments)
         flows = rows.requires_grad
         # A compiled model is the same at every step of a phase, whether it is due or not.
-        differentiated = flows and (self.name in plan.pressed or (not compiling and plan.due and plan.angles))
+        differentiated = flows and (self.name in plan.differentiated or (not compiling and plan.due and plan.angles))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
         if windows.size > features and (compiling or plan.due):
@@ -228,9 +231,7 @@ class Watch(Unsaved):
             marked = self.angles.in_graph(reading.h, reading.view, windows, order)
             return replaced(output, reading.h, marked)
         capture.nodes = _nodes_of(output, reading.h)
-        into.captures.append(capture)
-        repeat = Repeat(_address(args), reading.view, windows, differentiated)
-        into.repeats.setdefault(self.name, []).append(repeat)
+        watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))
         if not differentiated:
             return None
         capture.saved = gram.grad_fn
@@ -272,12 +273,12 @@ class Watch(Unsaved):
         try:
             return self._understood(plan, output)
         except (TypeError, ValueError) as error:
-            if self.name in plan.pressed:
+            if plan.pressed and self.name in plan.differentiated:
                 raise
-            problem = str(error).replace(f'"{self.name}"', "")
-            if problem not in self.watching.told:
-                self.watching.told.add(problem)
+            problem, told = str(error).replace(f'"{self.name}"', ""), self.watching.told
+            if not {problem, self.name} & told:  # neither of this layer nor of another
                 tell(f"{error}. Until then the layer is left out, and compression will refuse it")
+            told |= {problem, self.name}
             return None
 
     def _gram(self, rows: Tensor, windows: Windows, order: Order, differentiated: bool) -> tuple[Tensor, Tensor | None]:
@@ -296,12 +297,6 @@ class Watch(Unsaved):
         here = [repeat for repeat in found if repeat.place == _address(args)] or found
         if not here:
             return
-        first, *others = here
-        if any(not _same(first, other) for other in others):
-            raise RuntimeError(
-                f'module "{self.name}" is recomputed by activation checkpointing after several masked forward passes, '
-                "and which mask belongs to it is unknown; call backward after each forward pass"
-            )
         repeat = here[-1]
         if repeat.differentiated:
             plan = self.watching.plan
@@ -315,8 +310,22 @@ class Watch(Unsaved):
         own = [capture for capture in self.recent if capture.gram is not None]
         # Without gradients nothing tells which call a loss is of.
         taken = [capture for capture in own if _is_of(capture.gram, behind)]
+        if len(taken) == MOST_COMPILED:
+            self._too_many()
         self.recent = [Capture(self.name) if capture in taken else capture for capture in self.recent]
         return taken[::-1]
+
+    def _too_many(self) -> None:
+        told, plan = self.watching.told, self.watching.plan
+        problem = (
+            f'module "{self.name}" ran {MOST_COMPILED} times or more for one loss in a compiled model, where only the '
+            "last calls are kept; compile the parts around it, or watch other layers"
+        )
+        if plan is not None and plan.pressed:
+            raise RuntimeError(problem)
+        if problem not in told:
+            told.add(problem)
+            tell(f"{problem}. Until then its entropy is that of the last calls, and compression will refuse it")
 
     def clear(self) -> None:
         self.angles.clear()
@@ -333,7 +342,9 @@ class Begins(Unsaved):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watching = self.watching
         self.calls.enter(args, kwargs)
-        if not self.is_model or torch.compiler.is_compiling() or watching.passes.open is not None:
+        if not self.is_model or torch.compiler.is_compiling():
+            return
+        if watching.passes.open is not None and len(watching.layout.calls) > 1:  # not one that an interrupt ended
             return
         if watching.plan is not None and watching.reader is None and torch.is_grad_enabled() and not in_backward():
             if watching.digest:
@@ -371,7 +382,8 @@ def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
             return None
         items = [item if changed is None else changed for item, changed in zip(output, items, strict=True)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+    fields = dataclasses.is_dataclass(output) and not isinstance(output, type)
+    if fields:
         pairs: Any = ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
     elif isinstance(output, Mapping):
         pairs = output.items()
@@ -380,9 +392,14 @@ def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
     changed = {key: value for key, value in ((k, replaced(v, old, new)) for k, v in pairs) if value is not None}
     if not changed:
         return None
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(output, **changed)
-    return type(output)({**output, **changed})
+    # Its class may be made in a way of its own: a copy needs none.
+    result = copy.copy(output)
+    for key, value in changed.items():
+        if fields:
+            object.__setattr__(result, key, value)
+        if isinstance(result, MutableMapping):  # a ModelOutput of transformers is both
+            result[key] = value
+    return result
 
 
 def _nodes_of(output: Any, h: Tensor) -> tuple[Any, ...]:
@@ -408,11 +425,3 @@ def _address(args: Any) -> int:
     """Of the first tensor that a module was called with: a checkpoint calls it with the same one again."""
     first = next((value for value in args if isinstance(value, Tensor)), None)
     return 0 if first is None or first.is_nested else first.data_ptr()
-
-
-def _same(a: Repeat, b: Repeat) -> bool:
-    """Both calls are repeated alike."""
-    indices = (a.windows.places, b.windows.places)
-    equal = indices[0] is indices[1] or (None not in indices and torch.equal(*indices))  # type: ignore[arg-type]
-    keeps = (a.windows.keep, b.windows.keep)
-    return equal and (keeps[0] is keeps[1] or (None not in keeps and torch.equal(*keeps)))  # type: ignore[arg-type]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+from collections import UserDict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from gapt_optim import GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
-from gapt_optim.passes import MOST_LOOSE, Pass, nodes_behind
+from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim.passes import MOST_COMPILED, MOST_LOOSE, Pass, nodes_behind
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
 
@@ -195,3 +200,136 @@ def test_statistics_of_an_abandoned_backward_are_not_counted() -> None:
     assert optimizer.metrics is not None
     assert reference.metrics is not None
     assert optimizer.metrics.alignment == reference.metrics.alignment
+
+
+class Stack(nn.Module):
+    """Linear layers that know of masks, and can be stopped as a notebook's cell is."""
+
+    def __init__(self, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.checkpointed = checkpointed
+        self.stopped = False
+
+    def body(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(input=x))
+            if self.stopped:
+                raise KeyboardInterrupt
+        return x
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        found: Tensor = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return found
+
+
+def tokens() -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, and two masks of them."""
+    ids = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(0))
+    first, second = torch.ones_like(ids), torch.ones_like(ids)
+    first[0, 12:], second[:, 4:] = 0, 0
+    return ids, first, second
+
+
+def deeper(frames: int, function: Callable[[], Tensor]) -> Tensor:
+    return function() if frames == 0 else deeper(frames - 1, function)
+
+
+@pytest.mark.parametrize("frames", [0, 5])
+def test_a_pass_that_was_interrupted_leaves_nothing(frames: int) -> None:
+    """No hook is called then: the mask of that pass must not be that of later ones."""
+    found = []
+    for interrupted in (True, False):
+        model = Stack()
+        optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), RepresentationHook(model, "layers.*"))
+        ids, _, mask = tokens()
+        if interrupted:
+            model.stopped = True
+            with pytest.raises(KeyboardInterrupt):
+                model(ids, mask)
+            model.stopped = False
+        optimizer.backward(deeper(frames, lambda m=model, i=ids: m(i)).mean())  # type: ignore[misc]
+        optimizer.step()
+        assert optimizer.metrics is not None
+        found.append(optimizer.metrics.layer_entropy)
+    assert len(found[0]) == 3
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_checkpoint_behind_two_masked_passes(every: int) -> None:
+    """A repeated call does not have the mask of its pass, and needs none."""
+    gradients, metrics = [], []
+    for checkpointed in (True, False):
+        model = Stack(checkpointed=checkpointed)
+        config = GAPTConfig.penalty(alignment=AlignmentConfig(every=every))
+        hook = RepresentationHook(model, "layers.*")
+        optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook, config)
+        ids, first, second = tokens()
+        optimizer.backward((model(ids, first) - model(ids, second)).square().mean())
+        optimizer.step()
+        gradients.append([p.grad for p in model.parameters()])
+        metrics.append(optimizer.metrics)
+    assert metrics[0] == metrics[1]
+    assert all(torch.equal(p, q) for p, q in zip(*gradients, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["namespace", "mapping", "none"])
+def test_an_output_that_shows_no_tensor(kind: str) -> None:
+    """The loss tells by itself which captures it is made of."""
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
+    losses: list[Tensor] = []
+
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Any:
+            found = self.inner(x)
+            losses.append(found.square().mean())
+            return {"namespace": SimpleNamespace(x=found), "mapping": UserDict(x=found), "none": None}[kind]
+
+    wrapping = Wrapping()
+    optimizer = GAPTOptimizer(
+        torch.optim.SGD(model.parameters()), RepresentationHook(wrapping, "inner.1"), GAPTConfig.penalty()
+    )
+    for _ in range(3):
+        wrapping(torch.randn(16, 10))
+        optimizer.backward(losses.pop())
+        optimizer.step()
+        assert optimizer.metrics is not None
+        assert list(optimizer.metrics.layer_entropy) == ["inner.1"]
+        assert not any(each.captures for each in kept(optimizer))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_layer_of_a_compiled_model_that_runs_too_often() -> None:
+    class Repeating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(MOST_COMPILED + 1):
+                x = torch.tanh(self.block(x))
+            return x
+
+    model = Repeating()
+    hook = RepresentationHook(model, "block")
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), hook, COMPRESSION)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=f'"block" ran {MOST_COMPILED} times or more for one loss'):
+        optimizer.backward(compiled(torch.randn(16, 8)).mean())
+
+
+def test_a_resting_layer_stops_no_memorization_where_gradients_are_compared() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    config = GAPTConfig(gate=GateConfig(frozen=True), alignment=AlignmentConfig(parameter_every=1))
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), RepresentationHook(model, ["0"]), config)
+    with pytest.warns(UserWarning, match="the loss does not depend on the output"):
+        optimizer.backward(model[1](torch.randn(16, 8)).mean())
+    optimizer.step()

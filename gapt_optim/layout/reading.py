@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -160,9 +161,9 @@ class Layout:
         """A call begins."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            call.depth = _depth()
-            while self.calls and self.calls[-1].depth >= call.depth:  # one that ended by an interrupt
+            while self.calls and not _runs(self.calls[-1].frame):  # it ended by an interrupt, which runs no hook
                 self.calls.pop()
+            call.frame = sys._getframe(3)  # the module's call, around the hook that enters
             if self._following is not None and not self.calls:
                 self._stop()
         self.calls.append(call)
@@ -178,7 +179,7 @@ class Layout:
     def leave(self, number: int) -> None:
         """The innermost call of this caller ended, or raised."""
         if self.calls and self.calls[-1].caller.number == number:
-            self.calls.pop()
+            self.calls.pop().frame = None
             if not self.calls and self._following is not None and not torch.compiler.is_compiling():
                 self._stop()
 
@@ -479,8 +480,9 @@ def _check_function(argument: str, value: Any) -> None:
         raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
 
 
-def _depth() -> int:
-    depth, frame = 0, sys._getframe()
-    while frame.f_back is not None:
-        depth, frame = depth + 1, frame.f_back
-    return depth
+def _runs(frame: FrameType | None) -> bool:
+    """It is on the stack."""
+    now: FrameType | None = sys._getframe()
+    while now is not None and now is not frame:
+        now = now.f_back
+    return now is not None

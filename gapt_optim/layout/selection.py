@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from .._unsaved import Unsaved, leave_out
+
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_PROPOSED = 6
 
@@ -67,6 +69,16 @@ def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
     return candidates
 
 
+class _Ran(Unsaved):
+    """Forward hook of a candidate."""
+
+    def __init__(self, candidates: Candidates, name: str) -> None:
+        self._candidates, self._name = candidates, name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._candidates.ran(self._name, args, kwargs, output)
+
+
 class Candidates:
     """Modules that may be the model's blocks, for hooks during one forward pass: it tells which are.
 
@@ -101,12 +113,10 @@ class Candidates:
 
     def place(self) -> list[Any]:
         """Hooks on the candidates; returns their handles."""
-        return [
-            module.register_forward_hook(
-                lambda _, args, kwargs, output, name=name: self.ran(name, args, kwargs, output), with_kwargs=True
-            )
-            for name, module in self.modules.items()
-        ]
+        handles: list[Any] = []
+        for name, module in self.modules.items():
+            handles += [leave_out(module), module.register_forward_hook(_Ran(self, name), with_kwargs=True)]
+        return handles
 
     def ran(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         """A candidate ran: note whether it goes on with what the one before it gave."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ class Call:
         self.documents: Tensor | None = None
         self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
-        self.depth = 0
+        self.frame: FrameType | None = None
+        """Of the module's call; a frame that is no longer on the stack ended."""
 
     def tokens(self, mask: str) -> list[str]:
         """The arguments that have the tokens of the argument ``mask``, by names and shapes; the first ones count."""

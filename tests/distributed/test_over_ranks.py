@@ -119,7 +119,7 @@ def test_one_collective_per_step(
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("reduce", ["mean", "largest_drop"])
 def test_collectives_of_a_measured_step(ranks: Ranks, reduce: str, micro_batches: int) -> None:
-    """Per micro-batch, one more for all gradients of the entropy, and for which parameters there are.
+    """One more, for all gradients of the entropy and for which parameters there are, however many micro-batches.
 
     Where the entropy's part of the gradient is not the weight times that, the loss's own gradients go along.
     """
@@ -132,7 +132,7 @@ def test_collectives_of_a_measured_step(ranks: Ranks, reduce: str, micro_batches
     size = sum(p.numel() for p in parameters) * (1 if reduce == "mean" else 2) + 3 * len(parameters)
     numbers = numbers_per_step(LAYERS)
     plain = [(numbers, 8 * numbers)]
-    measured = micro_batches * [(size, 8 * size)] + plain
+    measured = [(size, 8 * size), *plain]
     for found in ranks(collectives, Run("ddp", config=config, steps=3, micro_batches=micro_batches)):
         assert found == [COMPARED + measured, plain, measured]  # before the first one
 
