@@ -510,6 +510,18 @@ def test_windows_do_not_cross_documents(how: str, flat: bool) -> None:
     assert watch.entropies["l"] == pytest.approx(direct(*model.l(h).split(sizes)))
 
 
+@pytest.mark.parametrize("shape", [(3, 20), (1, 20), (20,)])
+def test_positions_of_all_sequences_mark_documents(shape: tuple[int, ...]) -> None:
+    """Models take position_ids that all sequences of a batch share."""
+    model, ids = Packed(), torch.randint(0, 50, (3, 20))
+    positions = torch.cat([torch.arange(12), torch.arange(8)])
+    positions = positions.reshape(shape) if len(shape) == 1 else positions.expand(shape)
+    with Watch(model, ["embed"]) as watch:
+        model(ids, position_ids=positions)
+    parts = [part for h in model.embed(ids) for part in h.split([12, 8])]
+    assert watch.entropies["embed"] == pytest.approx(direct(*parts))
+
+
 # Calls
 
 

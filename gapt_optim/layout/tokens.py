@@ -366,13 +366,22 @@ def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
                 ends = call.tensors[name]
                 places = torch.arange(length, device=ends.device, dtype=ends.dtype)
                 return torch.searchsorted(ends, places, right=True)[None], name
-        positions = call.tensors.get("position_ids")
-        if positions is not None and positions.shape == (batch, length) and (call.caller.is_model or has_ids(call)):
+        positions = positions_of(call, batch, length)
+        if positions is not None:
             if call.documents is None:
                 restarts = positions[:, 1:] <= positions[:, :-1]
                 call.documents = F.pad(restarts.cumsum(1), (1, 0))
-            return call.documents, "position_ids that restart"
+            return call.documents.expand(batch, -1), "position_ids that restart"
     return None, ""
+
+
+def positions_of(call: Call, batch: int, length: int) -> Tensor | None:
+    """The positions of the tokens of a whole model, (batch, length), or (1, length) where all sequences share them."""
+    positions = call.tensors.get("position_ids")
+    if positions is None or not (call.caller.is_model or has_ids(call)):
+        return None
+    positions = positions[None] if positions.ndim == 1 else positions
+    return positions if positions.shape in ((batch, length), (1, length)) else None
 
 
 def has_ids(call: Call) -> bool:
