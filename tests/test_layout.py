@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gapt_optim.layout import Layout
+from gapt_optim.layout.tokens import restarted
 
 from .watching import Watch, direct
 
@@ -520,6 +521,62 @@ def test_positions_of_all_sequences_mark_documents(shape: tuple[int, ...]) -> No
         model(ids, position_ids=positions)
     parts = [part for h in model.embed(ids) for part in h.split([12, 8])]
     assert watch.entropies["embed"] == pytest.approx(direct(*parts))
+
+
+DOCUMENTS: dict[str, tuple[list[int], list[int]]] = {
+    "packed": ([*range(12), *range(8)], [12, 8]),
+    "documents of one token": ([0, *range(9), 0, *range(9)], [1, 9, 1, 9]),
+    "from one on": ([*range(1, 13), *range(1, 9)], [12, 8]),
+    "the end of a document first": ([*range(7, 15), *range(12)], [8, 12]),
+    "one sequence": ([*range(20)], [20]),
+    "a part behind a cache": ([*range(30, 50)], [20]),
+    "reversed": ([*range(19, -1, -1)], [20]),
+    "shuffled": ([*range(0, 20, 2), *range(19, 0, -2)], [20]),
+    "one for each frame": ([i // 4 for i in range(20)], [20]),
+    "rows of an image": ([0, 1, 2, *(3,) * 9, *range(4, 12)], [20]),
+    "all the same": ([0] * 20, [20]),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_positions_mark_documents_where_each_counts_from_the_first(name: str) -> None:
+    model, ids = Packed(), torch.randint(0, 50, (1, 20))
+    positions, sizes = DOCUMENTS[name]
+    with Watch(model, ["embed"]) as watch:
+        model(ids, position_ids=torch.tensor([positions]))
+    assert watch.entropies["embed"] == pytest.approx(direct(*model.embed(ids)[0].split(sizes)))
+
+
+def test_documents_are_numbered_in_one_graph() -> None:
+    positions = torch.tensor([positions for positions, _ in DOCUMENTS.values()])
+    live = torch.ones_like(positions, dtype=torch.bool)
+    live[:, 15:] = False
+    compiled = torch.compile(restarted, backend="eager", fullgraph=True)
+    for mask in (None, live):
+        assert torch.equal(compiled(positions, mask), restarted(positions, mask))
+
+
+class PackedMasked(Packed):
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.l(self.embed(input_ids))
+        return out
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("left", [False, True])
+def test_positions_of_padding_say_nothing(left: bool, pad: int) -> None:
+    """On the left, transformers gives padding the position 1."""
+    model, ids = PackedMasked(), torch.randint(0, 50, (2, 20))
+    documents, padding = [*range(9), *range(6)], [pad] * 5
+    positions = torch.tensor([padding + documents if left else documents + padding, [*range(20)]])
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, slice(5) if left else slice(15, None)] = False
+    with Watch(model, ["embed"]) as watch:
+        model(ids, attention_mask=mask, position_ids=positions)
+    (reading,) = watch.readings["embed"]
+    assert reading.segments is not None
+    live = [reading.segments[row][mask[row]] for row in range(2)]
+    assert [torch.unique_consecutive(ids, return_counts=True)[1].tolist() for ids in live] == [[9, 6], [20]]
 
 
 # Calls

@@ -235,7 +235,7 @@ class Layout:
         if live is not None and live.shape != rows.shape[:2]:
             view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
             rows = view(h)
-        segments, why_segments = self._segments(name, watched, rows)
+        segments, why_segments = self._segments(name, watched, rows, live)
         why_rows += f"; documents by {why_segments}" if why_segments else ""
         why = axes_.described(decision.axes), decision.why_axes, why_rows, guess
         if key is not None and live is None and segments is None and self._is_plain(name, watched, decision):
@@ -377,11 +377,11 @@ class Layout:
             + "; return a tensor of that shape, or None"
         )
 
-    def _segments(self, name: str, watched: Watched, rows: Tensor) -> tuple[Tensor | None, str]:
+    def _segments(self, name: str, watched: Watched, rows: Tensor, live: Tensor | None) -> tuple[Tensor | None, str]:
         if watched.segments is not None:
             found = self._picked(name, "segments", watched.segments, rows, rows)
             return found, "segments="
-        return documents(self.calls, rows)
+        return documents(self.calls, rows, live)
 
     def _read_nested(self, name: str, h: Tensor, watched: Watched) -> Reading:
         """In evaluation, ``nn.TransformerEncoder`` packs masked sequences into a nested tensor."""

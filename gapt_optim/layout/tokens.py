@@ -68,7 +68,8 @@ class Call:
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
         self.knows_documents = any(name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS, "position_ids"))
-        self.documents: Tensor | None = None
+        self.documents: tuple[Tensor | None, Tensor] | None = None
+        """The mask, and the documents of the rows that count by it."""
         self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
         self.depth = 0
@@ -352,8 +353,8 @@ def _seen(keep: Tensor) -> Tensor:
 # Documents
 
 
-def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
-    """(batch, length) numbers of documents, from the outermost call that knows them."""
+def documents(calls: list[Call], rows: Tensor, live: Tensor | None) -> tuple[Tensor | None, str]:
+    """(batch, length) numbers of documents, from the outermost call that knows them; of the rows that are ``live``."""
     batch, length = rows.shape[:2]
     for call in calls:
         if not call.knows_documents:
@@ -367,11 +368,10 @@ def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
                 places = torch.arange(length, device=ends.device, dtype=ends.dtype)
                 return torch.searchsorted(ends, places, right=True)[None], name
         positions = positions_of(call, batch, length)
-        if positions is not None:
-            if call.documents is None:
-                restarts = positions[:, 1:] <= positions[:, :-1]
-                call.documents = F.pad(restarts.cumsum(1), (1, 0))
-            return call.documents.expand(batch, -1), "position_ids that restart"
+        if positions is not None and length:
+            if call.documents is None or call.documents[0] is not live:  # once for all layers of one mask
+                call.documents = live, restarted(positions, live)
+            return call.documents[1].expand(batch, -1), "position_ids that restart"
     return None, ""
 
 
@@ -382,6 +382,27 @@ def positions_of(call: Call, batch: int, length: int) -> Tensor | None:
         return None
     positions = positions[None] if positions.ndim == 1 else positions
     return positions if positions.shape in ((batch, length), (1, length)) else None
+
+
+def restarted(positions: Tensor, live: Tensor | None) -> Tensor:
+    """Numbers of the documents that ``positions`` count, one sequence's smallest being where each document begins.
+
+    Positions that also go back or stay elsewhere, as those of an image or of reversed tokens, mark no documents. Those
+    of padding say nothing. All is decided on the device, where nobody waits for it.
+
+    >>> restarted(torch.tensor([[0, 1, 2, 0, 0, 1], [5, 4, 3, 2, 1, 0]]), None)
+    tensor([[1, 1, 1, 2, 3, 3],
+            [1, 1, 1, 1, 1, 1]])
+    """
+    live = torch.ones_like(positions, dtype=torch.bool) if live is None else live.to(positions.device)
+    known = torch.where(live, positions, torch.iinfo(torch.int32).max)
+    smallest = known.amin(1, keepdim=True)
+    before, after = positions[:, :-1], positions[:, 1:]
+    counted = (after == before + 1) | (after == smallest) | ~(live[:, 1:] & live[:, :-1])
+    counting = counted.all(1, keepdim=True) & (live & (positions > smallest)).any(1, keepdim=True)
+    first = live & (live.cumsum(1) == 1)  # of a document that began in another sequence, perhaps
+    begins = first | (live & counting & (positions == smallest))
+    return begins.cumsum(1).clamp(min=1)
 
 
 def has_ids(call: Call) -> bool:
