@@ -26,6 +26,7 @@ from .tokens import (
     by_shape,
     documents,
     followed,
+    has_ones,
     live_rows,
     may_mask,
     still_fits,
@@ -91,8 +92,9 @@ class Layout:
         model: the model that is called, held weakly.
         modules: the watched modules by name.
         output: picks the hidden tensor from an output.
-        mask: from the arguments of the model's call, by name, to a mask (batch, length), true or not 0 where a row
-            counts, or None; or a mapping from globs of layers to such functions. By default, masks are found.
+        mask: from the arguments of the model's call, by name, to a mask (batch, length), true or 1 where a row
+            counts, false or 0 elsewhere, or None; or a mapping from globs of layers to such functions. By default,
+            masks are found.
         layout: what the axes are, as ``"batch height width channels"``; or a mapping from globs to such strings.
         segments: as ``mask``, to the numbers of documents (batch, length).
 
@@ -149,6 +151,8 @@ class Layout:
         self._situations: set[Any] = set()
         self._looks = 0
         self._told: set[str] = set()
+        self._checked: set[int] = set()
+        """Functions of ``mask=`` whose values are known to be 0 and 1."""
 
     def callers(self) -> list[tuple[nn.Module, Calls]]:
         """The model and the modules around watched ones whose calls bring tokens, each with what its hooks call."""
@@ -208,7 +212,7 @@ class Layout:
         Raises:
             TypeError: it holds no hidden tensor of floating point.
             ValueError: its axes are ambiguous, or it does not have those of ``layout=``, or the shape of a mask or of
-                segments that was given.
+                segments that was given, or a mask has other values than 0 and 1.
         """
         watched = self._watched[name]
         own = h = checked_hidden(name, output, self._output)
@@ -360,7 +364,9 @@ class Layout:
             return None
         if not isinstance(found, Tensor):
             raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
-        found = found.to(device=rows.device, dtype=torch.bool if argument == "mask" else None)
+        if argument == "mask":
+            found = self._as_bools(name, pick, found)
+        found = found.to(device=rows.device)
         about_tokens = found.ndim <= 2
         if not about_tokens:
             found = found.flatten(1)
@@ -376,6 +382,13 @@ class Layout:
             + (f"(batch, seq) = {shape}" if h.ndim > 2 else f"{len(h)} rows")
             + "; return a tensor of that shape, or None"
         )
+
+    def _as_bools(self, name: str, pick: Pick, mask: Tensor) -> Tensor:
+        """``mask`` as bools. Its values wait for the device: they are looked at until a batch shows what they are."""
+        known = mask.dtype == torch.bool or id(pick) in self._checked or torch.compiler.is_compiling()
+        if not known and has_ones(name, mask):
+            self._checked.add(id(pick))
+        return mask.to(torch.bool)
 
     def _segments(self, name: str, watched: Watched, rows: Tensor, live: Tensor | None) -> tuple[Tensor | None, str]:
         if watched.segments is not None:

@@ -350,6 +350,23 @@ def _seen(keep: Tensor) -> Tensor:
     return keep.flatten(1, -2).any(1) if keep.ndim > 2 else keep
 
 
+def has_ones(name: str, mask: Tensor) -> bool:
+    """Of what ``mask=`` gave for the layer ``name``: some 1, and not zeros alone, as a mask that is added may have.
+
+    Raises:
+        ValueError: it has another value than 0 and 1, so that which rows count is not known.
+    """
+    wrong = (mask != 0) & (mask != 1)
+    others, ones = torch.stack([wrong.any(), mask.any()]).tolist()
+    if others:
+        raise ValueError(
+            f'mask= gave {mask.dtype} with the value {mask[wrong][0].item():g} for module "{name}"; return bools, or 0 '
+            "and 1, true or 1 where a token counts: mask == 0 for the inverse of integers or for a mask that is added "
+            "to scores, ids != padding for tokens"
+        )
+    return bool(ones)
+
+
 # Documents
 
 
