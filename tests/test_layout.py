@@ -128,6 +128,68 @@ def test_what_stands_behind_a_sequence_first_module(shape: tuple[int, ...]) -> N
         assert of(last, layer, x.transpose(0, 1)) == pytest.approx(of(first, layer, x))
 
 
+class Before(nn.Module):
+    """A layer before the module that says where the sequence is; ``turns`` are where its arguments are transposed."""
+
+    def __init__(self, kind: str, first: bool = False, turns: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.kind, self.turns = nn.Linear(WIDTH, WIDTH), kind, turns
+        self.embed = nn.Embedding(9, WIDTH)
+        if kind in ("GRU", "LSTM"):
+            self.block: nn.Module = getattr(nn, kind)(WIDTH, WIDTH, batch_first=first)
+        elif kind == "attention":
+            self.block = nn.MultiheadAttention(WIDTH, 2, batch_first=first)
+        else:
+            layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=first)
+            self.block = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.inp(x if x.is_floating_point() else self.embed(x))
+        h = h.transpose(0, 1) if self.turns else h
+        out = self.block(h, h, h) if self.kind == "attention" else self.block(h)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "attention", "encoder"])
+@pytest.mark.parametrize("watched", [["inp"], ["inp", "block"]])
+def test_what_stands_before_a_sequence_first_module(watched: list[str], kind: str, ids: bool) -> None:
+    """The first pass shows it, and says so; the next ones are read rightly."""
+    model, x = Before(kind), torch.randint(0, 9, (20, 5)) if ids else batch(20, 5, WIDTH)
+    with Watch(model, watched) as watch:
+        with pytest.warns(UserWarning, match="first forward pass of inp was read with the batch first") as told:
+            model(x)
+        assert len(told) == 1
+        assert 'layout="length batch features"' in str(watch.readings["inp"][0].guess)
+        watch.clear()
+        model(x)
+        model(x)
+    readings = watch.readings["inp"]
+    assert [(each.axes, each.guess) for each in readings] == [("length batch features", None)] * 2
+    h = model.inp(model.embed(x) if ids else x)
+    assert watch.entropies["inp"] == pytest.approx(direct(*h.transpose(0, 1)))
+
+
+@pytest.mark.parametrize(("first", "turns"), [(True, False), (False, True)])
+@pytest.mark.parametrize("kind", ["GRU", "attention", "encoder"])
+def test_what_stands_before_a_module_that_gets_the_batch_first(kind: str, first: bool, turns: bool) -> None:
+    model, x = Before(kind, first, turns), batch(5, 20, WIDTH)
+    with Watch(model, ["inp"]) as watch:
+        model(x)
+        model(x)
+    assert [each.axes for each in watch.readings["inp"]] == ["batch length features"] * 2
+    assert watch.readings["inp"][1].guess is None
+
+
+def test_a_mask_says_more_than_batch_first() -> None:
+    model, x = Before("GRU"), batch(5, 20, WIDTH)
+    with Watch(model, ["inp"]) as watch:
+        model(x, attention_mask=torch.ones(5, 20))
+        model(x, attention_mask=torch.ones(5, 20))
+    assert [(each.axes, each.guess) for each in watch.readings["inp"]] == [("batch length features", None)] * 2
+
+
 class Streams(nn.Module):
     """Several vectors for each token."""
 

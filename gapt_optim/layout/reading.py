@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -22,8 +21,9 @@ from .tokens import (
     Caller,
     Choice,
     axes_of,
-    bring_tokens,
     by_shape,
+    callers_of,
+    depth_of_stack,
     documents,
     followed,
     has_ones,
@@ -31,6 +31,7 @@ from .tokens import (
     may_mask,
     still_fits,
 )
+from .turning import TURN, is_assumed, names_with_batch_second, turn_arguments, turned
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -128,7 +129,7 @@ class Layout:
                 _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
             axes_.parsed(text)
-        found = dict(_callers(model, modules))
+        found = dict(callers_of(model, modules))
         self._callers = [(weakref.ref(module), Calls(self, module, i)) for i, module in enumerate(found.values())]
         names = list(found)
         self._watched = {
@@ -142,6 +143,7 @@ class Layout:
             for name, module in modules.items()
         }
         self._names = names
+        self._batch_second = names_with_batch_second(model)
         self.calls: list[Call] = []
         """Under way, the innermost last."""
         self._following: Following | None = None
@@ -164,7 +166,7 @@ class Layout:
         """A call begins."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            call.depth = _depth()
+            call.depth = depth_of_stack()
             while self.calls and self.calls[-1].depth >= call.depth:  # one that ended by an interrupt
                 self.calls.pop()
             if self._following is not None and not self.calls:
@@ -201,6 +203,16 @@ class Layout:
         following, self._following = self._following, None
         if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
             following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if following is not None and turn_arguments(following.sequence_first):
+            wrong = list(dict.fromkeys(key[0] for key, decision in self._decisions.items() if decision.guess == TURN))
+            if wrong:
+                self.tell_once(turned(wrong, self._batch_second))
+            for known in (self._decisions, self._plain, self._situations):  # read them anew
+                known.clear()
+        elif following is not None and following.batch_first:
+            self._decisions = {
+                key: each._replace(guess=None) if each.guess == TURN else each for key, each in self._decisions.items()
+            }
 
     # Outputs
 
@@ -285,6 +297,8 @@ class Layout:
             axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
         else:
             axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
+            if self._batch_second and is_assumed(axes, trace, self._following):
+                why, guess = "assumed, with the batch first", guess or TURN
         if self._following is None:
             return Decision(axes, why, None, None, guess, followed=False)
         if self._picks_masks:
@@ -464,13 +478,6 @@ class Calls:
         self._layout.leave(self.caller.number)
 
 
-def _callers(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
-    around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
-    found = [(name, module) for name, module in model.named_modules() if name in around and module is not model]
-    return [("", model), *((name, module) for name, module in found if bring_tokens(module))]
-
-
 def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
     """What ``argument`` says of each layer: one value for all, or the first glob of a mapping that matches it.
 
@@ -490,10 +497,3 @@ def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, A
 def _check_function(argument: str, value: Any) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
-
-
-def _depth() -> int:
-    depth, frame = 0, sys._getframe()
-    while frame.f_back is not None:
-        depth, frame = depth + 1, frame.f_back
-    return depth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ class Caller:
         self.kind = type(module).__name__
         self.parameters = argument_names(module)
         self.sequence_first = sequence_first(module)
+        self.turned: set[str] = set()
+        """Arguments that a forward pass showed to have the sequence first."""
         self.masks = [name for name in self.parameters if is_mask(name)]
         self.decodes = "decoder_input_ids" in self.parameters
         self.reads_memory = "encoder_hidden_states" in self.parameters or "tgt_key_padding_mask" in self.parameters
@@ -190,7 +193,7 @@ def axes_of(call: Call, name: str) -> Axes:
     if tensor.ndim not in (2, 3) or (tensor.ndim == 2 and tensor.is_floating_point()):
         return unknown
     features = (FEATURES,) * (tensor.ndim - 2)
-    if call.caller.sequence_first:
+    if call.caller.sequence_first or name in call.caller.turned:
         return (LENGTH, BATCH, *features)
     for mask in call.masks:
         shape = sizes_of_mask(call.tensors[mask])
@@ -448,3 +451,17 @@ def sequence_first(module: Any) -> bool | None:
 def bring_tokens(module: nn.Module) -> bool:
     """A call of ``module`` takes a mask of tokens."""
     return isinstance(module, tuple(_PADDING)) or any(is_mask(name) for name in argument_names(module))
+
+
+def callers_of(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
+    around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
+    found = [(name, module) for name, module in model.named_modules() if name in around and module is not model]
+    return [("", model), *((name, module) for name, module in found if bring_tokens(module))]
+
+
+def depth_of_stack() -> int:
+    depth, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+    return depth
