@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gapt_optim.layout import Layout
+from gapt_optim.layout.tokens import restarted
 
 from .watching import Watch, direct
 
@@ -125,6 +126,68 @@ def test_what_stands_behind_a_sequence_first_module(shape: tuple[int, ...]) -> N
     for layer in ("rnn", "head"):
         first, last = Recurrent(True), Recurrent(False)
         assert of(last, layer, x.transpose(0, 1)) == pytest.approx(of(first, layer, x))
+
+
+class Before(nn.Module):
+    """A layer before the module that says where the sequence is; ``turns`` are where its arguments are transposed."""
+
+    def __init__(self, kind: str, first: bool = False, turns: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.kind, self.turns = nn.Linear(WIDTH, WIDTH), kind, turns
+        self.embed = nn.Embedding(9, WIDTH)
+        if kind in ("GRU", "LSTM"):
+            self.block: nn.Module = getattr(nn, kind)(WIDTH, WIDTH, batch_first=first)
+        elif kind == "attention":
+            self.block = nn.MultiheadAttention(WIDTH, 2, batch_first=first)
+        else:
+            layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=first)
+            self.block = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.inp(x if x.is_floating_point() else self.embed(x))
+        h = h.transpose(0, 1) if self.turns else h
+        out = self.block(h, h, h) if self.kind == "attention" else self.block(h)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "attention", "encoder"])
+@pytest.mark.parametrize("watched", [["inp"], ["inp", "block"]])
+def test_what_stands_before_a_sequence_first_module(watched: list[str], kind: str, ids: bool) -> None:
+    """The first pass shows it, and says so; the next ones are read rightly."""
+    model, x = Before(kind), torch.randint(0, 9, (20, 5)) if ids else batch(20, 5, WIDTH)
+    with Watch(model, watched) as watch:
+        with pytest.warns(UserWarning, match="first forward pass of inp was read with the batch first") as told:
+            model(x)
+        assert len(told) == 1
+        assert 'layout="length batch features"' in str(watch.readings["inp"][0].guess)
+        watch.clear()
+        model(x)
+        model(x)
+    readings = watch.readings["inp"]
+    assert [(each.axes, each.guess) for each in readings] == [("length batch features", None)] * 2
+    h = model.inp(model.embed(x) if ids else x)
+    assert watch.entropies["inp"] == pytest.approx(direct(*h.transpose(0, 1)))
+
+
+@pytest.mark.parametrize(("first", "turns"), [(True, False), (False, True)])
+@pytest.mark.parametrize("kind", ["GRU", "attention", "encoder"])
+def test_what_stands_before_a_module_that_gets_the_batch_first(kind: str, first: bool, turns: bool) -> None:
+    model, x = Before(kind, first, turns), batch(5, 20, WIDTH)
+    with Watch(model, ["inp"]) as watch:
+        model(x)
+        model(x)
+    assert [each.axes for each in watch.readings["inp"]] == ["batch length features"] * 2
+    assert watch.readings["inp"][1].guess is None
+
+
+def test_a_mask_says_more_than_batch_first() -> None:
+    model, x = Before("GRU"), batch(5, 20, WIDTH)
+    with Watch(model, ["inp"]) as watch:
+        model(x, attention_mask=torch.ones(5, 20))
+        model(x, attention_mask=torch.ones(5, 20))
+    assert [(each.axes, each.guess) for each in watch.readings["inp"]] == [("batch length features", None)] * 2
 
 
 class Streams(nn.Module):
@@ -508,6 +571,74 @@ def test_windows_do_not_cross_documents(how: str, flat: bool) -> None:
     h = model.embed(ids)[0]
     assert watch.entropies["embed"] == pytest.approx(direct(*h.split(sizes)))
     assert watch.entropies["l"] == pytest.approx(direct(*model.l(h).split(sizes)))
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (1, 20), (20,)])
+def test_positions_of_all_sequences_mark_documents(shape: tuple[int, ...]) -> None:
+    """Models take position_ids that all sequences of a batch share."""
+    model, ids = Packed(), torch.randint(0, 50, (3, 20))
+    positions = torch.cat([torch.arange(12), torch.arange(8)])
+    positions = positions.reshape(shape) if len(shape) == 1 else positions.expand(shape)
+    with Watch(model, ["embed"]) as watch:
+        model(ids, position_ids=positions)
+    parts = [part for h in model.embed(ids) for part in h.split([12, 8])]
+    assert watch.entropies["embed"] == pytest.approx(direct(*parts))
+
+
+DOCUMENTS: dict[str, tuple[list[int], list[int]]] = {
+    "packed": ([*range(12), *range(8)], [12, 8]),
+    "documents of one token": ([0, *range(9), 0, *range(9)], [1, 9, 1, 9]),
+    "from one on": ([*range(1, 13), *range(1, 9)], [12, 8]),
+    "the end of a document first": ([*range(7, 15), *range(12)], [8, 12]),
+    "one sequence": ([*range(20)], [20]),
+    "a part behind a cache": ([*range(30, 50)], [20]),
+    "reversed": ([*range(19, -1, -1)], [20]),
+    "shuffled": ([*range(0, 20, 2), *range(19, 0, -2)], [20]),
+    "one for each frame": ([i // 4 for i in range(20)], [20]),
+    "rows of an image": ([0, 1, 2, *(3,) * 9, *range(4, 12)], [20]),
+    "all the same": ([0] * 20, [20]),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_positions_mark_documents_where_each_counts_from_the_first(name: str) -> None:
+    model, ids = Packed(), torch.randint(0, 50, (1, 20))
+    positions, sizes = DOCUMENTS[name]
+    with Watch(model, ["embed"]) as watch:
+        model(ids, position_ids=torch.tensor([positions]))
+    assert watch.entropies["embed"] == pytest.approx(direct(*model.embed(ids)[0].split(sizes)))
+
+
+def test_documents_are_numbered_in_one_graph() -> None:
+    positions = torch.tensor([positions for positions, _ in DOCUMENTS.values()])
+    live = torch.ones_like(positions, dtype=torch.bool)
+    live[:, 15:] = False
+    compiled = torch.compile(restarted, backend="eager", fullgraph=True)
+    for mask in (None, live):
+        assert torch.equal(compiled(positions, mask), restarted(positions, mask))
+
+
+class PackedMasked(Packed):
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.l(self.embed(input_ids))
+        return out
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("left", [False, True])
+def test_positions_of_padding_say_nothing(left: bool, pad: int) -> None:
+    """On the left, transformers gives padding the position 1."""
+    model, ids = PackedMasked(), torch.randint(0, 50, (2, 20))
+    documents, padding = [*range(9), *range(6)], [pad] * 5
+    positions = torch.tensor([padding + documents if left else documents + padding, [*range(20)]])
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, slice(5) if left else slice(15, None)] = False
+    with Watch(model, ["embed"]) as watch:
+        model(ids, attention_mask=mask, position_ids=positions)
+    (reading,) = watch.readings["embed"]
+    assert reading.segments is not None
+    live = [reading.segments[row][mask[row]] for row in range(2)]
+    assert [torch.unique_consecutive(ids, return_counts=True)[1].tolist() for ids in live] == [[9, 6], [20]]
 
 
 # Calls

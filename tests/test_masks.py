@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim.layout import reading
 from gapt_optim.profiling import profile
 
 from .reference import reference_layer_entropy
@@ -203,6 +206,44 @@ def test_masks_of_several_sequences_are_checked() -> None:
     hook = RepresentationHook(model, ["source"], mask={"source": lambda call: 3})  # type: ignore[dict-item, return-value]
     with pytest.raises(TypeError, match=r"mask= must give a tensor \(batch, seq\) or None, found int"):
         measured(model, hook, torch.randn(3, 16, 8), torch.randn(3, TOKENS, 8), None, LIVE)
+
+
+WRONG = {
+    "inverted integers": (~(~LIVE).long(), "torch.int64 with the value -1"),
+    "added to scores": ((~LIVE).float() * -1e9, r"torch.float32 with the value -1e\+09"),
+    "tokens": (LIVE * 7, "torch.int64 with the value 7"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_that_do_not_say_what_counts_are_refused(name: str) -> None:
+    mask, message = WRONG[name]
+    model, x = Masked(), torch.randn(3, TOKENS, 8)
+    hook = RepresentationHook(model, "layer", mask=lambda call: call["attention_mask"])
+    for _ in range(2):  # it does not become right
+        with pytest.raises(ValueError, match=rf'mask= gave {message} for module "layer"; return bools'):
+            in_training(model, hook, x, mask)
+        hook = RepresentationHook(model, "layer", mask=lambda call: call["attention_mask"])
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), hook)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.backward(model(x, mask).square().mean())
+            optimizer.step()
+    (left_out,) = [str(each.message) for each in told if "left out" in str(each.message)]
+    assert re.search(message, left_out)
+    assert optimizer.metrics is not None
+
+
+def test_values_are_looked_at_until_a_batch_shows_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros alone may be a mask that is added, of a batch without padding. Afterwards nothing waits for the device."""
+    model, x = Masked(), torch.randn(3, TOKENS, 8)
+    hook, looks = RepresentationHook(model, "layer", mask=lambda call: call["attention_mask"]), []
+    has_ones = reading.has_ones
+    monkeypatch.setattr(reading, "has_ones", lambda *args: looks.append(args) or has_ones(*args))
+    for mask, seen in ((torch.zeros(LIVE.shape), 1), (LIVE, 1), (LIVE.long(), 2), (LIVE.long(), 2)):
+        measured(model, hook, x, mask)
+        assert len(looks) == seen
 
 
 # What a window with too few rows counts for

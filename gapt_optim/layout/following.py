@@ -53,10 +53,16 @@ class Following(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._traces: Any = WeakIdKeyDictionary()
+        self.batch_first: set[Source] = set()
+        """Arguments whose tokens a module took as they were assumed to be."""
+        self.sequence_first: set[Source] = set()
+        """Those that were assumed to have the batch first, and came unturned to a module that says it is second."""
 
     def begin(self, tensor: Tensor, source: Source, axes: Axes) -> None:
         """``tensor`` is the argument ``source`` of a call."""
         before = self.of(tensor)
+        if before is not None and axes[:2] == (LENGTH, BATCH):
+            self._hear(before, sequence_first=True)
         axes = axes if before is None else _merged(axes, before.axes)
         length = tensor.shape[axes.index(LENGTH)] if LENGTH in axes else None
         spans = {} if before is None else dict(before.spans)
@@ -94,6 +100,11 @@ class Following(TorchFunctionMode):
             return
         trace = self.of(source)
         assert trace is not None
+        if args and args[0] is source and source.ndim == 3:
+            if name in _RECURRENT and isinstance(args[-1], bool):
+                self._hear(trace, sequence_first=not args[-1])
+            elif name == "multi_head_attention_forward":
+                self._hear(trace, sequence_first=True)
         if name in _PARTS:
             self._note_parts(name, args, kwargs, source, trace, result)
             return
@@ -107,6 +118,14 @@ class Following(TorchFunctionMode):
             for other in self._others(name, args, source):
                 found = _united(found, other, out)
             self._traces[out] = found
+
+    def _hear(self, trace: Trace, *, sequence_first: bool) -> None:
+        """A module says which axis of what it was given is the sequence."""
+        says = (LENGTH, BATCH) if sequence_first else (BATCH, LENGTH)
+        if trace.axes[:2] == says:
+            self.batch_first.update(trace.spans)
+        elif trace.axes[:2] == (BATCH, LENGTH) and not self.batch_first.intersection(trace.spans):
+            self.sequence_first.update(trace.spans)
 
     def _note_joined(self, args: list[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
         dim = _argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % out.ndim

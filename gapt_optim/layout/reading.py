@@ -6,7 +6,6 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,14 +22,17 @@ from .tokens import (
     Caller,
     Choice,
     axes_of,
-    bring_tokens,
     by_shape,
+    callers_of,
     documents,
     followed,
+    has_ones,
+    is_on_stack,
     live_rows,
     may_mask,
     still_fits,
 )
+from .turning import TURN, is_assumed, names_with_batch_second, turn_arguments, turned
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
@@ -85,15 +87,16 @@ class Watched(NamedTuple):
 class Layout:
     """Reads the outputs of the watched modules of a model.
 
-    Place :meth:`Caller.enter <Calls.enter>` of each of :meth:`callers` as a forward pre-hook (with keyword arguments,
+    Place :meth:`Calls.enter` of each of :meth:`callers` as a forward pre-hook (with keyword arguments,
     before others) and ``leave`` as a forward hook that is always called; then :meth:`read` in the watched modules'.
 
     Args:
         model: the model that is called, held weakly.
         modules: the watched modules by name.
         output: picks the hidden tensor from an output.
-        mask: from the arguments of the model's call, by name, to a mask (batch, length), true or not 0 where a row
-            counts, or None; or a mapping from globs of layers to such functions. By default, masks are found.
+        mask: from the arguments of the model's call, by name, to a mask (batch, length), true or 1 where a row
+            counts, false or 0 elsewhere, or None; or a mapping from globs of layers to such functions. By default,
+            masks are found.
         layout: what the axes are, as ``"batch height width channels"``; or a mapping from globs to such strings.
         segments: as ``mask``, to the numbers of documents (batch, length).
 
@@ -127,7 +130,7 @@ class Layout:
                 _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
             axes_.parsed(text)
-        found = dict(_callers(model, modules))
+        found = dict(callers_of(model, modules))
         self._callers = [(weakref.ref(module), Calls(self, module, i)) for i, module in enumerate(found.values())]
         names = list(found)
         self._watched = {
@@ -141,6 +144,7 @@ class Layout:
             for name, module in modules.items()
         }
         self._names = names
+        self._batch_second = names_with_batch_second(model)
         self.calls: list[Call] = []
         """Under way, the innermost last."""
         self._following: Following | None = None
@@ -150,6 +154,8 @@ class Layout:
         self._situations: set[Any] = set()
         self._looks = 0
         self._told: set[str] = set()
+        self._checked: set[int] = set()
+        """Functions of ``mask=`` whose values are known to be 0 and 1."""
 
     def callers(self) -> list[tuple[nn.Module, Calls]]:
         """The model and the modules around watched ones whose calls bring tokens, each with what its hooks call."""
@@ -161,7 +167,7 @@ class Layout:
         """A call begins."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            while self.calls and not _runs(self.calls[-1].frame):  # it ended by an interrupt, which runs no hook
+            while self.calls and not is_on_stack(self.calls[-1].frame):  # it ended by an interrupt, which runs no hook
                 self.calls.pop()
             call.frame = sys._getframe(3)  # the module's call, around the hook that enters
             if self._following is not None and not self.calls:
@@ -198,6 +204,16 @@ class Layout:
         following, self._following = self._following, None
         if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
             following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if following is not None and turn_arguments(following.sequence_first):
+            wrong = list(dict.fromkeys(key[0] for key, decision in self._decisions.items() if decision.guess == TURN))
+            if wrong:
+                self.tell_once(turned(wrong, self._batch_second))
+            for known in (self._decisions, self._plain, self._situations):  # read them anew
+                known.clear()
+        elif following is not None and following.batch_first:
+            self._decisions = {
+                key: each._replace(guess=None) if each.guess == TURN else each for key, each in self._decisions.items()
+            }
 
     # Outputs
 
@@ -209,7 +225,7 @@ class Layout:
         Raises:
             TypeError: it holds no hidden tensor of floating point.
             ValueError: its axes are ambiguous, or it does not have those of ``layout=``, or the shape of a mask or of
-                segments that was given.
+                segments that was given, or a mask has other values than 0 and 1.
         """
         watched = self._watched[name]
         own = h = checked_hidden(name, output, self._output)
@@ -236,7 +252,7 @@ class Layout:
         if live is not None and live.shape != rows.shape[:2]:
             view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
             rows = view(h)
-        segments, why_segments = self._segments(name, watched, rows)
+        segments, why_segments = self._segments(name, watched, rows, live)
         why_rows += f"; documents by {why_segments}" if why_segments else ""
         why = axes_.described(decision.axes), decision.why_axes, why_rows, guess
         if key is not None and live is None and segments is None and self._is_plain(name, watched, decision):
@@ -282,6 +298,8 @@ class Layout:
             axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
         else:
             axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
+            if self._batch_second and is_assumed(axes, trace, self._following):
+                why, guess = "assumed, with the batch first", guess or TURN
         if self._following is None:
             return Decision(axes, why, None, None, guess, followed=False)
         if self._picks_masks:
@@ -361,7 +379,9 @@ class Layout:
             return None
         if not isinstance(found, Tensor):
             raise TypeError(f"{argument}= must give a tensor (batch, seq) or None, found {type(found).__name__}")
-        found = found.to(device=rows.device, dtype=torch.bool if argument == "mask" else None)
+        if argument == "mask":
+            found = self._as_bools(name, pick, found)
+        found = found.to(device=rows.device)
         about_tokens = found.ndim <= 2
         if not about_tokens:
             found = found.flatten(1)
@@ -378,11 +398,18 @@ class Layout:
             + "; return a tensor of that shape, or None"
         )
 
-    def _segments(self, name: str, watched: Watched, rows: Tensor) -> tuple[Tensor | None, str]:
+    def _as_bools(self, name: str, pick: Pick, mask: Tensor) -> Tensor:
+        """``mask`` as bools. Its values wait for the device: they are looked at until a batch shows what they are."""
+        known = mask.dtype == torch.bool or id(pick) in self._checked or torch.compiler.is_compiling()
+        if not known and has_ones(name, mask):
+            self._checked.add(id(pick))
+        return mask.to(torch.bool)
+
+    def _segments(self, name: str, watched: Watched, rows: Tensor, live: Tensor | None) -> tuple[Tensor | None, str]:
         if watched.segments is not None:
             found = self._picked(name, "segments", watched.segments, rows, rows)
             return found, "segments="
-        return documents(self.calls, rows)
+        return documents(self.calls, rows, live)
 
     def _read_nested(self, name: str, h: Tensor, watched: Watched) -> Reading:
         """In evaluation, ``nn.TransformerEncoder`` packs masked sequences into a nested tensor."""
@@ -405,7 +432,8 @@ class Layout:
         self.tell_once(
             f'{problem} does not fit layer "{name}", whose output has (batch, length) = {rows}: all of its rows count. '
             f"Pass mask= with a function of the call's arguments that gives such a mask, as "
-            f'mask={{"{name}": lambda call: shortened(call["{argument}"])}}'
+            f'mask={{"{name}": lambda call: shortened(call["{argument}"])}}',
+            subject=f"{argument} does not fit {name}",  # once, whatever the sizes of later batches
         )
 
     def _tell_bypassed(self, name: str, watched: Watched) -> None:
@@ -452,13 +480,6 @@ class Calls:
         self._layout.leave(self.caller.number)
 
 
-def _callers(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
-    around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
-    found = [(name, module) for name, module in model.named_modules() if name in around and module is not model]
-    return [("", model), *((name, module) for name, module in found if bring_tokens(module))]
-
-
 def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
     """What ``argument`` says of each layer: one value for all, or the first glob of a mapping that matches it.
 
@@ -478,11 +499,3 @@ def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, A
 def _check_function(argument: str, value: Any) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"{argument} must be a function or None, found {type(value).__name__}")
-
-
-def _runs(frame: FrameType | None) -> bool:
-    """It is on the stack."""
-    now: FrameType | None = sys._getframe()
-    while now is not None and now is not frame:
-        now = now.f_back
-    return now is not None

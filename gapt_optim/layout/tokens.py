@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ class Caller:
         self.kind = type(module).__name__
         self.parameters = argument_names(module)
         self.sequence_first = sequence_first(module)
+        self.turned: set[str] = set()
+        """Arguments that a forward pass showed to have the sequence first."""
         self.masks = [name for name in self.parameters if is_mask(name)]
         self.decodes = "decoder_input_ids" in self.parameters
         self.reads_memory = "encoder_hidden_states" in self.parameters or "tgt_key_padding_mask" in self.parameters
@@ -69,7 +72,8 @@ class Call:
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
         self.knows_documents = any(name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS, "position_ids"))
-        self.documents: Tensor | None = None
+        self.documents: tuple[Tensor | None, Tensor] | None = None
+        """The mask, and the documents of the rows that count by it."""
         self.picked: dict[tuple[str, int], Any] = {}
         self.runs: dict[str, int] = {}
         self.frame: FrameType | None = None
@@ -191,7 +195,7 @@ def axes_of(call: Call, name: str) -> Axes:
     if tensor.ndim not in (2, 3) or (tensor.ndim == 2 and tensor.is_floating_point()):
         return unknown
     features = (FEATURES,) * (tensor.ndim - 2)
-    if call.caller.sequence_first:
+    if call.caller.sequence_first or name in call.caller.turned:
         return (LENGTH, BATCH, *features)
     for mask in call.masks:
         shape = sizes_of_mask(call.tensors[mask])
@@ -351,11 +355,28 @@ def _seen(keep: Tensor) -> Tensor:
     return keep.flatten(1, -2).any(1) if keep.ndim > 2 else keep
 
 
+def has_ones(name: str, mask: Tensor) -> bool:
+    """Of what ``mask=`` gave for the layer ``name``: some 1, and not zeros alone, as a mask that is added may have.
+
+    Raises:
+        ValueError: it has another value than 0 and 1, so that which rows count is not known.
+    """
+    wrong = (mask != 0) & (mask != 1)
+    others, ones = torch.stack([wrong.any(), mask.any()]).tolist()
+    if others:
+        raise ValueError(
+            f'mask= gave {mask.dtype} with the value {mask[wrong][0].item():g} for module "{name}"; return bools, or 0 '
+            "and 1, true or 1 where a token counts: mask == 0 for the inverse of integers or for a mask that is added "
+            "to scores, ids != padding for tokens"
+        )
+    return bool(ones)
+
+
 # Documents
 
 
-def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
-    """(batch, length) numbers of documents, from the outermost call that knows them."""
+def documents(calls: list[Call], rows: Tensor, live: Tensor | None) -> tuple[Tensor | None, str]:
+    """(batch, length) numbers of documents, from the outermost call that knows them; of the rows that are ``live``."""
     batch, length = rows.shape[:2]
     for call in calls:
         if not call.knows_documents:
@@ -368,13 +389,42 @@ def documents(calls: list[Call], rows: Tensor) -> tuple[Tensor | None, str]:
                 ends = call.tensors[name]
                 places = torch.arange(length, device=ends.device, dtype=ends.dtype)
                 return torch.searchsorted(ends, places, right=True)[None], name
-        positions = call.tensors.get("position_ids")
-        if positions is not None and positions.shape == (batch, length) and (call.caller.is_model or has_ids(call)):
-            if call.documents is None:
-                restarts = positions[:, 1:] <= positions[:, :-1]
-                call.documents = F.pad(restarts.cumsum(1), (1, 0))
-            return call.documents, "position_ids that restart"
+        positions = positions_of(call, batch, length)
+        if positions is not None and length:
+            if call.documents is None or call.documents[0] is not live:  # once for all layers of one mask
+                call.documents = live, restarted(positions, live)
+            return call.documents[1].expand(batch, -1), "position_ids that restart"
     return None, ""
+
+
+def positions_of(call: Call, batch: int, length: int) -> Tensor | None:
+    """The positions of the tokens of a whole model, (batch, length), or (1, length) where all sequences share them."""
+    positions = call.tensors.get("position_ids")
+    if positions is None or not (call.caller.is_model or has_ids(call)):
+        return None
+    positions = positions[None] if positions.ndim == 1 else positions
+    return positions if positions.shape in ((batch, length), (1, length)) else None
+
+
+def restarted(positions: Tensor, live: Tensor | None) -> Tensor:
+    """Numbers of the documents that ``positions`` count, one sequence's smallest being where each document begins.
+
+    Positions that also go back or stay elsewhere, as those of an image or of reversed tokens, mark no documents. Those
+    of padding say nothing. All is decided on the device, where nobody waits for it.
+
+    >>> restarted(torch.tensor([[0, 1, 2, 0, 0, 1], [5, 4, 3, 2, 1, 0]]), None)
+    tensor([[1, 1, 1, 2, 3, 3],
+            [1, 1, 1, 1, 1, 1]])
+    """
+    live = torch.ones_like(positions, dtype=torch.bool) if live is None else live.to(positions.device)
+    known = torch.where(live, positions, torch.iinfo(torch.int32).max)
+    smallest = known.amin(1, keepdim=True)
+    before, after = positions[:, :-1], positions[:, 1:]
+    counted = (after == before + 1) | (after == smallest) | ~(live[:, 1:] & live[:, :-1])
+    counting = counted.all(1, keepdim=True) & (live & (positions > smallest)).any(1, keepdim=True)
+    first = live & (live.cumsum(1) == 1)  # of a document that began in another sequence, perhaps
+    begins = first | (live & counting & (positions == smallest))
+    return begins.cumsum(1).clamp(min=1)
 
 
 def has_ids(call: Call) -> bool:
@@ -403,3 +453,18 @@ def sequence_first(module: Any) -> bool | None:
 def bring_tokens(module: nn.Module) -> bool:
     """A call of ``module`` takes a mask of tokens."""
     return isinstance(module, tuple(_PADDING)) or any(is_mask(name) for name in argument_names(module))
+
+
+def callers_of(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
+    around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
+    found = [(name, module) for name, module in model.named_modules() if name in around and module is not model]
+    return [("", model), *((name, module) for name, module in found if bring_tokens(module))]
+
+
+def is_on_stack(frame: FrameType | None) -> bool:
+    """The call that it belongs to is under way."""
+    now: FrameType | None = sys._getframe()
+    while now is not None and now is not frame:
+        now = now.f_back
+    return now is not None
