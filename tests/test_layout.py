@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,16 @@ def of(model: nn.Module, layer: str, *args: Any, **kwargs: Any) -> float:
 
 # Axes
 
+
+class OtherRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * self.weight
+
+
 SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[Tensor], list[Tensor]]]] = {
     "Conv1d": (lambda: nn.Conv1d(4, WIDTH, 3, padding=1), (2, 4, 40), lambda h: list(h.mT)),
     "Conv1d as long as wide": (lambda: nn.Conv1d(WIDTH, WIDTH, 3, padding=1), (2, 16, 16), lambda h: list(h.mT)),
@@ -70,6 +81,8 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[Tens
     "Linear": (lambda: nn.Linear(4, WIDTH), (2, 16, 16, 4), lambda h: list(h.flatten(1, 2))),
     "Linear of samples": (lambda: nn.Linear(4, WIDTH), (24, 4), lambda h: [h]),
     "pooling": (lambda: nn.AvgPool1d(2), (2, 16, 32), lambda h: list(h.mT)),
+    "Unfold": (lambda: nn.Unfold(3), (2, 4, 7, 9), lambda h: list(h.mT)),
+    "RMSNorm of another library": (lambda: OtherRMSNorm(), (2, 6, 8, 16), lambda h: list(h.flatten(1, 2))),
 }
 
 
@@ -79,6 +92,92 @@ def test_axes_from_the_type(name: str) -> None:
     model, x = nn.Sequential(make(), nn.Tanh()), batch(*shape)
     assert of(model, "0", x) == pytest.approx(direct(*rows(model[0](x))))
     assert of(model, "1", x) == pytest.approx(direct(*rows(model(x)))), "what follows it"
+
+
+def test_axes_of_a_module_without_weights_behind_another() -> None:
+    model, x = nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh(), nn.ReLU()), batch(2, 6, 8, 4)
+    assert of(model, "2", x) == pytest.approx(direct(*model(x).flatten(1, 2)))
+
+
+class Operation(nn.Module):
+    """Something happens between the argument and the watched module."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor], out: nn.Module | None = None) -> None:
+        super().__init__()
+        self.made, self.out = made, nn.Identity() if out is None else out
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.out(self.made(x))
+        return found
+
+
+def axes_of(model: nn.Module, *args: Tensor) -> str:
+    with Watch(model, ["out"]) as watch:
+        model(*args)
+    return watch.readings["out"][0].axes
+
+
+OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "unbind": (lambda x: torch.stack(x.unbind(0)), "batch length features"),
+    "expand": (lambda x: x[0].expand(3, -1, -1), "batch length features"),
+    "a tuple of one dimension": (lambda x: torch.stack([x, x], 2).mean((2,)), "batch length features"),
+    "movedim": (lambda x: x.movedim(1, 0), "length batch features"),
+    "heads of one sequence": (
+        lambda x: F.linear(x, torch.eye(WIDTH))[0].unflatten(-1, (4, 4)),
+        "length features features",
+    ),
+    "flat rows, each with an axis of its own": (lambda x: x.flatten(0, 1).unsqueeze(1), "batch length features"),
+    "flat rows, some of them": (lambda x: x.flatten(0, 1)[:11], "batch features"),
+    "flat rows in three parts": (lambda x: x.flatten(0, 1).reshape(2, 4, 3, WIDTH), "batch height width channels"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_axes_are_followed_through(name: str) -> None:
+    made, axes = OPERATIONS[name]
+    out = None if "heads" in name else nn.Linear(WIDTH, WIDTH)
+    assert axes_of(Operation(made, out), batch(2, 12, WIDTH)) == axes
+
+
+@pytest.mark.parametrize(
+    ("ids", "shape", "axes"),
+    [
+        ((3, 5), (15, 7), "batch * length features"),
+        ((3, 5), (3, 5, 7), "batch length features"),
+        ((3, 5), (5, 3, 7), "length batch features"),
+        ((3, 5), (3, 7, 5), "batch features length"),
+        ((4, 4), (4, 4, 7), "batch length features"),
+        ((3, 5), (3, 5, 2, 7), "batch length features features"),
+        ((3, 5), (5, 3, 2, 7), "length batch features features"),
+        ((3, 5), (2, 3, 5, 7), "features batch length features"),
+        ((3, 5), (3, 2, 5, 7), "batch features length features"),
+    ],
+)
+def test_axes_by_the_sizes_of_the_tokens(ids: tuple[int, int], shape: tuple[int, ...], axes: str) -> None:
+    assert axes_of(Operation(lambda _: batch(*shape)), torch.zeros(ids, dtype=torch.long)) == axes
+
+
+def test_sizes_that_fit_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match="can be read as"):
+        axes_of(Operation(lambda _: batch(3, 5, 5, 7)), torch.zeros(3, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="can be read as"):
+        axes_of(Operation(lambda x: nn.Linear(4, 7)(x).permute(3, 0, 1, 2)), batch(2, 5, 6, 4))
+
+
+class Turned(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mT
+
+
+def test_axes_by_the_width_of_the_last_weight() -> None:
+    model = Operation(lambda _: batch(4, 6, WIDTH), nn.Sequential(Turned(WIDTH, WIDTH)))
+    assert axes_of(model, torch.zeros(2, 3, dtype=torch.long)) == "batch channels length"
+
+
+def test_a_convolution_keeps_the_length_of_its_tokens() -> None:
+    embed = nn.Embedding(9, 4)
+    model = Operation(lambda ids: embed(ids).mT, nn.Conv1d(4, WIDTH, 3, padding=1))
+    assert axes_of(model, torch.zeros(2, 12, dtype=torch.long)) == "batch features length"
 
 
 class ChannelsLast(nn.Module):
@@ -241,6 +340,12 @@ def test_a_layout_says_it() -> None:
     with Watch(model, ["0"], layout="sequence batch features") as watch:
         model(x[0])
         reading = watch.readings["0"][0]
+    with Watch(model, ["0"], layout="batch heads features") as watch:
+        model(x[0])
+    assert torch.equal(watch.readings["0"][0].rows, x[0].flatten(1)[None])
+    with Watch(model, ["0"], layout="heads features") as watch:
+        model(x[0, 0])
+    assert torch.equal(watch.readings["0"][0].rows, x[0, 0].flatten()[None, None])
     assert torch.equal(reading.rows, x[0].transpose(0, 1))
     assert reading.rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
@@ -451,6 +556,60 @@ def test_a_mask_inside_a_dict_is_found() -> None:
     model, x, mask = MaskInADict(), batch(2, 16, WIDTH), lengths([5, 16], 16).float()
     h = model.model.l(x)
     assert of(model, "model.l", {"x": x, "attention_mask": mask}) == pytest.approx(direct(h[0, :5], h[1]))
+
+
+class InsideOfArguments(nn.Module):
+    """Its argument is a tuple, or a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, given: Any) -> Tensor:
+        out: Tensor = self.l(given[0] if isinstance(given, tuple) else given.x)
+        return out
+
+
+@dataclasses.dataclass
+class Given:
+    x: Tensor
+    attention_mask: Tensor
+    kind: str = "text"
+
+
+def test_a_mask_inside_a_dataclass_is_found() -> None:
+    model, x, mask = InsideOfArguments(), batch(2, 16, WIDTH), lengths([5, 16], 16).float()
+    h = model.l(x)
+    assert of(model, "l", Given(x, mask)) == pytest.approx(direct(h[0, :5], h[1]))
+    assert of(model, "l", (x, "text")) == pytest.approx(direct(*h))
+
+
+def test_a_mask_of_an_image_has_its_positions() -> None:
+    model, x, keep = nn.Sequential(nn.Conv2d(4, WIDTH, 1)), batch(2, 4, 4, 6), torch.ones(2, 4, 6, dtype=torch.bool)
+    keep[1, 2:] = False
+    h = model(x).flatten(2).mT
+    with Watch(model, ["0"], mask=lambda call: keep) as watch:
+        model(x)
+    assert watch.entropies["0"] == pytest.approx(direct(h[0], h[1, :12]))
+
+
+def test_rows_of_no_argument_have_a_mask_by_its_shape() -> None:
+    model, h = Operation(lambda _: batch(2, 9, WIDTH)), batch(2, 9, WIDTH)
+    with Watch(model, ["out"]) as watch, pytest.warns(UserWarning, match="could not be followed from the arguments"):
+        model(batch(2, 9, 4), lengths([5, 9], 9).float())
+    assert watch.entropies["out"] == pytest.approx(direct(h[0, :5], h[1]))
+
+
+class OfSomeMask(Encoder):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.l(x)
+        return out
+
+
+def test_an_argument_that_may_be_a_mask_is_told() -> None:
+    model = OfSomeMask()
+    with Watch(model, ["l"]), pytest.warns(UserWarning, match=r'argument "mask" of shape \(2, 9\) may mask the rows'):
+        model(batch(2, 9, WIDTH), torch.ones(2, 9, dtype=torch.bool))
 
 
 class Bypassed(nn.Module):

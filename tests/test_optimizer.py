@@ -703,6 +703,15 @@ def test_scales_that_are_no_numbers_are_refused_by_name(name: str, value: Any) -
     assert set(gradients(model).values()) == {None}
 
 
+@pytest.mark.parametrize("value", [0, -0.5, float("nan"), float("inf")])
+def test_scales_that_are_not_positive_are_refused(value: float) -> None:
+    model = make_net()
+    optimizer = wrap(model)
+    with pytest.raises(ValueError, match="scaled_by must be a positive number, found"):
+        optimizer.backward(loss_of(model, 0), scaled_by=value)
+    assert set(gradients(model).values()) == {None}
+
+
 @pytest.mark.parametrize("config", [GAPTConfig(), GAPTConfig(gate=GateConfig(initial_phase="compression"))])
 def test_a_loss_without_a_graph_is_refused_as_by_torch(config: GAPTConfig) -> None:
     model = make_net()

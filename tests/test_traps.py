@@ -691,3 +691,27 @@ def test_the_overall_angle_is_that_of_the_layers_that_count(first: int, last: in
     assert alignment.cosine == pytest.approx(gd / loss_norm / entropy_norm, rel=1e-4)
     assert alignment.loss_norm == pytest.approx(loss_norm, rel=1e-4)
     assert alignment.entropy_norm == pytest.approx(entropy_norm / len(counted), rel=1e-4)
+
+
+@pytest.mark.parametrize("gone", ["replaced", "removed", "evaluation", "here", "model"])
+def test_a_layer_that_no_longer_runs_is_told_of_once(gone: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    watched = {"0": model[0], "1": model[1]}
+    why = {"evaluation": " (it is in evaluation mode)"}.get(gone, "")
+    if gone == "replaced":
+        model[1] = nn.ReLU()
+        why = " (the model now has a ReLU there, the hook watches a Linear)"
+    elif gone == "removed":
+        del model[1]
+        why = " (the Linear is no longer part of the model)"
+    elif gone == "evaluation":
+        model[1].eval()
+    notices = Notices()
+
+    def steps() -> None:
+        for _ in range(250):
+            notices.absent(["0"], ["0", "1"], None if gone == "model" else model, watched)
+
+    with pytest.warns(UserWarning, match=re.escape(f'layer "1" has not run for 100 steps{why}: its')) as told:
+        steps()
+    assert len(told) == 1

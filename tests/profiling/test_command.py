@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 from gapt_optim import Profile
 from gapt_optim.cli import main
-from gapt_optim.profiling.texts import TextBatches
+from gapt_optim.profiling.texts import TextBatches, check_text, documents
 
 from ..reporting.runs import write_lines
 
@@ -267,3 +269,24 @@ def test_explain_lists_modules_and_how_layers_are_read(
     assert "h.*.attn.c_attn" in shown
     assert main(["explain", "users_module:build", "--data", "users_module:batches", "--layers", "0"]) == 0
     assert "(16, 8) is (batch features)" in capsys.readouterr().out
+
+
+def test_files_that_hold_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"data\.bin' is no .*\.txt.* file"):
+        check_text(str(tmp_path / "data.bin"))
+    with pytest.raises(ValueError, match="there is no file"):
+        check_text(str(tmp_path / "data.txt"))
+    check_text("name/of_a_data_set")
+
+
+def test_rows_of_a_data_set_are_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, configuration: str | None, **options: Any) -> Iterator[dict[str, Any]]:
+        asked.append((name, configuration, options))
+        return iter([{"text": "a b"}, {"text": ""}, {"label": 1}, {"text": "c"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert ["".join(pieces) for pieces in documents("some/name:small")] == ["a b", "c"]
+    assert asked == [("some/name", "small", {"split": "train", "streaming": True})]
