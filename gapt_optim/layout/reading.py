@@ -455,7 +455,7 @@ class Layout:
                     self.tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
                         "which of its values do is not known: all rows count. Pass mask=lambda call: "
-                        f'call["{argument}"] if it is true where a token counts, or lambda call: None',
+                        f'call.get("{argument}") if it is true where a token counts, or lambda call: None',
                         subject=f"argument {argument}",
                     )
 
