@@ -66,7 +66,8 @@ class Undeclared:
         dist.all_gather(rows, row, group=group)
         self._row = self._entropies = None
         found = torch.stack(rows).tolist()
-        problem, self._tries = undeclared(found, names), self._tries + 1
+        self._tries += 1
+        problem = undeclared(found, names)
         # A head of zeros gives all ranks the same first loss: where their arguments are unknown, the next one tells.
         certain = self._tries > 1 or not any(math.isnan(value) for row in found for value in row[3:_HEAD])
         if problem is not None and certain:
