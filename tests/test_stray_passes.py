@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections import UserDict
+from collections import UserDict, defaultdict
 from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
-from gapt_optim.passes import MOST_COMPILED, MOST_LOOSE, Pass, nodes_behind
+from gapt_optim.objective import _largest_drop
+from gapt_optim.passes import MOST_COMPILED, MOST_LOOSE, Pass, nodes_behind, tensors_in
+from gapt_optim.watching import replaced
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
 
@@ -306,7 +310,9 @@ def test_an_output_that_shows_no_tensor(kind: str) -> None:
         assert not any(each.captures for each in kept(optimizer))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
 def test_a_layer_of_a_compiled_model_that_runs_too_often() -> None:
     class Repeating(nn.Module):
         def __init__(self) -> None:
@@ -333,3 +339,89 @@ def test_a_resting_layer_stops_no_memorization_where_gradients_are_compared() ->
     with pytest.warns(UserWarning, match="the loss does not depend on the output"):
         optimizer.backward(model[1](torch.randn(16, 8)).mean())
     optimizer.step()
+
+
+class Twice(nn.Module):
+    """Two lists of layers: only a forward pass tells which are the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.first:
+            x = layer(x)
+        x = torch.tanh(x)
+        for layer in self.last:
+            x = layer(x)
+        return x
+
+
+def test_a_forward_past_the_model_chooses_nothing_and_trains() -> None:
+    model = Twice()
+    hook = RepresentationHook(model)
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), hook, GAPTConfig(gate=GateConfig(frozen=True)))
+    with pytest.warns(UserWarning, match="waits for a forward pass"):
+        optimizer.backward(model.forward(torch.randn(16, 8)).mean())
+    optimizer.step()
+    assert hook.names == []
+    assert optimizer.metrics is not None
+    assert optimizer.metrics.entropy is None
+
+
+def test_a_copy_chooses_nothing_for_the_hook() -> None:
+    model = Twice()
+    hook = RepresentationHook(model)
+    copy.deepcopy(model)(torch.randn(16, 8))
+    assert hook.names == []
+    model(torch.randn(16, 8))
+    assert hook.names == ["first.0", "first.1", "first.2"]
+
+
+def test_a_state_from_before_the_first_forward_pass_loads() -> None:
+    model = Twice()
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), RepresentationHook(model))
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    optimizer.backward(model(torch.randn(16, 8)).mean())
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    optimizer.backward(model(torch.randn(16, 8)).mean())
+    optimizer.step()
+    assert optimizer.metrics is not None
+    assert len(optimizer.metrics.layer_entropy) == 3
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -1])
+def test_a_scale_is_above_zero(scale: float) -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match="scale must be above 0"):
+        optimizer.backward(loss_of(model), scale=scale)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    h: Tensor
+    scale: InitVar[float] = 1.0
+
+
+class Named(dict[str, Tensor]):
+    def __init__(self, h: Tensor) -> None:
+        super().__init__(h=h)
+
+
+@pytest.mark.parametrize("kind", [Frozen, Named, lambda h: defaultdict(list, h=h), lambda h: (h, [h])])
+def test_an_output_is_replaced_in_any_container(kind: Callable[[Tensor], Any]) -> None:
+    old, new = torch.zeros(2), torch.ones(2)
+    output = kind(old)
+    found = replaced(output, old, new)
+    assert type(found) is type(output)
+    assert [tensor is new for tensor in tensors_in(found)] == [True] * len(list(tensors_in(output)))
+    assert all(tensor is old for tensor in tensors_in(output))
+
+
+def test_layers_without_windows_have_no_drop() -> None:
+    means, known = torch.tensor([3.0, 0.0, 2.9, 1.0]), torch.tensor([True, False, True, True])
+    assert _largest_drop(means, known) == 3
+    assert _largest_drop(means[:3], known[:3]) == 2
