@@ -33,6 +33,7 @@ class Notices:
         self._share_steps, self._loss, self._penalty = 0, 0.0, 0.0
         self._divisors: list[float | None] = []
         self._divided = 0
+        self._steps = 0
         self._absent: dict[str, int] = {}
         self._empty: dict[str, int] = {}
 
@@ -146,6 +147,9 @@ class Notices:
         """Layers that did not run in this step, though others did."""
         if not ran:
             return
+        self._steps += 1
+        if self._steps % _ABSENT_STEPS == 0 and model is not None:
+            self._wrapped(ran, dict(model.named_modules()), watched)
         for name in names:
             self._absent[name] = 0 if name in ran else self._absent.get(name, 0) + 1
             if self._absent[name] == _ABSENT_STEPS:
@@ -153,6 +157,20 @@ class Notices:
                     f"absent {name}",
                     f'layer "{name}" has not run for {_ABSENT_STEPS} steps{_where_it_went(name, model, watched)}: its '
                     "entropy is not known. Make the hook on the layers that are trained",
+                )
+
+    def _wrapped(self, ran: Sequence[str], modules: dict[str, nn.Module], watched: dict[str, Any]) -> None:
+        """Layers that run inside of something that was put around them since, and adds to their outputs."""
+        for name in ran:
+            now, module = modules.get(name), watched.get(name)
+            if now is None or module is None or now is module:
+                continue
+            own = set(module.parameters())
+            if any(parameter not in own for parameter in now.parameters()):
+                self.once(
+                    f"wrapped {name}",
+                    f'layer "{name}" is now a {type(now).__name__}, and the hook watches the {type(module).__name__} '
+                    "inside of it: the entropy is of its output alone. Make the hook when the model is complete",
                 )
 
     def empty(self, ran: Sequence[str], entropies: Mapping[str, float]) -> None:

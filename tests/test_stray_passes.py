@@ -425,3 +425,26 @@ def test_layers_without_windows_have_no_drop() -> None:
     means, known = torch.tensor([3.0, 0.0, 2.9, 1.0]), torch.tensor([True, False, True, True])
     assert _largest_drop(means, known) == 3
     assert _largest_drop(means[:3], known[:3]) == 2
+
+
+class Adapter(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.added = base, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x) + self.added(x)
+        return found
+
+
+def test_an_adapter_around_a_watched_layer_is_told() -> None:
+    model = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    hook = RepresentationHook(model, ["1"])
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), hook)
+    model[1] = Adapter(model[1])
+    for _ in range(99):
+        optimizer.backward(loss_of(model))
+        optimizer.step()
+    optimizer.backward(loss_of(model))
+    with pytest.warns(UserWarning, match='layer "1" is now a Adapter, and the hook watches the Linear inside of it'):
+        optimizer.step()
