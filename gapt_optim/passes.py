@@ -147,12 +147,20 @@ class Pass:
         self.captures.append(capture)
         self.repeats.setdefault(capture.name, []).append(repeat)
 
+    def take_over(self, ended: Pass) -> None:
+        """What a pass left whose own graph is not known: the nodes of its captures tell which loss they are of."""
+        self.captures += [capture for capture in ended.captures if capture.nodes]
+        ended.captures = []
+        for name, repeats in ended.repeats.items():
+            self.repeats.setdefault(name, []).extend(repeats)
+            self.trim(name)
+
     def trim(self, name: str) -> None:
         """Keep the last calls of a layer, where no graph tells when they are gone."""
         self.repeats[name] = self.repeats[name][-MOST_LOOSE:]
         own = [capture for capture in self.captures if capture.name == name]
-        if len(own) > MOST_LOOSE:
-            self.captures.remove(own[0])
+        for capture in own[:-MOST_LOOSE]:
+            self.captures.remove(capture)
         if len(self._windows) > MOST_LOOSE:
             self._windows.clear()
 
@@ -193,11 +201,7 @@ class Passes:
             return
         raised = output is None and sys.exc_info()[0] is not None
         if not raised:  # an output of a kind that hides its tensors, or a loss that the model keeps
-            for capture in ended.captures:
-                if capture.nodes:
-                    self.loose.add(capture, ended.repeats[capture.name].pop(0))
-                    self.loose.trim(capture.name)
-            ended.captures = []
+            self.loose.take_over(ended)
         ended.forget()
 
     def current(self) -> Pass:

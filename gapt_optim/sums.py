@@ -119,7 +119,7 @@ class StepSums:
 
         def arrived() -> StepNumbers:
             values = arriving.read()
-            numbers, own_angles = values[: -3 * count], values[-3 * count :]
+            numbers, own_angles = values[: len(values) - 3 * count], values[len(values) - 3 * count :]
             return self._numbers(numbers, own_angles if due else None, ranks=ranks)
 
         return arrived

@@ -33,6 +33,7 @@ from gapt_optim import (
     AlignmentConfig,
     GAPTConfig,
     GAPTOptimizer,
+    GateConfig,
     LayerConfig,
     RepresentationHook,
     gradient_alignment,
@@ -144,6 +145,36 @@ def made_before_ranks_meet() -> list[str]:
         seen = [train_step(Run(), step, called, model, optimizer) for step in range(2)]
     assert len(sizes) == 3  # one per step, and one before the first
     return [repr((each.metrics.loss, each.metrics.layer_entropy)) for each in seen]
+
+
+class TwoLists(nn.Module):
+    """Only a forward pass tells which list has the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.first, *self.last):
+            x = layer(x)
+        return x
+
+
+def without_layers() -> list[str]:
+    model = TwoLists()
+    hook = RepresentationHook(model)
+    config = GAPTConfig(gate=GateConfig(frozen=True))
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), hook, config)
+    with pytest.warns(UserWarning, match="waits for a forward pass"):
+        optimizer.backward(model.forward(torch.randn(16, 8)).mean())
+    optimizer.step()
+    assert optimizer.metrics is not None
+    return [repr((hook.names, optimizer.metrics.entropy, optimizer.metrics.layer_entropy))]
+
+
+def test_ranks_whose_layers_no_forward_pass_chose(ranks: Ranks) -> None:
+    """The model was called past its hooks."""
+    assert ranks(without_layers) == [["([], None, {})"]] * 2
 
 
 def test_an_optimizer_that_is_made_before_ranks_meet(ranks: Ranks) -> None:
