@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .entropy import Order, entropy_of_gram, gradient_of_rows, gram_of, saved_rows, window_weights
 from .kernels import Kernel
+from .ranks import is_dtensor
 from .windows import Windows
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def sharded(parameters: Mapping[str, Tensor]) -> str | None:
     """The name of a parameter that is the shard of one; None where none is."""
     for name, parameter in parameters.items():
         flat = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
-        if flat or type(parameter).__name__ == "DTensor":
+        if flat or is_dtensor(parameter):
             return name
     return None
 

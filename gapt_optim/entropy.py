@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .config import EntropyConfig
 from .kernels import (
     LINEAR,
     Kernel,
@@ -126,6 +127,11 @@ class Order(NamedTuple):
     def fewest(self) -> int:
         """Rows that count which a window needs for an entropy: with fewer, there is one direction at most."""
         return 3 if self.kernel.center else 2
+
+
+def order_of(config: EntropyConfig) -> Order:
+    """The entropy that a configuration names."""
+    return Order(float(config.alpha), Kernel(config.kernel == "cosine", config.center), config.normalize)
 
 
 class Gram(torch.autograd.Function):

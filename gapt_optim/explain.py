@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .config import EntropyConfig
+from .entropy import order_of
 from .layout import Reading
 from .windows import cut, rows_that_count, windows_of
 
@@ -123,9 +125,8 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
     model = hook.watching.model()
     if model is None:
         raise RuntimeError("the model of this RepresentationHook no longer exists; make a hook on a model that does")
-    entropy = hook.watching.entropy
-    window = 8 if entropy is None else entropy.window
-    fewest = 3 if entropy is None or entropy.center else 2
+    entropy = hook.watching.entropy or EntropyConfig()
+    window, fewest = entropy.window, order_of(entropy).fewest
     found: list[LayerExplanation] = []
     unreadable: dict[str, str] = {}
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._unsaved import Unsaved, leave_out
 from .config import EntropyConfig
-from .entropy import Order, entropies, gram_of, measures_of, window_weights
+from .entropy import Order, entropies, gram_of, measures_of, order_of, window_weights
 from .explain import Explanation, explain
 from .kernels import measures_of_rows
 from .layout import Candidates, Layers, Layout, Pick, Reading, by_layer, choose_layers, select_layers
@@ -21,7 +21,7 @@ from .metrics import Measures
 from .objective import weighted_measures
 from .progress import bare_name
 from .shards import checked_placements
-from .watching import Begins, Ends, Reader, Watch, Watching, order_of
+from .watching import Begins, Ends, Reader, Watch, Watching
 from .windows import cut, windows_of
 
 

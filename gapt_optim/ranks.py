@@ -125,3 +125,7 @@ class HostCopy:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
         return values
+
+
+def is_dtensor(value: Any) -> bool:
+    return type(value).__name__ == "DTensor"

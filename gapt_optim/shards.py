@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .layout import Layout, Reading
 from .layout.following import BATCH, FEATURES, LENGTH, POSITION
+from .ranks import is_dtensor
 
 Group: TypeAlias = "dist.ProcessGroup"
 
@@ -45,10 +46,6 @@ class Placed(NamedTuple):
     """Ranks that have the same part."""
     whole: torch.Size
     """Shape of the hidden tensor that the parts make."""
-
-
-def is_dtensor(value: Any) -> bool:
-    return type(value).__name__ == "DTensor"
 
 
 def plain(loss: Tensor) -> Tensor:

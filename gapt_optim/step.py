@@ -15,17 +15,18 @@ from torch import Tensor
 from .alignment import activation_alignment, sharded
 from .comparison import GradientComparison, named_parameters, refuse_incomparable
 from .config import GAPTConfig
+from .entropy import order_of
 from .gate import Phase
 from .metrics import Measures, StepMetrics
 from .notices import Notices
 from .objective import Pressure, build_objective, counted_layers
 from .passes import Capture, Plan
 from .progress import Progress, flat_state
-from .ranks import group_of, refuse_different_ranks
+from .ranks import group_of, is_dtensor, refuse_different_ranks
 from .shards import plain
 from .sums import StepNumbers, StepSums
 from .undeclared import Undeclared
-from .watching import Watching, order_of
+from .watching import Watching
 
 _LOGGER = logging.getLogger("gapt_optim")
 _WHY = {
@@ -431,7 +432,7 @@ class Gradients:
         Sharded parameters get their gradients when a backward ends that reduces them: they tell nothing.
         """
         parameters = [p for group in groups for p in group["params"]]
-        if len(parameters) != len(self._then) or any(type(p).__name__ == "DTensor" for p in parameters[:1]):
+        if len(parameters) != len(self._then) or any(map(is_dtensor, parameters[:1])):
             return False
         return all(_same(p.grad, then) for p, then in zip(parameters, self._then, strict=True))
 

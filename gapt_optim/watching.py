@@ -17,7 +17,7 @@ from ._unsaved import Unsaved
 from .alignment import Angles
 from .config import EntropyConfig
 from .entropy import Gram, Order, gram_of
-from .kernels import Kernel, measures_of_rows
+from .kernels import measures_of_rows
 from .layout import Calls, Layout, Reading
 from .passes import (
     MOST_COMPILED,
@@ -365,11 +365,6 @@ class Ends(Unsaved):
         if begins.opened and not torch.compiler.is_compiling():
             begins.opened = False
             begins.watching.passes.end(output)
-
-
-def order_of(config: EntropyConfig) -> Order:
-    """The entropy that a configuration names."""
-    return Order(float(config.alpha), Kernel(config.kernel == "cosine", config.center), config.normalize)
 
 
 def replaced(output: Any, old: Tensor, new: Tensor) -> Any:

@@ -228,7 +228,7 @@ def _axes(
     name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
 ) -> Axes:
     """The axes of the result ``out``, where those of ``source`` are ``axes``; ``last`` is the last one of a product."""
-    layer = _of_layer(name, args, source, axes, out)
+    layer = _of_layer(name, args, axes, out)
     if layer is not None:
         return layer
     moved = _moved(name, args, kwargs, axes)
@@ -263,7 +263,7 @@ def _generic(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tens
     return (None,) * out.ndim
 
 
-def _of_layer(name: str, args: list[Any], source: Tensor, axes: Axes, out: Tensor) -> Axes | None:
+def _of_layer(name: str, args: list[Any], axes: Axes, out: Tensor) -> Axes | None:
     """Of an operation that says which axis has the features."""
     if name in ("linear", "layer_norm", "rms_norm"):
         return (*axes[:-1], FEATURES)

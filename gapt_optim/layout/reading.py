@@ -281,7 +281,7 @@ class Layout:
         if self.calls and not compiling:
             turn = self.calls[0].runs.get(name, 0)
             self.calls[0].runs[name] = turn + 1
-        key = (name, h.ndim, *[call.situation for call in self.calls])
+        key = self._key(name, h)
         if self._following is None:
             known = self._decisions.get((*key, turn), self._decisions.get((*key, 0)))
             if known is not None:
