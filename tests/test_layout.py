@@ -139,6 +139,19 @@ def test_axes_are_followed_through(name: str) -> None:
     assert axes_of(Operation(made, out), batch(2, 12, WIDTH)) == axes
 
 
+class Masked(nn.Module):
+    """A block that may be given a mask, and is not."""
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 12])
+def test_what_was_followed_counts_more_than_the_habit_of_a_block_with_masks(sequences: int) -> None:
+    model = Operation(lambda x: F.linear(x, torch.eye(WIDTH)).transpose(0, 1), Masked())
+    assert axes_of(model, batch(sequences, 12, WIDTH)) == "length batch features"
+
+
 @pytest.mark.parametrize(
     ("ids", "shape", "axes"),
     [

@@ -58,12 +58,13 @@ class Following(TorchFunctionMode):
         self.sequence_first: set[Source] = set()
         """Those that were assumed to have the batch first, and came unturned to a module that says it is second."""
 
-    def begin(self, tensor: Tensor, source: Source, axes: Axes) -> None:
-        """``tensor`` is the argument ``source`` of a call."""
+    def begin(self, tensor: Tensor, source: Source, axes: Axes, *, known: bool) -> None:
+        """``tensor`` is the argument ``source`` of a call; its ``axes`` are a habit where they are not ``known``."""
         before = self.of(tensor)
-        if before is not None and axes[:2] == (LENGTH, BATCH):
+        if before is not None and known and axes[:2] == (LENGTH, BATCH):
             self._hear(before, sequence_first=True)
-        axes = axes if before is None else _merged(axes, before.axes)
+        if before is not None:
+            axes = _merged(axes, before.axes) if known else _merged(before.axes, axes)
         length = tensor.shape[axes.index(LENGTH)] if LENGTH in axes else None
         spans = {} if before is None else dict(before.spans)
         self._traces[tensor] = Trace({**spans, source: Span(0, length)}, axes)
@@ -460,7 +461,8 @@ def _broadcast(axes: Axes, ndim: int) -> Axes:
 
 
 def _merged(first: Axes, second: Axes) -> Axes:
-    return tuple(a or b for a, b in zip(first, second, strict=True))
+    """``second`` where ``first`` says nothing, and nothing that it says elsewhere."""
+    return tuple(a or (b if b not in first else None) for a, b in zip(first, second, strict=True))
 
 
 def compiled_within(model: torch.nn.Module) -> bool:

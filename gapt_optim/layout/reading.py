@@ -180,7 +180,8 @@ class Layout:
             self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
             for name, tensor in call.tensors.items():
-                self._following.begin(tensor, (call, name), axes_of(call, name))
+                axes, known = axes_of(call, name)
+                self._following.begin(tensor, (call, name), axes, known=known)
 
     def leave(self, number: int) -> None:
         """The innermost call of this caller ended, or raised."""
@@ -321,8 +322,8 @@ class Layout:
         found = []
         for call in reversed(self.calls):
             for name in call.tensors:
-                axes = axes_of(call, name)
-                if axes and axes[:2] == (BATCH, LENGTH):
+                axes, _ = axes_of(call, name)
+                if axes[:2] == (BATCH, LENGTH):
                     found.append((call.tensors[name].shape[0], call.tensors[name].shape[1]))
         return found
 

@@ -188,25 +188,24 @@ def fits_tokens(tensor: Tensor, batch: int, length: int) -> bool:
     return length in tensor.shape[1:] or (not tensor.is_floating_point() and tensor.shape[1] < length)
 
 
-def axes_of(call: Call, name: str) -> Axes:
-    """What is known of the axes of an argument before anything is computed from it."""
+def axes_of(call: Call, name: str) -> tuple[Axes, bool]:
+    """The axes of an argument before anything is computed from it, and whether more than habit says so."""
     tensor = call.tensors[name]
     unknown = (None,) * tensor.ndim
     if tensor.ndim not in (2, 3) or (tensor.ndim == 2 and tensor.is_floating_point()):
-        return unknown
+        return unknown, False
     features = (FEATURES,) * (tensor.ndim - 2)
     if call.caller.sequence_first or name in call.caller.turned:
-        return (LENGTH, BATCH, *features)
-    for mask in call.masks:
-        shape = sizes_of_mask(call.tensors[mask])
-        if name in call.tokens(mask):
-            if shape[0] != shape[1] and shape == (tensor.shape[1], tensor.shape[0]):
-                return (LENGTH, BATCH, *features)
-            if shape == tuple(tensor.shape[:2]):
-                return (BATCH, LENGTH, *features)
-    if any(name in call.tokens(mask) for mask in call.masks):
-        return unknown if tensor.ndim == 3 else (BATCH, LENGTH)  # (batch, channels, length), as of audio
-    return (BATCH, LENGTH, *unknown[2:])
+        return (LENGTH, BATCH, *features), True
+    shapes = [sizes_of_mask(call.tensors[mask]) for mask in call.masks if name in call.tokens(mask)]
+    for batch, length in shapes:
+        if batch != length and (length, batch) == tuple(tensor.shape[:2]):
+            return (LENGTH, BATCH, *features), True
+        if (batch, length) == tuple(tensor.shape[:2]):
+            return (BATCH, LENGTH, *features), batch != length
+    if shapes and tensor.ndim == 3:
+        return unknown, False  # (batch, channels, length), as of audio
+    return (BATCH, LENGTH, *unknown[2:]), False
 
 
 # Which mask

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .following import BATCH, LENGTH, Axes, Following, Source, Trace
-from .tokens import Call
+from .tokens import Call, axes_of
 
 TURN = 'layout="length batch features" if the model is called with the sequence first'
 """What is a guess in a first forward pass: a layer runs before the module that says it."""
@@ -23,9 +23,7 @@ def may_turn(source: Source) -> bool:
     """That an argument has the batch first is only assumed: neither its module nor the sizes of a mask say so."""
     call, name = source
     assert isinstance(call, Call)
-    batch, length = call.tensors[name].shape[:2]
-    masked = any(name in call.tokens(mask) for mask in call.masks)
-    return call.caller.sequence_first is None and not (masked and batch != length)
+    return not axes_of(call, name)[1]
 
 
 def turn_arguments(sources: Iterable[Source]) -> bool:

@@ -219,7 +219,9 @@ def test_every_text_architecture(kind_and_name: tuple[str, str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["BertModel", "GPT2Model", "T5Model", "XLNetModel", "LongformerModel", "MixtralModel"])
+@pytest.mark.parametrize(
+    "name", ["BertModel", "GPT2Model", "T5Model", "XLNetModel", "LongformerModel", "MixtralModel", "FSMTModel"]
+)
 def test_a_sample(name: str) -> None:
     found, why = verdict(name)
     assert found == "equal", why
