@@ -266,7 +266,7 @@ class Angles:
         """``h`` with a place behind it where g arrives alone, for a compiled model."""
         probe = self._probe if self._probe.device == h.device else self._probe.to(h.device)  # the model moved since
         found: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
-            h, probe, *windows[1:], windows.size, order.alpha, *order.kernel, order.normalize, view
+            h, probe, windows.places, windows.keep, windows.size, order.alpha, *order.kernel, order.normalize, view
         )
         return found
 
@@ -288,7 +288,7 @@ class _Place(torch.autograd.Function):
         ctx: Any,
         h: Tensor,
         probe: Tensor,
-        index: Tensor | None,
+        places: Tensor | None,
         keep: Tensor | None,
         size: int,
         alpha: float,
@@ -297,22 +297,22 @@ class _Place(torch.autograd.Function):
         normalize: bool,
         view: Rows,
     ) -> Tensor:
-        windows, order = Windows(size, index, keep), Order(alpha, Kernel(cosine, center), normalize)
+        windows, order = Windows(size, places, keep), Order(alpha, Kernel(cosine, center), normalize)
         rows = view(h)
         gram, live = gram_of(rows, windows, order)
         shape = size, rows.shape[-1]
         value, live, factor = entropy_of_gram(gram, live, order, shape, rows.dtype, with_factor=True)
         assert factor is not None
         factor = factor * window_weights(live, value, order.fewest, size)[:, None, None]
-        ctx.save_for_backward(h, index, keep, factor)
+        ctx.save_for_backward(h, places, keep, factor)
         ctx.size, ctx.order, ctx.view = size, order, view
         return h.clone()  # what follows may work in place, which torch refuses on a view
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        h, index, keep, factor = ctx.saved_tensors
+        h, places, keep, factor = ctx.saved_tensors
         with torch.no_grad():
-            d = gradient_of_rows(factor, ctx.view(h), Windows(ctx.size, index, keep), ctx.order)
+            d = gradient_of_rows(factor, ctx.view(h), Windows(ctx.size, places, keep), ctx.order)
             return (g, _sums(ctx.view(g), d), *[None] * 8)
 
 

@@ -78,7 +78,8 @@ class GateConfig(_Section):
     twenty times the spread around it where that is larger, so that a loss near zero or below is judged as any other."""
 
     spike_tolerance: float = Field(0.2, gt=0.0)
-    """Relative rise of the training loss that ends compression at the next update (0.2 = 20 %); measured likewise."""
+    """Relative rise of the loss that ends compression at the next update (0.2 = 20 %), of the training loss in
+    `smoothed` and of the one that is judged in `published`; measured likewise."""
 
     smoothing: float = Field(0.9, ge=0.0, lt=1.0)
     """Decay of the moving averages per update; its time constant is -1/log(smoothing) updates.
@@ -199,7 +200,7 @@ class AlignmentConfig(_Section):
 
     every: int = Field(10, ge=0)
     """Optimizer steps from one measurement to the next of the angle at every watched layer, and of
-    ``metrics.measures``. The first step is measured; 0 = never."""
+    ``metrics.measures``: the first step is measured, and each whose number is a multiple of it. 0 = never."""
 
     parameter_every: int = Field(0, ge=0)
     """The same for the angle between parameter gradients, which takes one more gradient; 0 = never."""
@@ -248,7 +249,7 @@ class GAPTConfig(_Section):
             limit = 1.0
         elif window is not None:
             limit = math.log(window - self.entropy.center)
-        if target > limit:
+        if target > limit * (1 + 1e-9):
             raise ValueError(
                 f"objective.target={target} is above {limit:.4g}, the largest entropy with entropy.window={window}, "
                 f"center={self.entropy.center}, normalize={self.entropy.normalize}; set a lower target or a longer "

@@ -128,6 +128,12 @@ class Order(NamedTuple):
         """Rows that count which a window needs for an entropy: with fewer, there is one direction at most."""
         return 3 if self.kernel.center else 2
 
+    @property
+    def depends_on_features(self) -> bool:
+        """Of two windows with one Gram matrix, that of more features may have another entropy: eigenvalues are told
+        from rounding by the features, and a normalized entropy is divided by their logarithm."""
+        return self.normalize or not _by_power(self.alpha)
+
 
 def order_of(config: EntropyConfig) -> Order:
     """The entropy that a configuration names."""
@@ -139,7 +145,7 @@ class Gram(torch.autograd.Function):
 
     It saves the rows as they are, and neither copies nor changes them.
 
-    ``apply(rows, index, keep, size, alpha, cosine, center, module)`` takes rows (batch, length, d), their windows
+    ``apply(rows, places, keep, size, alpha, cosine, center, module)`` takes rows (batch, length, d), their windows
     (:class:`gapt_optim.windows.Windows`), and the name of the module that returned them, or None. It gives K
     (windows, m, m) with m = min(n, d), and the rows that count (windows,), None where K or the shape tell.
     """
@@ -148,7 +154,7 @@ class Gram(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        index: Tensor | None,
+        places: Tensor | None,
         keep: Tensor | None,
         size: int,
         alpha: float,
@@ -156,7 +162,7 @@ class Gram(torch.autograd.Function):
         center: bool,
         module: str | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.windows, ctx.order, ctx.module = Windows(size, index, keep), Order(alpha, Kernel(cosine, center)), module
+        ctx.windows, ctx.order, ctx.module = Windows(size, places, keep), Order(alpha, Kernel(cosine, center)), module
         # Of a call that a checkpoint repeats, the rows are made again. Its windows are not: they may be of a mask that
         # the repeated call does not have.
         ctx.save_for_backward(rows.clone() if torch.compiler.is_compiling() else rows)
@@ -413,7 +419,7 @@ def _slope(power: Tensor, total: Tensor, alpha: int) -> Tensor:
 def _from_eigenvalues(
     rho: Tensor, alpha: float, with_gradient: bool, tolerance: float, noise: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """S and tr(K) dS/dK * 2 for any alpha. Eigenvalues within rounding of zero count as zero.
+    """S and tr(C) dS/dC * 2 for any alpha. Eigenvalues within rounding of zero count as zero.
 
     Args:
         tolerance: what that is, relative to the largest eigenvalue.

@@ -71,6 +71,15 @@ class GateState:
     """published: M"""
 
 
+Reason = Literal["plateau", "spike", "compressed"]
+"""Why a phase ends."""
+REASONS: dict[Reason, str] = {
+    "plateau": "the loss stopped falling",
+    "spike": "the loss rose",
+    "compressed": "the entropy stopped moving",
+}
+"""What each says, in a sentence."""
+
 _SPREAD_DECAY = 0.9
 _SPREADS = 20
 """A level is at least so many spreads: the noise of a loss is then a small share of it, whatever its mean is."""
@@ -106,14 +115,13 @@ class PhaseGate:
         config: rule and thresholds; see :class:`gapt_optim.GateConfig`.
 
     Attributes:
-        reason: why the last update switched: ``"plateau"`` (the loss stopped falling, compression
-            starts), ``"spike"`` (the loss rose) or ``"compressed"`` (the entropy stopped falling,
-            memorization starts). None when it did not switch.
+        reason: why the last update switched, one of ``REASONS``: ``"plateau"`` starts compression, ``"spike"`` and
+            ``"compressed"`` start memorization. None when it did not switch.
     """
 
     def __init__(self, config: GateConfig | None = None) -> None:
         self.config = config if config is not None else GateConfig()
-        self.reason: str | None = None
+        self.reason: Reason | None = None
         self._state = GateState(phase=self.config.initial_phase)
 
     @property
@@ -130,7 +138,7 @@ class PhaseGate:
     ) -> Phase:
         """Take one loss and one entropy, return the phase of the next step.
 
-        Non-finite values are ignored: the phase stays and nothing is remembered.
+        Non-finite values are ignored, and no rule sees them: the phase stays and nothing is remembered.
 
         Args:
             loss: the loss that is judged, on any scale; nats for cross-entropy.
@@ -144,17 +152,17 @@ class PhaseGate:
         training_loss = loss if training_loss is None else float(training_loss)
         if self.config.frozen or not all(map(math.isfinite, (loss, entropy, training_loss))):
             return self.phase
-        if self.config.rule == "published":
-            self.reason = self._published(loss, entropy)
-        else:
+        if self.config.rule == "smoothed":
             self.reason = self._smoothed(loss, entropy, training_loss, warming_up=warming_up)
+        elif self.config.rule == "published":
+            self.reason = self._published(loss, entropy)
         if self.reason is not None:
             compressing = self._state.phase == Phase.COMPRESSION.value
             self._state.phase = (Phase.MEMORIZATION if compressing else Phase.COMPRESSION).value
             self._state.switches += 1
         return self.phase
 
-    def _smoothed(self, loss: float, entropy: float, training_loss: float, *, warming_up: bool) -> str | None:
+    def _smoothed(self, loss: float, entropy: float, training_loss: float, *, warming_up: bool) -> Reason | None:
         config, s = self.config, self._state
         self._follow_spread(training_loss)
         s.loss = _average(s.loss, loss, config.smoothing)
@@ -177,7 +185,7 @@ class PhaseGate:
         shown = 1 - config.smoothing ** _updates_within(3, config.smoothing)
         tolerance = config.spike_tolerance * shown * _scale(entry, s.spread)
         if compressing and s.training_loss - entry > tolerance:
-            reason = "spike"
+            reason: Reason = "spike"
         elif not compressing and s.stale >= config.patience_memorization:
             reason = "plateau"
         elif compressing and s.stale >= config.patience_compression:
@@ -196,7 +204,7 @@ class PhaseGate:
             s.spread = _SPREAD_DECAY * s.spread + (1 - _SPREAD_DECAY) * bend
         s.last_loss, s.last_move = loss, move
 
-    def _published(self, loss: float, entropy: float) -> str | None:
+    def _published(self, loss: float, entropy: float) -> Reason | None:
         config, s = self.config, self._state
         loss_gain, entropy_gain = _gain(s.lowest_loss, loss), _gain(s.lowest_entropy, entropy)
         s.lowest_loss = loss if s.lowest_loss is None else min(s.lowest_loss, loss)

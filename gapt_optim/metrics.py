@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .alignment import Alignment
+from .gate import Reason
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class StepMetrics:
     """Phase that this step ran in: "memorization" or "compression"."""
     next_phase: str
     """Phase of the next step."""
-    reason: str | None
+    reason: Reason | None
     """Why the phase switches after this step: "plateau", "spike", "compressed", or None."""
     loss: float | None
     """Task loss (nats for cross-entropy); None if none was recorded."""

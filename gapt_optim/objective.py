@@ -13,28 +13,11 @@ from typing import NamedTuple, SupportsFloat
 import torch
 from torch import Tensor
 
-from .config import GAPTConfig, ObjectiveConfig
+from .config import ObjectiveConfig
 from .entropy import entropies, entropy_of_gram, measures_of, window_weights
-from .passes import Capture, Plan
+from .passes import Capture
+from .plan import Plan
 from .shards import sum_grams, sum_windows
-
-
-class Pressure(NamedTuple):
-    """What is pressed in the step under way."""
-
-    config: GAPTConfig
-    counted: tuple[str, ...]
-    """Layers that count."""
-    layers: tuple[str, ...]
-    """Those whose entropy is in the objective: all that count, or the one whose turn it is."""
-    active: bool
-    """The entropy is part of what is differentiated."""
-    targets: dict[str, float] | None = None
-    """Where pressing stops, by layer; None where it has no end."""
-    compared: bool = False
-    """The gradient of the mean entropy is wanted by itself."""
-    among: int | None = None
-    """Layers that the mean is over, where stages on other ranks have some of them; None where they are all here."""
 
 
 class Objective(NamedTuple):
@@ -54,23 +37,20 @@ class Objective(NamedTuple):
     """Scalar with a graph, where its gradient is wanted."""
 
 
-def build_objective(
-    loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, pressure: Pressure, scaled_by: float
-) -> Objective:
+def build_objective(loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, scaled_by: float) -> Objective:
     """Join a loss and what the watched modules left for it.
 
     Args:
         loss: scalar.
         taken: per layer, one item per call of it.
-        plan: how the entropies are computed.
-        pressure: what is pressed.
+        plan: how the entropies are computed, and what is pressed.
         scaled_by: factor that the loss was multiplied by already; the entropy gets it too.
     """
     layers = list(taken)
     calls = [capture for of_layer in taken.values() for capture in of_layer]
     if not calls:
         return Objective(loss, [], torch.zeros(2, 0, device=loss.device), None, None, None)
-    with torch.set_grad_enabled(pressure.active or pressure.compared):
+    with torch.set_grad_enabled(plan.pressed or plan.compared):
         of_calls, weights, measures = _sums_of_calls(calls, plan, loss.device)
         for call in calls:  # an angle still waits for the gradient, and keeps its capture
             call.gram = call.live = call.measures = None
@@ -79,21 +59,21 @@ def build_objective(
             of_calls, weights = (_over(values, times) for values in (of_calls, weights))
             measures = None if measures is None else _over(measures.mT, times).mT
         sums = torch.stack((of_calls.detach(), weights))
-        if not (pressure.active or pressure.compared):
+        if not (plan.pressed or plan.compared):
             return Objective(loss, layers, sums, measures, None, None)
         means = of_calls / weights.clamp(min=1)
         mean_entropy = None
-        if pressure.compared:
-            of_counted, their_weights = _of(pressure.counted, layers, means, weights)
+        if plan.compared:
+            of_counted, their_weights = _of(plan.counted, layers, means, weights)
             mean_entropy = _finite(_mean(of_counted, their_weights, None), loss)
-        if not pressure.active:
+        if not plan.pressed:
             return Objective(loss, layers, sums, measures, None, mean_entropy)
-        judged = [name for name in layers if name in pressure.layers]
-        means, weights = _of(pressure.layers, layers, means, weights)
+        judged = [name for name in layers if name in plan.layers]
+        means, weights = _of(plan.layers, layers, means, weights)
         for name in judged:
             for call in taken[name]:
                 call.pressed = True
-        penalty = pressure.config.objective.weight * _pressed(means, weights, judged, pressure)
+        penalty = plan.config.objective.weight * _pressed(means, weights, judged, plan)
         penalty = _finite(penalty, loss)
         added = penalty if scaled_by == 1.0 else penalty * scaled_by
         return Objective(loss + added.to(loss.dtype), layers, sums, measures, penalty.detach(), mean_entropy)
@@ -111,8 +91,7 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
     for i, call in enumerate(calls):
         assert call.gram is not None
         n, features = call.shape
-        # Eigenvalues are told from rounding by the features, and a normalized entropy is divided by their logarithm.
-        width = features if plan.order.normalize or plan.order.alpha != 2 else 0
+        width = features if plan.order.depends_on_features else 0
         like = (call.gram.shape[1:], n > features, width, call.gram.dtype, call.gram.device, call.live is None)
         alike.setdefault(like, []).append(i)
     totals: list[Tensor] = []
@@ -208,17 +187,17 @@ def _mean(means: Tensor, weights: Tensor, among: int | None = None) -> Tensor:
     return means.sum() / ((weights > 0).sum().clamp(min=1) if among is None else among)
 
 
-def _pressed(means: Tensor, weights: Tensor, layers: list[str], pressure: Pressure) -> Tensor:
+def _pressed(means: Tensor, weights: Tensor, layers: list[str], plan: Plan) -> Tensor:
     """What the weight multiplies: the entropies of the layers as one number, to be minimized."""
-    objective = pressure.config.objective
+    objective = plan.config.objective
     if not layers:
         return means.sum()
     values = means if objective.direction == "down" else -means
-    if pressure.targets is not None:
-        values = _up_to(means, weights, layers, pressure.targets, objective)
-    if pressure.config.layers.reduce == "largest_drop" and len(layers) > 1:
+    if plan.targets is not None:
+        values = _up_to(means, weights, layers, plan.targets, objective)
+    if plan.config.layers.reduce == "largest_drop" and len(layers) > 1:
         return values[_largest_drop(means.detach(), weights > 0)]
-    return _mean(values, weights, pressure.among)
+    return _mean(values, weights, plan.among)
 
 
 def _largest_drop(means: Tensor, known: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .entropy import Order
 from .windows import Windows, windows_of
 
 if TYPE_CHECKING:
@@ -27,21 +26,6 @@ MOST_COMPILED = 9
 loss of as many may be of more, and is refused."""
 MOST_LOOSE = 64
 """Calls of a watched module by itself that are kept for a loss to come."""
-
-
-class Plan(NamedTuple):
-    """What the step under way does with the outputs of watched modules. It is decided before the forward pass."""
-
-    order: Order
-    window: int | None
-    differentiated: frozenset[str] = frozenset()
-    """Layers whose entropy is differentiated, as compression does, and parameter alignment."""
-    pressed: bool = False
-    """The step compresses: what cannot be done is refused. In memorization it is told."""
-    due: bool = False
-    """Angles and measures are taken."""
-    angles: bool = False
-    """Angles are taken at some steps: a compiled model has a place for them at every step."""
 
 
 class Capture:

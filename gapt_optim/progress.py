@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ._tell import tell
 from ._version import __version__
 from .config import GAPTConfig
-from .gate import Count, GateState, Phase, PhaseGate
+from .gate import Count, GateState, Phase, PhaseGate, Reason
 from .several import START_FRESH, STATE_KEY
 
 _UNJUDGED_STEPS = 2000
@@ -65,7 +65,7 @@ class Progress:
         layers: Mapping[str, float],
         validation: float,
         learning_rate: float | None = None,
-    ) -> str | None:
+    ) -> Reason | None:
         """One step more; returns why the phase switches after it, None where it does not.
 
         Args:
@@ -229,11 +229,11 @@ def _refuse_contradictions(state: SavedState) -> None:
         ("nonfinite_steps", counts.nonfinite_steps, "steps", counts.steps),
         ("nonfinite_run", counts.nonfinite_run, "nonfinite_steps", counts.nonfinite_steps),
         ("unjudged_steps", counts.unjudged_steps, "steps - nonfinite_steps", finite),
-        ("gate.switches", gate.switches, "steps - nonfinite_steps", finite),
-        ("gate.updates", gate.updates, "steps - nonfinite_steps", finite),
-        ("gate.stale", gate.stale, "steps - nonfinite_steps", finite),
-        ("gate.stale_memorization", gate.stale_memorization, "steps - nonfinite_steps", finite),
-        ("gate.stale_compression", gate.stale_compression, "steps - nonfinite_steps", finite),
+        *(
+            (f"gate.{name}", value, "steps - nonfinite_steps", finite)
+            for name, value in asdict(gate).items()
+            if isinstance(value, int)
+        ),
     )
     for path, value, limit, most in limits:
         if value > most:

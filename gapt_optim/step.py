@@ -16,11 +16,12 @@ from .alignment import activation_alignment, sharded
 from .comparison import GradientComparison, named_parameters, refuse_incomparable
 from .config import GAPTConfig
 from .entropy import order_of
-from .gate import Phase
+from .gate import REASONS, Phase
 from .metrics import Measures, StepMetrics
 from .notices import Notices
-from .objective import Pressure, build_objective, counted_layers
-from .passes import Capture, Plan
+from .objective import build_objective, counted_layers
+from .passes import Capture
+from .plan import Plan
 from .progress import Progress, flat_state
 from .ranks import group_of, is_dtensor, refuse_different_ranks
 from .shards import plain
@@ -29,11 +30,6 @@ from .undeclared import Undeclared
 from .watching import Watching
 
 _LOGGER = logging.getLogger("gapt_optim")
-_WHY = {
-    "plateau": "the loss stopped falling",
-    "spike": "the training loss rose",
-    "compressed": "the entropy stopped moving",
-}
 Groups = list[dict[str, Any]]
 
 
@@ -102,23 +98,17 @@ class Step:
         turn = self.counted
         if config.layers.schedule == "rotate" and self.counted:
             turn = (self.counted[counts.compression_steps % len(self.counted)],)
-        self.pressure = Pressure(
+        self.plan = Plan(
             config,
+            self._order,
             counted=self.counted,
             layers=turn,
-            active=compressing and started,
-            targets=self._targets(),
-            compared=parameter_every > 0 and counts.steps % parameter_every == 0,
-            among=None if self._of_stages is None else len(turn),
-        )
-        differentiated = self.pressure.active or self.pressure.compared
-        self.plan = Plan(
-            self._order,
-            config.entropy.window,
-            differentiated=frozenset(self.counted) if differentiated else frozenset(),
-            pressed=self.pressure.active,
-            due=every > 0 and counts.steps % every == 0,
+            pressed=compressing and started,
+            compared=_is_due(counts.steps + 1, parameter_every),
+            due=_is_due(counts.steps + 1, every),
             angles=every > 0,
+            targets=self._targets(),
+            among=None if self._of_stages is None else len(turn),
         )
         self.watching.plan = self.plan
 
@@ -149,10 +139,10 @@ class Step:
             if not taken:
                 self._nothing_taken(loss)
         self._notices.no_entropy(taken, center=self.config.entropy.center)
-        if self.plan.differentiated:
+        if self.plan.pressed or self.plan.compared:
             self._notices.no_gradient(taken, self.counted)
         self._notices.divided(loss, scaled_by)
-        objective = build_objective(loss, taken, self.plan, self.pressure, scaled_by)
+        objective = build_objective(loss, taken, self.plan, scaled_by)
         self._mean_entropy = objective.mean_entropy
         if self._undeclared.wanted and self.group is not None:
             self._undeclared.note(loss, scaled_by, objective, self.watching)
@@ -166,7 +156,7 @@ class Step:
         if not taken:
             return None
         nothing = torch.zeros((), device=output.device)
-        objective = build_objective(nothing, taken, self.plan, self.pressure, 1.0)
+        objective = build_objective(nothing, taken, self.plan, 1.0)
         self.sums.add(nothing, objective, alone=False, micro_batches=0)
         return objective.total if objective.total.requires_grad else None
 
@@ -204,9 +194,9 @@ class Step:
     def _weight(self) -> float | None:
         """Of the mean entropy's gradient in what is differentiated; None where that is no multiple of it."""
         config = self.config
-        if not self.pressure.active:
+        if not self.plan.pressed:
             return 0.0
-        if self.pressure.targets is not None or config.layers.reduce != "mean" or config.layers.schedule != "all":
+        if self.plan.targets is not None or config.layers.reduce != "mean" or config.layers.schedule != "all":
             return None
         return config.objective.weight if config.objective.direction == "down" else -config.objective.weight
 
@@ -303,7 +293,7 @@ class Step:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self.group is None and not self.sums.micro_batches:
             return None
-        if self.pressure.compared:
+        if self.plan.compared:
             begun = self._comparison is not None and self._comparison.begun
             self._uncompared = self.sums.micro_batches > 0 and not begun
             if self.group is not None and self._of_stages is None:
@@ -334,7 +324,7 @@ class Step:
 
     def finish(self, numbers: StepNumbers, groups: Groups) -> StepMetrics:
         """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""
-        progress, phase, pressure, due = self.progress, self.progress.phase, self.pressure, self.plan.due
+        progress, phase, plan = self.progress, self.progress.phase, self.plan
         judged = [name for name in self.counted if name in numbers.entropies] or list(numbers.entropies)
         entropy = math.fsum(numbers.entropies[name] for name in judged) / len(judged) if judged else None
         compared = self._comparison.finish() if self._comparison is not None else None
@@ -359,7 +349,7 @@ class Step:
             alignment=activation_alignment(
                 list(numbers.angles), list(numbers.angles.values()), [n for n in self.counted if n in numbers.angles]
             )
-            if due and numbers.angles
+            if plan.due and numbers.angles
             else None,
             parameter_alignment=compared() if compared is not None else None,
             validation_loss=None if math.isnan(numbers.validation) else numbers.validation,
@@ -367,22 +357,22 @@ class Step:
             compression_steps=counts.compression_steps,
             nonfinite_steps=counts.nonfinite_steps,
         )
-        self._tell(numbers, self.metrics, pressure, missing=pressure.compared and self._uncompared)
+        self._tell(numbers, self.metrics, plan)
         return self.metrics
 
-    def _tell(self, numbers: StepNumbers, metrics: StepMetrics, pressure: Pressure, *, missing: bool) -> None:
+    def _tell(self, numbers: StepNumbers, metrics: StepMetrics, plan: Plan) -> None:
         """What is said at the end of a step, so that a warning that is made an error leaves a step that is complete."""
         if metrics.reason is not None and (self.group is None or dist.get_rank(self.group) == 0):
             _LOGGER.info(
                 "step %d: %s ends, as %s (loss %.4g, entropy %.4g); %s begins",
-                metrics.step, metrics.phase, _WHY[metrics.reason], metrics.loss, metrics.entropy, metrics.next_phase,
+                metrics.step, metrics.phase, REASONS[metrics.reason], metrics.loss, metrics.entropy, metrics.next_phase,
             )  # fmt: skip
-        if missing and numbers.ran and not self._notices.said("frozen"):
+        if plan.compared and self._uncompared and numbers.ran and not self._notices.said("frozen"):
             self._notices.once(
                 "uncompared",
                 "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
             )
-        if pressure.active:
+        if plan.pressed:
             self._notices.small_share(numbers.loss, numbers.penalty, self.config.objective.weight)
         watched = {name: watch.module() for name, watch in self.watching.watches.items()}
         self._notices.unused(self.watching.passes.unused())
@@ -451,6 +441,11 @@ def _same(now: Tensor | None, then: _Gradient | None) -> bool:
     if now is None or then is None:
         return now is None
     return then.tensor() is now and then.version == now._version
+
+
+def _is_due(step: int, every: int) -> bool:
+    """At the first step, and where a log that is written at multiples of ``every`` has room for it."""
+    return every > 0 and (step == 1 or step % every == 0)
 
 
 def largest_learning_rate(groups: Groups) -> float | None:

@@ -23,7 +23,6 @@ from .passes import (
     MOST_COMPILED,
     Capture,
     Passes,
-    Plan,
     Repeat,
     in_backward,
     nodes_behind,
@@ -31,6 +30,7 @@ from .passes import (
     tensors_in,
     transformed,
 )
+from .plan import Plan
 from .ranks import over_ranks
 from .shards import Placed, Shards, digest, placed, read_part, read_whole
 from .windows import Windows, cut, windows_of
@@ -214,10 +214,10 @@ class Watch(Unsaved):
         batch, length = rows.shape[:2]
         into = None if compiling else watching.passes.current()
         cutting = windows_of if into is None else into.windows_of
-        windows = cutting(batch, length, plan.window, reading.live, reading.segments)
+        windows = cutting(batch, length, plan.config.entropy.window, reading.live, reading.segments)
         flows = rows.requires_grad
         # A compiled model is the same at every step of a phase, whether it is due or not.
-        differentiated = flows and (self.name in plan.differentiated or (not compiling and plan.due and plan.angles))
+        differentiated = flows and (plan.differentiates(self.name) or (not compiling and plan.due and plan.angles))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
         if windows.size > features and (compiling or plan.due):
@@ -264,7 +264,7 @@ class Watch(Unsaved):
         if at is None:
             reading = layout.read(self.name, output)
             return reading, None, reading.rows.shape[-1]
-        reading, shards, features = read_part(layout, self.name, output, h, at, plan.window)
+        reading, shards, features = read_part(layout, self.name, output, h, at, plan.config.entropy.window)
         self.of_angle = shards.of_angle
         return reading, shards, features
 
@@ -273,7 +273,7 @@ class Watch(Unsaved):
         try:
             return self._understood(plan, output)
         except (TypeError, ValueError) as error:
-            if plan.pressed and self.name in plan.differentiated:
+            if plan.pressed and plan.differentiates(self.name):
                 raise
             problem, told = str(error).replace(f'"{self.name}"', ""), self.watching.told
             if not {problem, self.name} & told:  # neither of this layer nor of another

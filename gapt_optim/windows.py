@@ -79,11 +79,11 @@ def _windows_of_documents(size: int, live: Tensor | None, segments: Tensor) -> W
 
 def cut(rows: Tensor, windows: Windows) -> Tensor:
     """(batch, length, d) as (windows, size, d): a view where all rows count and no window is short."""
-    size, index, keep = windows
+    size, places, keep = windows
     batch, length, features = rows.shape
-    if index is not None:
+    if places is not None:
         assert keep is not None
-        return rows.reshape(-1, features)[index].masked_fill(~keep.unsqueeze(-1), 0)
+        return rows.reshape(-1, features)[places].masked_fill(~keep.unsqueeze(-1), 0)
     if keep is not None:
         rows = rows.masked_fill(~keep.unsqueeze(-1), 0)
     count = _count(length, size)
@@ -93,13 +93,13 @@ def cut(rows: Tensor, windows: Windows) -> Tensor:
 
 def joined(z: Tensor, windows: Windows, batch: int, length: int) -> Tensor:
     """The inverse of :func:`cut`: (windows, size, d) as (batch, length, d), zero where no window has a row."""
-    size, index, keep = windows
+    size, places, keep = windows
     features = z.shape[-1]
-    if index is not None:
+    if places is not None:
         assert keep is not None
         nowhere = batch * length
         rows = z.new_zeros(nowhere + 1, features)
-        rows.index_copy_(0, torch.where(keep, index, nowhere).reshape(-1), z.reshape(-1, features))
+        rows.index_copy_(0, torch.where(keep, places, nowhere).reshape(-1), z.reshape(-1, features))
         return rows[:-1].reshape(batch, length, features)
     rows = z.reshape(batch, _count(length, size) * size, features)[:, :length]
     return rows if keep is None else rows.masked_fill(~keep.unsqueeze(-1), 0)
@@ -107,13 +107,13 @@ def joined(z: Tensor, windows: Windows, batch: int, length: int) -> Tensor:
 
 def rows_that_count(windows: Windows, batch: int, length: int) -> Tensor | None:
     """(windows,) rows of each window that count; None where all do."""
-    size, index, keep = windows
+    size, places, keep = windows
     tail = _count(length, size) * size - length
     if keep is None:
         if not tail:
             return None
         keep = torch.ones(1, length, dtype=torch.bool).expand(batch, length)
-    if index is None:
+    if places is None:
         keep = F.pad(keep, (0, tail)).reshape(-1, size)
     return keep.sum(-1)
 

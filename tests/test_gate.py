@@ -8,12 +8,15 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 import pytest
 
 from gapt_optim import GateConfig, Phase, PhaseGate
+from gapt_optim.gate import REASONS, Reason
 
 M, C = Phase.MEMORIZATION, Phase.COMPRESSION
+RULES = get_args(GateConfig.model_fields["rule"].annotation)
 
 
 def falling(start: float = 2.0, rate: float = 0.998) -> Iterator[float]:
@@ -34,11 +37,15 @@ def in_compression(config: GateConfig, level: float = 2.0) -> PhaseGate:
     return gate
 
 
+def test_each_reason_has_a_sentence() -> None:
+    assert set(REASONS) == set(get_args(Reason))
+
+
 def test_starts_in_memorization_by_default() -> None:
     assert PhaseGate().phase is M
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_plateau_of_the_loss_starts_compression(rule: str) -> None:
     gate = PhaseGate(GateConfig(rule=rule, patience_memorization=5))
     seen = feed(gate, [1.0] * 6, falling())
@@ -46,13 +53,13 @@ def test_plateau_of_the_loss_starts_compression(rule: str) -> None:
     assert gate.switches == 1
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_falling_loss_stays_in_memorization(rule: str) -> None:
     gate = PhaseGate(GateConfig(rule=rule, patience_memorization=5, smoothing=0.5))
     assert {phase for phase, _ in feed(gate, (0.9**i for i in range(100)), falling())} == {M}
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_plateau_of_the_entropy_ends_compression(rule: str) -> None:
     gate = PhaseGate(GateConfig(rule=rule, initial_phase="compression", patience_compression=5))
     seen = feed(gate, [1.0] * 8, [0.5] * 8)
@@ -60,7 +67,7 @@ def test_plateau_of_the_entropy_ends_compression(rule: str) -> None:
     assert gate.phase is M
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_frozen_never_leaves_its_phase(rule: str) -> None:
     for phase in ("memorization", "compression"):
         config = GateConfig(
@@ -106,7 +113,7 @@ def test_phases_alternate_while_an_entropy_decays_under_noise(floor: float) -> N
         assert len(reasons) >= 6
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_patience_counts_anew_in_every_phase(rule: str) -> None:
     """`smoothed` takes one update more, for the value that the phase begins with."""
     gate = PhaseGate(GateConfig(rule=rule, patience_memorization=4, patience_compression=3))
@@ -126,7 +133,7 @@ def test_published_patience_counts_anew_after_a_spike() -> None:
 
 
 @pytest.mark.parametrize("phase", ["memorization", "compression"])
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_patience_counts_anew_after_an_improvement(rule: str, phase: str) -> None:
     config = GateConfig(rule=rule, initial_phase=phase, patience_memorization=3, patience_compression=3, smoothing=0.0)
     falls_once = [2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -137,7 +144,7 @@ def test_patience_counts_anew_after_an_improvement(rule: str, phase: str) -> Non
 
 
 @pytest.mark.parametrize("phase", ["memorization", "compression"])
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 def test_patience_that_is_lowered_on_resuming_is_kept_to_at_once(rule: str, phase: str) -> None:
     def gate(patience: int) -> PhaseGate:
         return PhaseGate(
@@ -278,7 +285,7 @@ def test_rise_of_a_negative_loss_is_a_spike_too() -> None:
 # Odd numbers
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_are_ignored(rule: str, bad: float) -> None:
     config = GateConfig(rule=rule, patience_memorization=4, patience_compression=4)
@@ -293,7 +300,7 @@ def test_non_finite_values_are_ignored(rule: str, bad: float) -> None:
         assert dirty.state_dict() == clean.state_dict()
 
 
-@pytest.mark.parametrize("rule", ["smoothed", "published"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("level", [0.0, -1.0, 1e-12, 1e300, -1e300])
 def test_any_finite_level_is_a_plateau(rule: str, level: float) -> None:
     gate = PhaseGate(GateConfig(rule=rule, patience_memorization=5))

@@ -1,1 +1,1 @@
-"""One small module per training framework; each imports its framework and nothing else does."""
+"""One small module per training framework, and the trackers. Nothing else imports a framework."""

@@ -35,9 +35,9 @@ class GAPTCallback(Callback):
 
     In automatic optimization the loss of ``training_step`` goes through ``optimizer.objective`` on its way to the
     backward pass. In manual optimization, call ``objective`` yourself: ``self.manual_backward(opt.objective(loss))``.
-    In both, ``gapt/loss``, ``gapt/entropy``, ``gapt/compression`` and more of the last optimizer step are logged; with
-    several GAPTOptimizers, under ``gapt0/``, ``gapt1/`` and so on. A gate with ``signal="validation"`` judges
-    ``metric``.
+    In both, ``gapt/loss``, ``gapt/entropy``, ``gapt/compression`` and more of the optimizer step are logged at every
+    ``log_every_n_steps``-th one; with several GAPTOptimizers, under ``gapt0/``, ``gapt1/`` and so on. A gate with
+    ``signal="validation"`` judges ``metric``.
 
     Args:
         layers: also log the entropy of each layer.
@@ -51,6 +51,7 @@ class GAPTCallback(Callback):
     def __init__(self, *, layers: bool = True, metric: str = "val_loss") -> None:
         self.layers, self.metric = layers, metric
         self._replaced: list[Replacement] = []
+        self._logged: dict[str, int] = {}  # the last step, by prefix: none is taken while gradients accumulate
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In automatic optimization, replace the module's training step."""
@@ -78,8 +79,16 @@ class GAPTCallback(Callback):
         optimizers = _wrapped(trainer)
         for i, optimizer in enumerate(optimizers):
             prefix = "gapt" if len(optimizers) == 1 else f"gapt{i}"
-            if optimizer.metrics is not None:
-                pl_module.log_dict(optimizer.metrics.scalars(layers=self.layers, prefix=prefix))
+            metrics = optimizer.metrics
+            if metrics is None:
+                continue
+            scalars = metrics.scalars(layers=self.layers, prefix=prefix)
+            pl_module.log_dict(scalars, logger=False)  # for other callbacks: a logger would repeat what is not measured
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # made by its logger connector
+            if metrics.step % every == 0 and self._logged.get(prefix) != metrics.step:
+                self._logged[prefix] = metrics.step
+                for logger in trainer.loggers:
+                    logger.log_metrics(scalars, step=metrics.step - 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the held-out loss to the gate."""

@@ -135,7 +135,7 @@ def test_collectives_of_a_measured_step(ranks: Ranks, reduce: str, micro_batches
     plain = [(numbers, 8 * numbers)]
     measured = [(size, 8 * size), *plain]
     for found in ranks(collectives, Run("ddp", config=config, steps=3, micro_batches=micro_batches)):
-        assert found == [COMPARED + measured, plain, measured]  # before the first one
+        assert found == [COMPARED + measured, measured, plain]  # before the first one
 
 
 def made_before_ranks_meet() -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -287,7 +288,13 @@ def test_logs_hold_phase_and_entropies_of_the_step(tmp_path: Path, way: type[Mod
         assert row["gapt/loss"] == pytest.approx(metrics.loss)
         assert row["gapt/entropy/layers.1"] == pytest.approx(metrics.layer_entropy["layers.1"])
     (written,) = tmp_path.rglob("metrics.csv")
-    assert "gapt/compression" in written.read_text()
+    rows = pandas.read_csv(written).dropna(subset="gapt/loss").set_index("step")
+    assert list(rows.index + 1) == [metrics.step for metrics in module.metrics]
+    for metrics in module.metrics:  # what is measured now and then is in the rows of its own steps alone
+        row = rows.loc[metrics.step - 1].dropna()
+        expected = metrics.scalars()
+        assert {name: row[name] for name in row.index if name.startswith("gapt/")} == pytest.approx(expected)
+    assert {metrics.measures is None for metrics in module.metrics} == {True, False}
 
 
 def test_a_gate_on_validation_judges_what_the_module_logs(tmp_path: Path) -> None:
