@@ -7,7 +7,7 @@ loss reaches the entropy by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, SupportsFloat
 
 import torch
@@ -51,17 +51,17 @@ def build_objective(loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, s
     if not calls:
         return Objective(loss, [], torch.zeros(2, 0, device=loss.device), None, None, None)
     with torch.set_grad_enabled(plan.pressed or plan.compared):
-        of_calls, weights, measures = _sums_of_calls(calls, plan, loss.device)
+        sums, measures = _sums_of_calls(calls, plan, loss.device)
         for call in calls:  # an angle still waits for the gradient, and keeps its capture
             call.gram = call.live = call.measures = None
         if len(calls) > len(layers):
             times = [len(of_layer) for of_layer in taken.values()]
-            of_calls, weights = (_over(values, times) for values in (of_calls, weights))
+            sums = _over(sums, times)
             measures = None if measures is None else _over(measures.mT, times).mT
-        sums = torch.stack((of_calls.detach(), weights))
         if not (plan.pressed or plan.compared):
             return Objective(loss, layers, sums, measures, None, None)
-        means = of_calls / weights.clamp(min=1)
+        of_layers, weights = sums[0], sums[1].detach()
+        sums, means = sums.detach(), of_layers / weights.clamp(min=1)
         mean_entropy = None
         if plan.compared:
             of_counted, their_weights = _of(plan.counted, layers, means, weights)
@@ -79,8 +79,9 @@ def build_objective(loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, s
         return Objective(loss + added.to(loss.dtype), layers, sums, measures, penalty.detach(), mean_entropy)
 
 
-def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of each call, the sum of the entropies of its windows, the number of those that count, and sums of measures.
+def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(2, calls): over each call's windows, the sum of the entropies and the number of those that count. Where they are
+    due, also (2, calls, 4): the same of the measures.
 
     Matrices of equal size are computed as one batch: they are so small that it is the number of operations that costs.
     """
@@ -94,55 +95,49 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
         width = features if plan.order.depends_on_features else 0
         like = (call.gram.shape[1:], n > features, width, call.gram.dtype, call.gram.device, call.live is None)
         alike.setdefault(like, []).append(i)
-    totals: list[Tensor] = []
-    counts: list[Tensor] = []
-    measures: list[Tensor] = []
-    for members in alike.values():
-        batch = [calls[i] for i in members]
-        total, count, of_measures = _sums_of_alike(batch, plan)
-        totals.append(total.to(device))
-        counts.append(count.to(device))
-        if of_measures is not None:
-            measures.append(of_measures.to(device))
-    order = [i for members in alike.values() for i in members]
-    if len(totals) == 1:
-        of_all = sum_windows(calls, totals[0], counts[0]) if sharded else (totals[0], counts[0])
-        return *of_all, measures[0] if measures else None
-    dtype = torch.float64 if any(total.dtype == torch.float64 for total in totals) else totals[0].dtype
+    found = [_sums_of_alike([calls[i] for i in members], plan) for members in alike.values()]
+    sums, measures = found[0]
+    if len(found) == 1:
+        sums, measures = sums.to(device), None if measures is None else measures.to(device)
+    else:
+        sums = _in_order([each for each, _ in found], alike.values(), device)
+        if measures is not None:
+            measures = _in_order([each for _, each in found if each is not None], alike.values(), device)
+    return sum_windows(calls, sums) if sharded else sums, measures
+
+
+def _in_order(parts: list[Tensor], members: Iterable[list[int]], device: torch.device) -> Tensor:
+    """(2, calls, ...) of all calls, from parts that have the calls named in ``members``."""
+    order = [i for each in members for i in each]
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else parts[0].dtype
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
-    total, count = (torch.cat([part.to(dtype) for part in parts])[back] for parts in (totals, counts))
-    if sharded:
-        total, count = sum_windows(calls, total, count)
-    if not measures:
-        return total, count, None
-    return total, count, torch.cat([part.to(dtype) for part in measures], 1)[:, back]
+    return torch.cat([part.to(device, dtype) for part in parts], 1)[:, back]
 
 
-def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same for calls of equal shape: (calls,), (calls,), and (2, calls, 4) where measures are due."""
+def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """The same for calls of equal shape."""
     order, first = plan.order, calls[0]
     gram = _joined([call.gram for call in calls])
     assert gram is not None
     live = _joined([call.live for call in calls])
-    if torch.is_grad_enabled() or not any(call.angled for call in calls):
+    angled = any(call.angled for call in calls)
+    if torch.is_grad_enabled() or not angled:
         value, live, factor = entropies(gram, live, order, first.shape, first.dtype)
     else:  # nothing is pressed, and angles need the factor all the same
         value, live, factor = entropy_of_gram(gram, live, order, first.shape, first.dtype, with_factor=True)
-    weight = window_weights(live, value, order.fewest, first.shape[0])
     sizes = [len(call.gram) for call in calls if call.gram is not None]
-    if factor is not None and any(call.angled for call in calls):
+    if factor is not None and angled:
         for call, own in zip(calls, torch.split(factor, sizes), strict=True):
             call.factor = own if call.angled else None
-    counted = torch.where(weight > 0, value, 0)
-    totals, counts = (_over(values, sizes) for values in (counted, weight))
-    measures = None
-    if plan.due:
-        with torch.no_grad():
-            measures = _measures(calls, gram.detach(), sizes)
-    return totals, counts, measures
+    weight = window_weights(live, value, order.fewest, first.shape[0])
+    sums = _over(torch.stack((torch.where(weight > 0, value, 0), weight)), sizes)
+    if not plan.due:
+        return sums, None
+    with torch.no_grad():
+        return sums, _measures(calls, gram.detach(), sizes)
 
 
-def _measures(calls: list[Capture], gram: Tensor, sizes: list[int]) -> Tensor | None:
+def _measures(calls: list[Capture], gram: Tensor, sizes: list[int]) -> Tensor:
     """(2, calls, 4): over the windows of each call, sums of what can hide in an entropy, and of the weights."""
     beside = [call.measures for call in calls]
     if None not in beside:

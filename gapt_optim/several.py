@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 from torch.optim import LBFGS, Optimizer
 
 from ._tell import tell
@@ -448,21 +447,21 @@ class OptimizerWrapper(Optimizer):
 
 
 def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch makes of an optimizer's ``step``, less the hooks on all optimizers: the wrapped ones call those."""
+    """What torch makes of an optimizer's ``step``, less global hooks and the profiler's record, which the
+    wrapped ones have."""
 
     @functools.wraps(step)
     def hooked(self: OptimizerWrapper, *args: Any, **kwargs: Any) -> Any:
         args = (self, *args)
-        with record_function(f"Optimizer.step#{type(self).__name__}.step"):
-            for pre_hook in self._optimizer_step_pre_hooks.values():
-                replaced = pre_hook(self, args, kwargs)
-                if replaced is not None:
-                    if not (isinstance(replaced, tuple) and len(replaced) == 2):
-                        raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), found {replaced!r}")
-                    args, kwargs = replaced
-            result = step(*args, **kwargs)
-            for post_hook in self._optimizer_step_post_hooks.values():
-                post_hook(self, args, kwargs)
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            replaced = pre_hook(self, args, kwargs)
+            if replaced is not None:
+                if not (isinstance(replaced, tuple) and len(replaced) == 2):
+                    raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), found {replaced!r}")
+                args, kwargs = replaced
+        result = step(*args, **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
         return result
 
     hooked.hooked = True  # type: ignore[attr-defined]  # torch hooks what is not

@@ -265,15 +265,13 @@ def sum_grams(calls: Sequence[Any]) -> None:
             calls[i].gram = own.reshape(gram.shape)
 
 
-def sum_windows(calls: Sequence[Any], totals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up sums over windows (calls,) and their numbers, of captures whose rows lie on several ranks."""
+def sum_windows(calls: Sequence[Any], sums: Tensor) -> Tensor:
+    """Add up (2, calls), sums over windows and the windows' numbers, of captures whose rows lie on several ranks."""
     for groups, members in _by_groups([call.shards and call.shards.rows for call in calls]).items():
-        places = torch.tensor(members, device=totals.device)
-        own = torch.stack((totals[places], counts[places]))
-        summed, weights = _Sum.apply(own, groups)  # type: ignore[no-untyped-call]
-        totals = totals.index_copy(0, places, summed)
-        counts = counts.index_copy(0, places, weights.detach())
-    return totals, counts
+        places = torch.tensor(members, device=sums.device)
+        totals, counts = _Sum.apply(sums[:, places], groups)  # type: ignore[no-untyped-call]
+        sums = sums.index_copy(1, places, torch.stack((totals, counts.detach())))
+    return sums
 
 
 def _by_groups(groups: Sequence[Any]) -> dict[tuple[Group, ...], list[int]]:
