@@ -5,8 +5,8 @@ tokens are found stands in the files here, from ``following`` (what a pass shows
 """
 
 from .axes import View
-from .reading import Calls, Layout, Pick, Reading, by_layer
-from .selection import Candidates, Layers, choose_layers, select_layers
+from .reading import Calls, Layout, Pick, Reading
+from .selection import Candidates, Layers, by_layer, choose_layers, select_layers
 
 __all__ = [
     "Calls",

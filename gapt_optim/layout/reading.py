@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from . import axes as axes_
 from .axes import Kind, View, kind_of
 from .following import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
 from .outputs import checked_hidden, hidden_tensor, padded
+from .selection import by_layer
 from .tokens import (
     Call,
     Caller,
@@ -479,22 +479,6 @@ class Calls:
 
     def leave(self) -> None:
         self._layout.leave(self.caller.number)
-
-
-def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``argument`` says of each layer: one value for all, or the first glob of a mapping that matches it.
-
-    Raises:
-        ValueError: a glob matches no layer.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(names, value)
-    for glob in value:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"{argument} has a key {glob!r} that matches none of the layers {', '.join(names)}")
-    return {name: value[glob] for glob in reversed(list(value)) for name in names if fnmatchcase(name, glob)}
 
 
 def _check_function(argument: str, value: Any) -> None:

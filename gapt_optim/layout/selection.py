@@ -49,6 +49,22 @@ def select_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.
     return {name: module for name, module in named.items() if name in chosen}
 
 
+def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``argument`` says of each layer: one value for all, or the first glob of a mapping that matches it.
+
+    Raises:
+        ValueError: a glob matches no layer.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    for glob in value:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"{argument} has a key {glob!r} that matches none of the layers {', '.join(names)}")
+    return {name: value[glob] for glob in reversed(list(value)) for name in names if fnmatchcase(name, glob)}
+
+
 def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
     """The blocks of a model that has one list of them; else the candidates, among which a forward pass chooses.
 
