@@ -252,6 +252,25 @@ def nodes_behind(loss: Tensor) -> set[Any]:
     return found
 
 
+def nodes_of(output: Any, h: Tensor) -> tuple[Any, ...]:
+    """What made ``h``; or all of the module's output, where ``output=`` gave another tensor, such as a view."""
+    within = [h] if output is h else list(tensors_in(output))
+    made = [h] if any(tensor is h for tensor in within) else within
+    return tuple(tensor.grad_fn for tensor in made if tensor.grad_fn is not None)
+
+
+def is_of(gram: Tensor | None, behind: set[Any]) -> bool:
+    """A compiled call is one node of the graph; with a backend that compiles nothing, it is what it is without."""
+    node: Any = None if gram is None else gram.grad_fn
+    for _ in range(4):
+        if node is None or node in behind:
+            return True
+        node = next((each for each, _ in node.next_functions if each is not None and each.next_functions), None)
+        if node is None:  # parameters are behind every loss
+            return False
+    return False
+
+
 def tensors_in(value: Any) -> Iterable[Tensor]:
     """The tensors in what a module returned, however deep."""
     if isinstance(value, Tensor):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +16,16 @@ from .alignment import Angles
 from .config import EntropyConfig
 from .entropy import Gram, Order, gram_of
 from .kernels import measures_of_rows
-from .layout import Calls, Layout, Reading
+from .layout import Calls, Layout, Reading, replaced
 from .passes import (
     MOST_COMPILED,
     Capture,
     Passes,
     Repeat,
     in_backward,
+    is_of,
     nodes_behind,
+    nodes_of,
     recomputing,
     tensors_in,
     transformed,
@@ -230,7 +230,7 @@ class Watch(Unsaved):
                 return None
             marked = self.angles.in_graph(reading.h, reading.view, windows, order)
             return replaced(output, reading.h, marked)
-        capture.nodes = _nodes_of(output, reading.h)
+        capture.nodes = nodes_of(output, reading.h)
         watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))
         if not differentiated:
             return None
@@ -309,7 +309,7 @@ class Watch(Unsaved):
             return []
         own = [capture for capture in self.recent if capture.gram is not None]
         # Without gradients nothing tells which call a loss is of.
-        taken = [capture for capture in own if _is_of(capture.gram, behind)]
+        taken = [capture for capture in own if is_of(capture.gram, behind)]
         if len(taken) == MOST_COMPILED:
             self._too_many()
         self.recent = [Capture(self.name) if capture in taken else capture for capture in self.recent]
@@ -365,55 +365,6 @@ class Ends(Unsaved):
         if begins.opened and not torch.compiler.is_compiling():
             begins.opened = False
             begins.watching.passes.end(output)
-
-
-def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
-    """``output`` with ``old`` replaced by ``new``, in the same kind of container; None where it does not hold it."""
-    if output is old:
-        return new
-    if isinstance(output, (tuple, list)):
-        items = [replaced(item, old, new) for item in output]
-        if all(item is None for item in items):
-            return None
-        items = [item if changed is None else changed for item, changed in zip(output, items, strict=True)]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    fields = dataclasses.is_dataclass(output) and not isinstance(output, type)
-    if fields:
-        pairs: Any = ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
-    elif isinstance(output, Mapping):
-        pairs = output.items()
-    else:
-        return None
-    changed = {key: value for key, value in ((k, replaced(v, old, new)) for k, v in pairs) if value is not None}
-    if not changed:
-        return None
-    # Its class may be made in a way of its own: a copy needs none.
-    result = copy.copy(output)
-    for key, value in changed.items():
-        if fields:
-            object.__setattr__(result, key, value)
-        if isinstance(result, MutableMapping):  # a ModelOutput of transformers is both
-            result[key] = value
-    return result
-
-
-def _nodes_of(output: Any, h: Tensor) -> tuple[Any, ...]:
-    """What made ``h``; or all of the module's output, where ``output=`` gave another tensor, such as a view."""
-    within = [h] if output is h else list(tensors_in(output))
-    made = [h] if any(tensor is h for tensor in within) else within
-    return tuple(tensor.grad_fn for tensor in made if tensor.grad_fn is not None)
-
-
-def _is_of(gram: Tensor | None, behind: set[Any]) -> bool:
-    """A compiled call is one node of the graph; with a backend that compiles nothing, it is what it is without."""
-    node: Any = None if gram is None else gram.grad_fn
-    for _ in range(4):
-        if node is None or node in behind:
-            return True
-        node = next((each for each, _ in node.next_functions if each is not None and each.next_functions), None)
-        if node is None:  # parameters are behind every loss
-            return False
-    return False
 
 
 def _address(args: Any) -> int:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
+from gapt_optim.layout import replaced
 from gapt_optim.objective import _largest_drop
 from gapt_optim.passes import MOST_COMPILED, MOST_LOOSE, Pass, nodes_behind, tensors_in
-from gapt_optim.watching import replaced
 
 COMPRESSION = GAPTConfig(gate=GateConfig(initial_phase="compression", frozen=True))
 

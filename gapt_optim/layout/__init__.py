@@ -5,6 +5,7 @@ tokens are found stands in the files here, from ``following`` (what a pass shows
 """
 
 from .axes import View
+from .outputs import replaced
 from .reading import Calls, Layout, Pick, Reading
 from .selection import Candidates, Layers, by_layer, choose_layers, select_layers
 
@@ -18,5 +19,6 @@ __all__ = [
     "View",
     "by_layer",
     "choose_layers",
+    "replaced",
     "select_layers",
 ]

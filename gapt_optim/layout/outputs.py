@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -54,6 +56,36 @@ def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None)
             "(batch, seq, d) or (batch, channels, *positions). Choose another module or pass output="
         )
     return h
+
+
+def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
+    """``output`` with ``old`` replaced by ``new``, in the same kind of container; None where it does not hold it."""
+    if output is old:
+        return new
+    if isinstance(output, (tuple, list)):
+        items = [replaced(item, old, new) for item in output]
+        if all(item is None for item in items):
+            return None
+        items = [item if changed is None else changed for item, changed in zip(output, items, strict=True)]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    fields = dataclasses.is_dataclass(output) and not isinstance(output, type)
+    if fields:
+        pairs: Any = ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
+    elif isinstance(output, Mapping):
+        pairs = output.items()
+    else:
+        return None
+    changed = {key: value for key, value in ((k, replaced(v, old, new)) for k, v in pairs) if value is not None}
+    if not changed:
+        return None
+    # Its class may be made in a way of its own: a copy needs none.
+    result = copy.copy(output)
+    for key, value in changed.items():
+        if fields:
+            object.__setattr__(result, key, value)
+        if isinstance(result, MutableMapping):  # a ModelOutput of transformers is both
+            result[key] = value
+    return result
 
 
 def padded(h: Tensor, length: int) -> tuple[Tensor, Tensor]:
