@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -230,10 +231,33 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Keeps an enclosing autocast from turning float32 products into bfloat16."""
+    """Keeps an enclosing autocast from turning float32 products into bfloat16, and a GPU from rounding them to TF32.
+
+    A graph that is compiled keeps what the model has.
+    """
+    autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch.is_autocast_enabled(z.device.type):
-        return torch.autocast(z.device.type, enabled=False)
-    return contextlib.nullcontext()
+        autocast = torch.autocast(z.device.type, enabled=False)
+    rounded = z.is_cuda and not torch.compiler.is_compiling() and getattr(_MATMUL, _PRECISION) not in _EXACT
+    return _unrounded(autocast) if rounded else autocast
+
+
+@contextlib.contextmanager
+def _unrounded(inner: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    before = getattr(_MATMUL, _PRECISION)
+    setattr(_MATMUL, _PRECISION, _EXACT[0])
+    try:
+        with inner:
+            yield
+    finally:
+        setattr(_MATMUL, _PRECISION, before)
+
+
+_MATMUL: Any = torch.backends.cuda.matmul
+_PRECISION, _EXACT = (
+    ("fp32_precision", ("ieee", "none")) if hasattr(_MATMUL, "fp32_precision") else ("allow_tf32", (False,))
+)
+"""How torch says whether float32 products are rounded, from 2.9 on and before, and what it says where they are not."""
 
 
 def no_trace(rho: Tensor, alpha: int) -> float:

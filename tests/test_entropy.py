@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gapt_optim import matrix_entropy
+from gapt_optim.kernels import full_precision
 from tests.reference import KERNELS, reference_entropy
 
 ORDERS = [0.1, 0.5, 0.9, 1 - 1e-7, 1.0, 1 + 1e-7, 1.5, 2.0, 2.5, 3.0, 8.0, 9.0, 50.0, math.inf]
@@ -124,6 +128,20 @@ def test_autocast_changes_nothing(alpha: float, dtype: torch.dtype, kernel: str,
     with torch.autocast("cpu", torch.bfloat16):
         found = value_and_gradient(z, alpha=alpha, kernel=kernel, center=center)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_products_on_a_gpu_are_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch, raises: bool) -> None:
+    """Where the training around them allows it; it has its own setting back afterwards."""
+    settings = SimpleNamespace(fp32_precision="tf32", allow_tf32=True)
+    monkeypatch.setattr("gapt_optim.kernels._MATMUL", settings)
+    with FakeTensorMode():
+        z = torch.empty(2, 3, device="cuda")
+    with contextlib.suppress(ZeroDivisionError), full_precision(z):
+        assert settings.fp32_precision == "ieee" or not settings.allow_tf32  # before torch 2.9
+        if raises:
+            _ = 1 / 0
+    assert settings == SimpleNamespace(fp32_precision="tf32", allow_tf32=True)
 
 
 @kernels
