@@ -71,7 +71,12 @@ class Call:
         self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
         self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.live: dict[str, Tensor] = {}
-        self.knows_documents = any(name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS, "position_ids"))
+        ids = any(name.endswith(("input_ids", "inputs_embeds")) for name in self.tensors)
+        self.counts_tokens = "position_ids" in self.tensors and (caller.is_model or ids)
+        """It was given the positions of the tokens of a whole model, not of a layer in it."""
+        self.knows_documents = self.counts_tokens or any(
+            name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS)
+        )
         self.documents: tuple[Tensor | None, Tensor] | None = None
         """The mask, and the documents of the rows that count by it."""
         self.picked: dict[tuple[str, int], Any] = {}
@@ -398,9 +403,9 @@ def documents(calls: list[Call], rows: Tensor, live: Tensor | None) -> tuple[Ten
 
 def positions_of(call: Call, batch: int, length: int) -> Tensor | None:
     """The positions of the tokens of a whole model, (batch, length), or (1, length) where all sequences share them."""
-    positions = call.tensors.get("position_ids")
-    if positions is None or not (call.caller.is_model or has_ids(call)):
+    if not call.counts_tokens:
         return None
+    positions = call.tensors["position_ids"]
     positions = positions[None] if positions.ndim == 1 else positions
     return positions if positions.shape in ((batch, length), (1, length)) else None
 
@@ -424,11 +429,6 @@ def restarted(positions: Tensor, live: Tensor | None) -> Tensor:
     first = live & (live.cumsum(1) == 1)  # of a document that began in another sequence, perhaps
     begins = first | (live & counting & (positions == smallest))
     return begins.cumsum(1).clamp(min=1)
-
-
-def has_ids(call: Call) -> bool:
-    """A call of a whole model, not of a layer in it."""
-    return any(name.endswith(("input_ids", "inputs_embeds")) for name in call.tensors)
 
 
 # Modules
