@@ -128,6 +128,9 @@ class Step:
                 "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
+        if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self._captured()
+            return loss
         if not self.sums.micro_batches:  # what a backward of something else left
             self.watching.clear_angles()
         if not self.names and self.watching.watches:  # chosen in this forward pass, which captured nothing
@@ -159,6 +162,17 @@ class Step:
         objective = build_objective(nothing, taken, self.plan, 1.0)
         self.sums.add(nothing, objective, alone=False, micro_batches=0)
         return objective.total if objective.total.requires_grad else None
+
+    def _captured(self) -> None:
+        """A CUDA graph records the step, and plays it without us."""
+        problem = (
+            "this step is captured into a CUDA graph, whose replays run no Python: no loss would be judged, and the "
+            "phase would never change. Capture the forward and backward pass of a part of the model, and leave "
+            "objective(loss) and step() outside"
+        )
+        if self.plan.pressed:
+            raise RuntimeError(problem)
+        self._notices.once("captured", f"{problem}. Until then the gate stays")
 
     def _nothing_taken(self, loss: Tensor) -> None:
         """No watched module ran for this loss."""

@@ -56,6 +56,24 @@ def test_a_step_of_the_base_alone_is_told_once(stepped: str) -> None:
     assert all("without optimizer.step(): the gate does not move" in message for message in told)
 
 
+@PHASES
+def test_a_step_in_a_cuda_graph_is_told_once_or_refused(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = make_net()
+    gate = GateConfig(initial_phase=phase, frozen=True)  # type: ignore[arg-type]
+    optimizer = wrap(model, config=GAPTConfig(gate=gate))
+    if phase == "compression":
+        with pytest.raises(RuntimeError, match="captured into a CUDA graph"):
+            optimizer.objective(loss_of(model, 0))
+        return
+    losses = [loss_of(model, i) for i in range(2)]
+    with pytest.warns(UserWarning, match="captured into a CUDA graph") as told:
+        assert [optimizer.objective(loss) for loss in losses] == losses
+    assert len(told) == 1
+    optimizer.step()
+    assert optimizer.metrics is None
+
+
 # In-place activations
 
 
