@@ -123,11 +123,19 @@ def share_of(loss: Tensor) -> Tensor | float:
         return 1.0
     behind: Any = node.next_functions[0][0]
     divisor = getattr(node, "_saved_other", None)
-    if behind is None or divisor is None or not behind.name().startswith("NllLoss"):
+    counted = None if behind is None or divisor is None else _counted(behind)
+    if counted is None:
         return 1.0
-    if getattr(behind, "_saved_reduction", None) != _SUM:
-        return 1.0
-    target = behind._saved_target
-    tokens = (target != behind._saved_ignore_index).sum()
-    divided_by = torch.as_tensor(divisor).to(target.device, torch.float32, non_blocking=True)
-    return torch.where(divided_by > target.numel(), tokens / divided_by, 1.0)
+    divided_by = torch.as_tensor(divisor).to(counted.device, torch.float32, non_blocking=True)
+    return torch.where(divided_by > counted.numel(), counted.sum() / divided_by, 1.0)
+
+
+def _counted(node: Any) -> Tensor | None:
+    """Which tokens are in a sum over them: torch's, or that of a function that saved class numbers for its backward."""
+    if node.name().startswith("NllLoss"):
+        if node._saved_reduction != _SUM:
+            return None
+        found: Tensor = node._saved_target != node._saved_ignore_index
+        return found
+    saved = [t for t in getattr(node, "saved_tensors", ()) if t is not None and t.dtype == torch.int64]
+    return saved[0] >= 0 if len(saved) == 1 else None  # below it are those that are left out
