@@ -1,82 +1,136 @@
-"""FSDP2, tensor and sequence parallelism and a loss over all tokens, as torchtitan puts them together.
+"""A tiny Llama in three dimensions, put together as in torchtitan: FSDP2, tensor and sequence parallel, pipeline.
 
-torchrun --nproc-per-node 4 examples/by_feature/torchtitan_loop.py
+torchrun --nproc-per-node 8 examples/by_feature/torchtitan_loop.py
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor import parallel as tp
-from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
 from gapt_optim import GAPTOptimizer, RepresentationHook
+from gapt_optim.integrations.pipelining import pipelined
 
-BATCH, LENGTH, WORDS, WIDTH, HEAD = 8, 32, 64, 32, 8
+BATCH, MICRO_BATCHES, LENGTH, WORDS, WIDTH, HEAD, DEPTH = 8, 4, 32, 64, 32, 8, 4
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Queries or keys (batch, heads, length, features), each pair of features turned by its position."""
+    angle = torch.arange(x.shape[2], device=x.device)[:, None] / 100 ** torch.linspace(0, 1, HEAD // 2, device=x.device)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
 
 
 class Block(nn.Module):
-    """Attention and MLP, as in a Llama but for rotary positions; ``PLAN`` cuts both into heads and columns."""
-
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.qkv, self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.w1, self.w3 = (nn.Linear(WIDTH, 2 * WIDTH, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(2 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
-        q, k, v = (linear(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for linear in self.qkv)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        found: Tensor = x + self.down(F.silu(self.up(self.norm2(x))))
+        q, k, v = (linear(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for linear in (self.wq, self.wk, self.wv))
+        mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + self.wo(mixed.transpose(1, 2).flatten(2))
+        h = self.norm2(x)
+        found: Tensor = x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+        return found
+
+
+class Llama(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed: nn.Module = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleDict({str(i): Block() for i in range(DEPTH)})
+        self.norm: nn.Module = nn.RMSNorm(WIDTH)
+        self.head: nn.Module = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        found: Tensor = self.head(self.norm(x))
         return found
 
 
 SEQUENCE = Shard(1)  # what is between the parallel parts of a block, each rank has for its part of the sequence
 INTO, OUT = tp.ColwiseParallel(input_layouts=SEQUENCE), tp.RowwiseParallel(output_layouts=SEQUENCE)
-NORM = tp.SequenceParallel()
-PLAN: dict[str, ParallelStyle] = {f"*.{name}": INTO for name in ("qkv.0", "qkv.1", "qkv.2", "up")}
-PLAN |= {"*.out": OUT, "*.down": OUT, "*.norm1": NORM, "*.norm2": NORM}
-PLAN |= {
-    "embed": tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
-    "head": tp.ColwiseParallel(input_layouts=SEQUENCE, output_layouts=Shard(-1), use_local_output=False),
-}
+OF_BLOCK: Any = dict.fromkeys(("wq", "wk", "wv", "w1", "w3"), INTO) | dict.fromkeys(("wo", "w2"), OUT)
+OF_BLOCK |= dict.fromkeys(("norm1", "norm2"), tp.SequenceParallel())
+EMBED = tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE)
+HEAD_PLAN = tp.ColwiseParallel(input_layouts=SEQUENCE, output_layouts=Shard(-1), use_local_output=False)
+
+
+def parallelized(model: Llama, mesh: DeviceMesh) -> Llama:
+    """This rank's part of the model: the layers of its stage, of these its columns, of these its shard."""
+    stages, stage = mesh["pp"].size(), mesh["pp"].get_local_rank()
+    for i in range(DEPTH):
+        if i * stages // DEPTH != stage:
+            del model.layers[str(i)]
+    if stage == 0:
+        tp.parallelize_module(model, mesh["tp"], {"embed": EMBED})
+    else:
+        model.embed = nn.Identity()
+    if stage == stages - 1:
+        tp.parallelize_module(model, mesh["tp"], {"norm": tp.SequenceParallel(), "head": HEAD_PLAN})
+    else:
+        model.norm, model.head = nn.Identity(), nn.Identity()
+    for layer in model.layers.values():
+        tp.parallelize_module(layer, mesh["tp"], OF_BLOCK)
+    for part in (*model.layers.values(), model):
+        fully_shard(part, mesh=mesh["dp"], reshard_after_forward=False)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)  # gradients are summed: each loss is a share of the mean
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return model
+
+
+def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+
+def prepared(model: Llama, mesh: DeviceMesh, device: torch.device) -> tuple[Schedule1F1B, GAPTOptimizer]:
+    """Schedule and optimizer of a part of the model."""
+    stage = PipelineStage(model, mesh["pp"].get_local_rank(), mesh["pp"].size(), device, group=mesh.get_group("pp"))
+    # new: blocks return plain tensors that hold a part of the sequence
+    hook = RepresentationHook(model, "layers.*", placements=(mesh["tp"], SEQUENCE))
+    optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False), hook)
+    share = 1 / (MICRO_BATCHES * mesh["dp"].size())  # tokens of a micro-batch / all tokens of a step
+    loss_fn = pipelined(optimizer, stage, cross_entropy, scale=share)  # new: was the cross-entropy times the share
+    return Schedule1F1B(stage, MICRO_BATCHES, loss_fn=loss_fn, scale_grads=False), optimizer
+
+
+def train_step(schedule: Schedule1F1B, tokens: Tensor, stage: int, stages: int) -> None:
+    """Forward and backward passes of all micro-batches; every rank gets the tokens that its first and last stage need."""
+    inputs = (tokens[:, :-1],) if stage == 0 else ()
+    target = {"target": tokens[:, 1:].contiguous()} if stage == stages - 1 else {}
+    with tp.loss_parallel():
+        schedule.step(*inputs, **target)
 
 
 def main() -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (2, dist.get_world_size() // 4, 2), mesh_dim_names=("pp", "dp", "tp"))
     torch.manual_seed(0)  # the same weights on all ranks
-    parts: dict[str, nn.Module] = {"embed": nn.Embedding(WORDS, WIDTH)} | {f"block{i}": Block() for i in range(3)}
-    parts["head"] = nn.Linear(WIDTH, WORDS)
-    model = nn.Sequential()
-    for name, part in parts.items():
-        model.add_module(name, part.to(device))
-    mesh = init_device_mesh(device.type, (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    tp.parallelize_module(model, mesh["tp"], PLAN)
-    for part in (*list(model)[1:-1], model):
-        fully_shard(part, mesh=mesh["dp"])
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is divided by all tokens
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    # new: blocks return plain tensors that hold a part of the sequence
-    hook = RepresentationHook(model, "block*", placements=(mesh["tp"], SEQUENCE))
-    optimizer = GAPTOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False), hook)
+    schedule, optimizer = prepared(parallelized(Llama().to(device), mesh), mesh, device)
 
     torch.manual_seed(1 + mesh["dp"].get_local_rank())  # batches of its own for each part of the data
     for step in range(1, 41):
         start = torch.randint(WORDS, (BATCH, 1), device=device)
         tokens = (start + 3 * torch.arange(LENGTH + 1, device=device)) % WORDS
-        with tp.loss_parallel():
-            scores, target = model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-            share = 1 / mesh["dp"].size()  # own tokens / all tokens
-            loss = F.cross_entropy(scores, target, reduction="sum") / (len(target) / share)
-            optimizer.backward(loss, scaled_by=share)  # new: was loss.backward()
+        train_step(schedule, tokens, mesh["pp"].get_local_rank(), mesh["pp"].size())
         optimizer.step()  # new: the gate judges sums over all ranks
         optimizer.zero_grad()
         if step % 10 == 0 and dist.get_rank() == 0 and optimizer.metrics is not None:

@@ -38,7 +38,7 @@ def pipelined(
     Args:
         optimizer: of the stages on this rank.
         stages: the ``PipelineStage`` of this rank, or a sequence of several; the hook is then on
-            ``nn.ModuleList([stage.submod for stage in stages])``.
+            ``nn.ModuleDict({str(stage.stage_index): stage.submod for stage in stages})``.
         loss_fn: of the last stage's output and a target, a mean over one micro-batch.
         scale: what each loss is multiplied by, or a function that gives it, such as ``scaler.get_scale``: the entropies
             of all stages get it too.
@@ -128,11 +128,17 @@ def _names(own: list[str], stages: Sequence[Any], group: Any) -> list[str]:
         ValueError: two stages have one of the same name.
     """
     indices = [stage.stage_index for stage in stages]
-    here = [(indices[int(name.split(".")[0])] if len(indices) > 1 else indices[0], name) for name in own]
+    of_layers = [name.split(".")[0] for name in own] if len(stages) > 1 else [str(indices[0])] * len(own)
+    here = list(zip(of_layers, own, strict=True))
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, here, group=group)
+    if any(not index.isdigit() for pairs in everyone for index, _ in pairs):
+        raise ValueError(
+            "several stages on a rank are known by their numbers: place the hook on "
+            "nn.ModuleDict({str(stage.stage_index): stage.submod for stage in stages})"
+        )
     found: dict[str, int] = {}
-    for index, name in sorted(pair for pairs in everyone for pair in pairs):
+    for index, name in sorted((int(index), name) for pairs in everyone for index, name in pairs):
         if found.setdefault(name, index) != index:
             raise ValueError(
                 f'stages {found[name]} and {index} both watch a layer "{name}"; give the modules of stages the names '

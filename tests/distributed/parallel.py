@@ -93,8 +93,8 @@ def along_batch(model: Tiny, mesh: Any) -> None:
     sequence_parallel(model, mesh, axis=0)
 
 
-def by_dtensors(model: Tiny, mesh: Any) -> None:
-    sequence_parallel(model, mesh, local=False)
+def by_dtensors(model: Tiny, mesh: Any, axis: int = 1) -> None:
+    sequence_parallel(model, mesh, axis=axis, local=False)
 
 
 def replicated(model: Tiny, mesh: Any) -> None:
@@ -167,24 +167,25 @@ def made(run: Split) -> tuple[nn.Module, GAPTOptimizer, Any]:
 def train(run: Split) -> list[Seen]:
     """Steps of one process, or of this rank."""
     model, optimizer, data_ranks = made(run)
+    return [train_step(run, step, model, optimizer, data_ranks) for step in range(run.steps)]
+
+
+def train_step(run: Split, step: int, model: nn.Module, optimizer: GAPTOptimizer, data_ranks: Any) -> Seen:
     rank, world = (0, 1) if data_ranks is None else (data_ranks.get_local_rank(), data_ranks.size())
     rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    seen = []
-    for step in range(run.steps):
-        for micro in range(run.micro_batches):
-            ids, mask = batch_of(step * run.micro_batches + micro, run.masked)
-            ids, mask = ids[rows], None if mask is None else mask[rows]
-            ids, target = ids[:, :-1], ids[:, 1:]
-            if run.first:
-                ids, target = ids.T, target.T
-            with loss_parallel():
-                scores = model(ids) if mask is None else model(ids, attention_mask=mask)
-                loss = F.cross_entropy(scores.flatten(0, 1), target.flatten())
-                assert isinstance(loss, DTensor) == (run.way is by_loss_parallel)
-                optimizer.backward(loss, scale=1 / run.micro_batches)
-        gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
-        assert optimizer.metrics is not None
-        seen.append(Seen(optimizer.metrics, gradients, 0.0))
-    return seen
+    for micro in range(run.micro_batches):
+        ids, mask = batch_of(step * run.micro_batches + micro, run.masked)
+        ids, mask = ids[rows], None if mask is None else mask[rows]
+        ids, target = ids[:, :-1], ids[:, 1:]
+        if run.first:
+            ids, target = ids.T, target.T
+        with loss_parallel():
+            scores = model(ids) if mask is None else model(ids, attention_mask=mask)
+            loss = F.cross_entropy(scores.flatten(0, 1), target.flatten())
+            assert isinstance(loss, DTensor) == (run.way is by_loss_parallel)
+            optimizer.backward(loss, scale=1 / run.micro_batches)
+    gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.metrics is not None
+    return Seen(optimizer.metrics, gradients, 0.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, RepresentationHook, StepMetrics
+from tests.distributed.loop import Loop, run_and_resume
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import BATCH, COMPRESSING, RESTLESS, Net, data
+from tests.distributed.runs import BATCH, COMPRESSING, RESTLESS, Net, Seen, data
+from tests.distributed.table import HALF, STEPS, figures
 
+ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.0)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = pytest.mark.slow
 
@@ -29,6 +35,7 @@ class Engine:
     config: GAPTConfig = field(default_factory=lambda: GAPTConfig(gate=RESTLESS))
     groups: int = 1
     overflow: bool = False
+    base: Any = ADAMW
 
 
 def made(run: Engine) -> tuple[nn.Module, GAPTOptimizer]:
@@ -38,7 +45,7 @@ def made(run: Engine) -> tuple[nn.Module, GAPTOptimizer]:
     parameters: Any = list(model.parameters())
     if run.groups == 2:
         parameters = [{"params": parameters[:4]}, {"params": parameters[4:], "weight_decay": 0.1}]
-    return model, GAPTOptimizer(torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0), hook, run.config)
+    return model, GAPTOptimizer(run.base(parameters), hook, run.config)
 
 
 def quiet() -> None:
@@ -67,30 +74,89 @@ def engine_for(run: Engine) -> tuple[Any, GAPTOptimizer]:
     if run.precision == "bf16":
         config["bf16"] = {"enabled": True}
     if run.precision == "fp16":
+        # What it asks of the device is whether its kernels are fast there.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         config["fp16"] = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     assert connect(engine) is optimizer
     return engine, optimizer
 
 
+class OfEngine(Loop):
+    """What DeepSpeed makes of a model and the wrapper."""
+
+    def __init__(self, run: Engine) -> None:
+        self.run = run
+        self.engine, self.optimizer = engine_for(run)
+        self.model = self.engine.module
+
+    def step(self, step: int) -> Seen:
+        from deepspeed.utils import safe_get_full_grad
+
+        run, gradients = self.run, {}
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
+        for micro in range(run.micro_batches):
+            x, target = data(step * run.micro_batches + micro, dtype)
+            loss = F.cross_entropy(self.engine(x).flatten(0, 1).float(), target.flatten())
+            if run.overflow and step in (1, 2) and dist.get_rank() == 1:
+                loss = loss * 1e30
+            self.engine.backward(self.optimizer.objective(loss))
+            if self.engine.is_gradient_accumulation_boundary():
+                gradients = {name: safe_get_full_grad(p) for name, p in self.model.named_parameters()}
+            self.engine.step()
+        metrics: Any = self.optimizer.metrics
+        return Seen(metrics, {name: g.clone() for name, g in gradients.items() if g is not None}, 0.0)
+
+    def save(self, folder: str) -> None:
+        self.engine.save_checkpoint(folder)
+
+    def load(self, folder: str) -> None:
+        path, _ = self.engine.load_checkpoint(folder)
+        assert path is not None
+
+
 def train_engine(run: Engine) -> tuple[list[StepMetrics], dict[str, torch.Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    engine, optimizer = engine_for(run)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
+    loop = OfEngine(run)
     seen: list[StepMetrics] = []
-    optimizer._observers.append(seen.append)
+    loop.optimizer._observers.append(seen.append)
     for step in range(run.steps):
-        for micro in range(run.micro_batches):
-            x, target = data(step * run.micro_batches + micro, dtype)
-            loss = F.cross_entropy(engine(x).flatten(0, 1).float(), target.flatten())
-            if run.overflow and step in (1, 2) and dist.get_rank() == 1:
-                loss = loss * 1e30
-            engine.backward(optimizer.objective(loss))
-            engine.step()
-    names = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
-    weights = {name: p.detach() if names[name] is None else names[name] for name, p in engine.module.named_parameters()}
+        loop.step(step)
+    names = {name: safe_get_full_fp32_param(p) for name, p in loop.model.named_parameters()}
+    weights = {name: p.detach() if names[name] is None else names[name] for name, p in loop.model.named_parameters()}
     return seen, {name: value.clone().float() for name, value in weights.items()}
+
+
+class Plain(Loop):
+    """The same without DeepSpeed, on one process."""
+
+    def __init__(self, run: Engine) -> None:
+        self.model, self.optimizer = made(run)
+
+    def step(self, step: int) -> Seen:
+        x, target = data(step, torch.float32)
+        self.optimizer.backward(F.cross_entropy(self.model(x).flatten(0, 1), target.flatten()))
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Seen(self.optimizer.metrics, gradients, 0.0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_that_goes_on_from_the_engine_s_checkpoint(ranks: Ranks, stage: int) -> None:
+    run = Engine(stage, base=SGD)
+    torch.manual_seed(0)
+    whole = Plain(run)
+    expected = [whole.step(step) for step in range(STEPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        here = figures(ranks(run_and_resume, partial(OfEngine, run), folder, STEPS, HALF, timeout=120), expected)
+    print(stage, here)
+    assert here.gradients < 1e-5
+    assert here.entropies < 1e-5
+    assert here.phases
+    assert here.resumed
+    assert here.collectives == 1
 
 
 def train_one(run: Engine, skipped: tuple[int, ...] = ()) -> tuple[list[StepMetrics], dict[str, torch.Tensor]]:
@@ -218,3 +284,54 @@ def test_a_trainer_with_a_deepspeed_configuration(tmp_path: Any, stage: int) -> 
     assert steps == [1, 2, 3, 4, 5, 6]
     assert set(phases) == {"memorization", "compression"}
     assert 2 < loss < 4  # nats per token, of log(32) = 3.47
+
+
+def train_with_accelerate(stage: int) -> tuple[list[StepMetrics], list[StepMetrics]]:
+    """Steps of Accelerate's own loop with a DeepSpeed configuration, and the same without."""
+    quiet()
+    import deepspeed
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    from gapt_optim.integrations.deepspeed import connect
+
+    compiled = deepspeed.ops.__compatible_ops__
+    compiled.update(dict.fromkeys(compiled, False))
+    AcceleratorState._reset_state(True)
+    run = Engine(stage, micro_batches=2, base=SGD)
+    model, gapt = made(run)
+    told: list[StepMetrics] = []
+    gapt._observers.append(told.append)
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": run.micro_batches,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    accelerator = Accelerator(
+        gradient_accumulation_steps=run.micro_batches,
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+    )
+    called, optimizer = accelerator.prepare(model, gapt)
+    connect(accelerator.deepspeed_engine_wrapped.engine)
+    for step in range(run.steps * run.micro_batches):
+        x, target = data(step, torch.float32)
+        with accelerator.accumulate(called):
+            loss = F.cross_entropy(called(x).flatten(0, 1), target.flatten())
+            accelerator.backward(gapt.objective(loss))
+            optimizer.step()
+            optimizer.zero_grad()
+    return told, train_one(run)[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_accelerate_with_a_deepspeed_configuration(stage: int) -> None:
+    alone = Ranks(1)
+    ((found, expected),) = alone(train_with_accelerate, stage, timeout=120)
+    alone.close()
+    assert {each.phase for each in expected} == {"memorization", "compression"}
+    assert len(found) == len(expected)
+    for here, there in zip(found, expected, strict=True):
+        assert (here.step, here.phase, here.reason) == (there.step, there.phase, there.reason)
+        assert here.loss == pytest.approx(there.loss, rel=1e-5)
+        assert here.layer_entropy == pytest.approx(there.layer_entropy, rel=1e-5)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, RepresentationHook
 from gapt_optim.integrations.pipelining import pipelined
+from tests.distributed.loop import Loop
 from tests.distributed.parallel import BATCH, RESTLESS, Block, batch_of
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import Seen
@@ -53,6 +54,7 @@ class Piped:
     data: int = 1
     """Pipelines beside each other, each with a share of the batch."""
     connected: bool = True
+    dtype: torch.dtype = torch.float64
 
 
 def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
@@ -73,54 +75,75 @@ def rows_of(step: int, part: int, parts: int) -> Tensor:
     return ids[part * len(ids) // parts : (part + 1) * len(ids) // parts]
 
 
-def train_whole(run: Piped) -> list[Seen]:
-    model = Layers(range(4)).double()
-    hook = RepresentationHook(model, "blocks.*")
-    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), 0.05), hook, run.config)
-    seen = []
-    for step in range(run.steps):
+class Whole(Loop):
+    """The model on one process, and the micro-batches of all pipelines."""
+
+    def __init__(self, run: Piped) -> None:
+        self.run = run
+        self.model = Layers(range(4)).to(run.dtype)
+        hook = RepresentationHook(self.model, "blocks.*")
+        self.optimizer = GAPTOptimizer(torch.optim.SGD(self.model.parameters(), 0.05), hook, run.config)
+
+    def step(self, step: int) -> Seen:
         for rows in rows_of(step, 0, 1).split(BATCH):
-            optimizer.backward(cross_entropy(model(rows[:, :-1]), rows[:, 1:]), scale=run.scale / MICRO)
-        own = gradients(model, run.scale)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(Seen(optimizer.metrics, own, 0.0))
-    return seen
+            loss = cross_entropy(self.model(rows[:, :-1]), rows[:, 1:])
+            self.optimizer.backward(loss, scale=self.run.scale / MICRO)
+        own = gradients(self.model, self.run.scale)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Seen(self.optimizer.metrics, own, 0.0)
+
+
+class Staged(Loop):
+    """The stages that this rank has."""
+
+    flat = True
+
+    def __init__(self, run: Piped) -> None:
+        self.run = run
+        sizes = run.data, dist.get_world_size() // run.data
+        meshes = init_device_mesh("cpu", sizes, mesh_dim_names=("data", "pipe"))
+        pipe, self.data = meshes["pipe"], meshes["data"]
+        several = run.schedule == "interleaved"
+        count = pipe.size() * (2 if several else 1)
+        self.own = range(pipe.get_local_rank(), count, pipe.size())
+        parts = [Layers(range(i * 4 // count, (i + 1) * 4 // count)).to(run.dtype) for i in self.own]
+        self.stages = [
+            PipelineStage(part, i, count, torch.device("cpu"), group=pipe.get_group())
+            for part, i in zip(parts, self.own, strict=True)
+        ]
+        by_number = {str(i): part for part, i in zip(parts, self.own, strict=True)}
+        self.model = nn.ModuleDict(by_number) if several else parts[0]
+        hook = RepresentationHook(self.model, "*.blocks.*" if several else "blocks.*")
+        self.optimizer = GAPTOptimizer(torch.optim.SGD(self.model.parameters(), 0.05), hook, run.config)
+        stages: Any = self.stages if several else self.stages[0]
+        loss_fn: Any = self.alone
+        if run.connected:
+            loss_fn = pipelined(self.optimizer, stages, cross_entropy, scale=lambda: run.scale)
+        self.schedule = SCHEDULES[run.schedule](stages, MICRO, loss_fn=loss_fn)
+
+    def alone(self, scores: Tensor, target: Tensor) -> Tensor:
+        return self.optimizer.objective(cross_entropy(scores, target))
+
+    def step(self, step: int) -> Seen:
+        rows = rows_of(step, self.data.get_local_rank(), self.data.size())
+        arguments = (rows[:, :-1],) if self.own.start == 0 else ()
+        targets = {"target": rows[:, 1:]} if self.stages[-1].is_last else {}
+        self.schedule.step(*arguments, **targets)
+        found = gradients(self.model, self.run.scale, self.data)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Seen(self.optimizer.metrics, found, 0.0)
+
+
+def train_whole(run: Piped) -> list[Seen]:
+    loop = Whole(run)
+    return [loop.step(step) for step in range(run.steps)]
 
 
 def train_stages(run: Piped) -> list[Seen]:
-    meshes = init_device_mesh("cpu", (run.data, dist.get_world_size() // run.data), mesh_dim_names=("data", "pipe"))
-    pipe, data = meshes["pipe"], meshes["data"]
-    several = run.schedule == "interleaved"
-    count = pipe.size() * (2 if several else 1)
-    own = range(pipe.get_local_rank(), count, pipe.size())
-    parts = [Layers(range(i * 4 // count, (i + 1) * 4 // count)).double() for i in own]
-    stages = [
-        PipelineStage(part, i, count, torch.device("cpu"), group=pipe.get_group())
-        for part, i in zip(parts, own, strict=True)
-    ]
-    model: nn.Module = nn.ModuleList(parts) if several else parts[0]
-    hook = RepresentationHook(model, "*.blocks.*" if several else "blocks.*")
-    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), 0.05), hook, run.config)
-
-    def alone(scores: Tensor, target: Tensor) -> Tensor:
-        return optimizer.objective(cross_entropy(scores, target))
-
-    loss_fn: Any = alone
-    if run.connected:
-        loss_fn = pipelined(optimizer, stages if several else stages[0], cross_entropy, scale=lambda: run.scale)
-    schedule = SCHEDULES[run.schedule](stages if several else stages[0], MICRO, loss_fn=loss_fn)
-    seen = []
-    for step in range(run.steps):
-        rows = rows_of(step, data.get_local_rank(), data.size())
-        arguments = (rows[:, :-1],) if own.start == 0 else ()
-        targets = {"target": rows[:, 1:]} if stages[-1].is_last else {}
-        schedule.step(*arguments, **targets)
-        found = gradients(model, run.scale, data)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(Seen(optimizer.metrics, found, 0.0))
-    return seen
+    loop = Staged(run)
+    return [loop.step(step) for step in range(run.steps)]
 
 
 def bare(name: str, several: bool) -> str:
