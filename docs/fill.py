@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blocks.cost import cost
 from blocks.endurance import endurance
+from blocks.engines import engines
 from blocks.evidence import evidence
 from blocks.findings import findings
 from blocks.messages import messages_by_module
@@ -24,6 +25,7 @@ DOCS = Path(__file__).parent
 BLOCKS: dict[str, Callable[..., str]] = {
     "cost": cost,
     "endurance": endurance,
+    "engines": engines,
     "evidence": evidence,
     "findings": findings,
     "messages": messages_by_module,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .entropy import Order, entropy_of_gram, gradient_of_rows, gram_of, saved_rows, window_weights
 from .kernels import Kernel
-from .ranks import is_dtensor
+from .ranks import is_dtensor, sum_over_ranks
 from .windows import Windows
 
 if TYPE_CHECKING:
@@ -262,11 +262,29 @@ class Angles:
 
         seen.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def in_graph(self, h: Tensor, view: Rows, windows: Windows, order: Order) -> Tensor:
-        """``h`` with a place behind it where g arrives alone, for a compiled model."""
+    def in_graph(
+        self, h: Tensor, view: Rows, windows: Windows, order: Order, features: int, groups: tuple[Any, ...]
+    ) -> Tensor:
+        """``h`` with a place behind it where g arrives alone, for a compiled model.
+
+        Args:
+            h, view, windows, order: the hidden tensor, and how it is read.
+            features: of a whole row.
+            groups: ranks that have other features of the same rows.
+        """
         probe = self._probe if self._probe.device == h.device else self._probe.to(h.device)  # the model moved since
         found: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
-            h, probe, windows.places, windows.keep, windows.size, order.alpha, *order.kernel, order.normalize, view
+            h,
+            probe,
+            windows.places,
+            windows.keep,
+            windows.size,
+            order.alpha,
+            *order.kernel,
+            order.normalize,
+            view,
+            features,
+            groups,
         )
         return found
 
@@ -296,11 +314,15 @@ class _Place(torch.autograd.Function):
         center: bool,
         normalize: bool,
         view: Rows,
+        features: int,
+        groups: tuple[Any, ...],
     ) -> Tensor:
         windows, order = Windows(size, places, keep), Order(alpha, Kernel(cosine, center), normalize)
         rows = view(h)
         gram, live = gram_of(rows, windows, order)
-        shape = size, rows.shape[-1]
+        for group in groups:
+            gram = sum_over_ranks(gram, group)
+        shape = size, features
         value, live, factor = entropy_of_gram(gram, live, order, shape, rows.dtype, with_factor=True)
         assert factor is not None
         factor = factor * window_weights(live, value, order.fewest, size)[:, None, None]
@@ -313,7 +335,7 @@ class _Place(torch.autograd.Function):
         h, places, keep, factor = ctx.saved_tensors
         with torch.no_grad():
             d = gradient_of_rows(factor, ctx.view(h), Windows(ctx.size, places, keep), ctx.order)
-            return (g, _sums(ctx.view(g), d), *[None] * 8)
+            return (g, _sums(ctx.view(g), d), *[None] * 10)
 
 
 def _sums(g: Tensor, d: Tensor) -> Tensor:

@@ -342,8 +342,8 @@ def entropy_of_gram(
         The entropy (windows,) in nats, the rows that count (windows,), None where all do, and the factor
         (windows, m, m) = 2 dS/dK. Where the Gram matrix is not finite, neither is the entropy.
     """
-    n, d = shape
-    matrix = KernelMatrix(windows_last(gram), LINEAR if n > d else order.kernel)
+    reduced = gram.shape[-1] < shape[0]  # of ranks that share out the features, also where n > d it is not
+    matrix = KernelMatrix(windows_last(gram), LINEAR if reduced else order.kernel)
     value, factor = _entropy_of(matrix, order.alpha, shape, dtype, with_factor)
     inverse, live = matrix.inverse, live if matrix.live is None else matrix.live
     if order.normalize:

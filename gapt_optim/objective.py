@@ -142,7 +142,7 @@ def _measures(calls: list[Capture], gram: Tensor, sizes: list[int]) -> Tensor:
     beside = [call.measures for call in calls]
     if None not in beside:
         found = torch.cat([each[0] for each in beside if each]), torch.cat([each[1] for each in beside if each])
-    elif calls[0].shape[0] > calls[0].shape[1]:
+    elif gram.shape[-1] < calls[0].shape[0]:
         return torch.zeros(2, len(calls), 4, dtype=gram.dtype, device=gram.device)  # of a pass before they were due
     else:
         found = measures_of(gram)

@@ -197,7 +197,7 @@ def read_part(
     copies = at.copies * math.prod(dist.get_world_size(group) for group, _ in gathered)
     shards = Shards(tuple(own), tuple(features), at.ranks**2 / copies)
     part_of = reading._replace(h=h, rows=to_rows(h), live=live, segments=segments, view=to_rows)
-    return part_of, shards, max(rows.shape[-1], fewest)
+    return part_of, shards, rows.shape[-1]
 
 
 def read_whole(layout: Layout, name: str, output: Any, h: Any, at: Placed) -> Reading:

@@ -220,15 +220,16 @@ class Watch(Unsaved):
         differentiated = flows and (plan.differentiates(self.name) or (not compiling and plan.due and plan.angles))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
-        if windows.size > features and (compiling or plan.due):
+        if windows.size > rows.shape[-1] and (compiling or plan.due):
             with torch.no_grad():
                 measures = measures_of_rows(cut(rows.detach(), windows))
         capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures, shards)
         if into is None:
             self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
-            if not (flows and plan.angles) or (shards is not None and shards.features):
+            if not (flows and plan.angles):
                 return None
-            marked = self.angles.in_graph(reading.h, reading.view, windows, order)
+            others = () if shards is None else shards.features
+            marked = self.angles.in_graph(reading.h, reading.view, windows, order, features, others)
             return replaced(output, reading.h, marked)
         capture.nodes = nodes_of(output, reading.h)
         watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))

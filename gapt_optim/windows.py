@@ -67,7 +67,7 @@ def _windows_of_documents(size: int, live: Tensor | None, segments: Tensor) -> W
     within = place - origin
     counts = counts & (origin >= start)
     if size == segments.shape[1] and not compiling:
-        size = int(within.max()) + 1
+        size = int(torch.where(counts, within, 0).max()) + 1
     opens = (origin >= start) & (within % size == 0)
     window = opens.cumsum(0) - 1
     number = rows if compiling else int(window[-1]) + 1

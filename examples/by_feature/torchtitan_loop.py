@@ -111,7 +111,7 @@ def prepared(model: Llama, mesh: DeviceMesh, device: torch.device) -> tuple[Sche
 
 
 def train_step(schedule: Schedule1F1B, tokens: Tensor, stage: int, stages: int) -> None:
-    """Forward and backward passes of all micro-batches; every rank gets the tokens that its first and last stage need."""
+    """Forward and backward passes of all micro-batches. The first stage takes tokens, the last one those to predict."""
     inputs = (tokens[:, :-1],) if stage == 0 else ()
     target = {"target": tokens[:, 1:].contiguous()} if stage == stages - 1 else {}
     with tp.loss_parallel():

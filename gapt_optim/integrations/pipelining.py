@@ -33,7 +33,8 @@ def pipelined(
 
     The backward pass of an earlier stage begins at its outputs, and knows no loss: the entropies of its layers join
     there. Layers keep the names that they have in the stages, so that these must differ from stage to stage, as those
-    of a model that was cut do. Use schedules whose backward pass is one piece: GPipe, 1F1B, interleaved 1F1B.
+    of a model that was cut do. Any schedule will do, also one that computes gradients of inputs before those of
+    weights.
 
     Args:
         optimizer: of the stages on this rank.
@@ -98,10 +99,15 @@ class _Pipeline:
         if not self.live or not module.training or not torch.is_grad_enabled():
             return None
         carrier = next((tensor for tensor in tensors_in(output) if tensor.requires_grad), None)
-        pressed = None if carrier is None else self.optimizer.press_stage(carrier)
-        if carrier is None or pressed is None:
+        if carrier is None:
             return None
-        joined: Tensor = _Join.apply(carrier, pressed * self.factor())  # type: ignore[no-untyped-call]
+        pressed = self.optimizer.press_stage(carrier)
+        if pressed is not None:
+            joined: Tensor = _Join.apply(carrier, pressed * self.factor())  # type: ignore[no-untyped-call]
+        elif carrier._is_view():  # as where an angle is taken: a schedule detaches outputs in place
+            joined = carrier.clone()
+        else:
+            return None
         if output is carrier:
             return joined
         return type(output)(joined if item is carrier else item for item in output)
@@ -113,7 +119,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, entropy: Tensor) -> Tensor:
         ctx.save_for_backward(entropy)
-        return output.view_as(output)
+        return output.clone()  # a schedule detaches outputs in place, and cannot a view
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +133,12 @@ def _names(own: list[str], stages: Sequence[Any], group: Any) -> list[str]:
     Raises:
         ValueError: two stages have one of the same name.
     """
-    indices = [stage.stage_index for stage in stages]
-    of_layers = [name.split(".")[0] for name in own] if len(stages) > 1 else [str(indices[0])] * len(own)
-    here = list(zip(of_layers, own, strict=True))
+    indices = [str(stage.stage_index) for stage in stages]
+    here = [(indices[0] if len(indices) == 1 else name.split(".")[0], name) for name in own]
+    known = all(index in indices for index, _ in here)
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, here, group=group)
-    if any(not index.isdigit() for pairs in everyone for index, _ in pairs):
+    dist.all_gather_object(everyone, here if known else None, group=group)
+    if None in everyone:
         raise ValueError(
             "several stages on a rank are known by their numbers: place the hook on "
             "nn.ModuleDict({str(stage.stage_index): stage.submod for stage in stages})"

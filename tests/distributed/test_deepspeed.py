@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, RepresentationHook, StepMetrics
-from tests.distributed.loop import Loop, run_and_resume
+from tests.distributed import table
+from tests.distributed.loop import Loop
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import BATCH, COMPRESSING, RESTLESS, Net, Seen, data
-from tests.distributed.table import HALF, STEPS, figures
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.0)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -143,20 +142,17 @@ class Plain(Loop):
         return Seen(self.optimizer.metrics, gradients, 0.0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_run_that_goes_on_from_the_engine_s_checkpoint(ranks: Ranks, stage: int) -> None:
-    run = Engine(stage, base=SGD)
-    torch.manual_seed(0)
-    whole = Plain(run)
-    expected = [whole.step(step) for step in range(STEPS)]
-    with tempfile.TemporaryDirectory() as folder:
-        here = figures(ranks(run_and_resume, partial(OfEngine, run), folder, STEPS, HALF, timeout=120), expected)
-    print(stage, here)
-    assert here.gradients < 1e-5
-    assert here.entropies < 1e-5
-    assert here.phases
-    assert here.resumed
-    assert here.collectives == 1
+def row(stage: int, precision: str) -> table.Engine:
+    run = Engine(stage, precision, base=SGD)
+    return table.Engine(2, partial(OfEngine, run), partial(Plain, run))
+
+
+ENGINES = {f"ZeRO {stage}, {precision}": row(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_is_one_process(ranks: Ranks, name: str) -> None:
+    table.assert_right(table.measure(ranks, ENGINES[name]), name, 0.05 if "bf16" in name else 1e-5)
 
 
 def train_one(run: Engine, skipped: tuple[int, ...] = ()) -> tuple[list[StepMetrics], dict[str, torch.Tensor]]:

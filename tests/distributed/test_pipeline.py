@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.nn import functional as F
 
 from gapt_optim import AlignmentConfig, GAPTConfig, GAPTOptimizer, RepresentationHook
@@ -23,7 +24,19 @@ from tests.distributed.test_training_over_ranks import assert_equal_metrics
 from tests.training import distance
 
 MICRO = 4
-SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+SCHEDULES = {
+    "GPipe": schedules.ScheduleGPipe,
+    "1F1B": schedules.Schedule1F1B,
+    "interleaved": schedules.ScheduleInterleaved1F1B,
+    "zero bubble": schedules.ScheduleInterleavedZeroBubble,
+    "ZBV": schedules.ScheduleZBVZeroBubble,
+}
+if hasattr(schedules, "ScheduleDualPipeV"):
+    SCHEDULES["DualPipeV"] = schedules.ScheduleDualPipeV
+SINGLE = ("GPipe", "1F1B")
+"""With one stage on a rank."""
+V = ("ZBV", "DualPipeV")
+"""With the first and the last stage on one rank."""
 
 
 class Layers(nn.Module):
@@ -104,9 +117,11 @@ class Staged(Loop):
         sizes = run.data, dist.get_world_size() // run.data
         meshes = init_device_mesh("cpu", sizes, mesh_dim_names=("data", "pipe"))
         pipe, self.data = meshes["pipe"], meshes["data"]
-        several = run.schedule == "interleaved"
+        several = run.schedule not in SINGLE
         count = pipe.size() * (2 if several else 1)
-        self.own = range(pipe.get_local_rank(), count, pipe.size())
+        self.own = list(range(pipe.get_local_rank(), count, pipe.size()))
+        if run.schedule in V:
+            self.own = [pipe.get_local_rank(), count - 1 - pipe.get_local_rank()]
         parts = [Layers(range(i * 4 // count, (i + 1) * 4 // count)).to(run.dtype) for i in self.own]
         self.stages = [
             PipelineStage(part, i, count, torch.device("cpu"), group=pipe.get_group())
@@ -127,8 +142,8 @@ class Staged(Loop):
 
     def step(self, step: int) -> Seen:
         rows = rows_of(step, self.data.get_local_rank(), self.data.size())
-        arguments = (rows[:, :-1],) if self.own.start == 0 else ()
-        targets = {"target": rows[:, 1:]} if self.stages[-1].is_last else {}
+        arguments = (rows[:, :-1],) if self.own[0] == 0 else ()
+        targets = {"target": rows[:, 1:]} if any(stage.is_last for stage in self.stages) else {}
         self.schedule.step(*arguments, **targets)
         found = gradients(self.model, self.run.scale, self.data)
         self.optimizer.step()
@@ -153,7 +168,7 @@ def bare(name: str, several: bool) -> str:
 def assert_stages_equal(found: list[list[Seen]], run: Piped) -> None:
     expected = train_whole(run)
     assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
-    several = run.schedule == "interleaved"
+    several = run.schedule not in SINGLE
     for of_rank in found:
         for here, there in zip(of_rank, expected, strict=True):
             own = {bare(name, several): gradient for name, gradient in here.gradients.items()}
@@ -201,6 +216,45 @@ def test_angles_are_those_of_the_whole_model(ranks: Ranks) -> None:
             found = here.metrics.alignment.layers[name]
             assert found.cosine == pytest.approx(angle.cosine, abs=1e-6)
             assert found.loss_norm == pytest.approx(angle.loss_norm * MICRO, rel=1e-6)  # the schedule divides later
+
+
+def forgotten() -> list[str]:
+    """The schedule got the loss without the objective: what is said on this rank, and that no step hangs."""
+    loop = Staged(Piped("1F1B"))
+    loop.schedule._loss_fn = cross_entropy
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(12):
+            rows = rows_of(step, 0, 1)
+            arguments = (rows[:, :-1],) if loop.own[0] == 0 else ()
+            targets = {"target": rows[:, 1:]} if loop.stages[-1].is_last else {}
+            loop.schedule.step(*arguments, **targets)
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+    assert loop.optimizer.metrics is None
+    return [str(each.message) for each in said]
+
+
+def test_a_schedule_without_the_objective_is_told_on_all_ranks(ranks: Ranks) -> None:
+    for said in ranks(forgotten, timeout=60):
+        assert any("objective(loss)" in each for each in said)
+
+
+def list_of_stages() -> str:
+    run = Piped("interleaved")
+    loop = Staged(run)
+    hook = RepresentationHook(nn.ModuleDict({"a": loop.model}), "a.*.blocks.*")
+    optimizer = GAPTOptimizer(torch.optim.SGD(loop.model.parameters(), 0.05), hook)
+    try:
+        pipelined(optimizer, loop.stages, cross_entropy)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_stages_without_numbers_are_refused_on_all_ranks(ranks: Ranks) -> None:
+    for message in ranks(list_of_stages, timeout=60):
+        assert "nn.ModuleDict({str(stage.stage_index)" in message
 
 
 def refused(run: Piped) -> str:

@@ -23,9 +23,11 @@ from tests.distributed.parallel import (
     along_batch,
     by_dtensors,
     by_loss_parallel,
+    made,
     replicated,
     sequence_parallel,
     train,
+    train_step,
 )
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import Seen
@@ -135,6 +137,34 @@ def test_sharded_parameters_and_parts(four: Ranks, way: str) -> None:
 @pytest.mark.parametrize("run", [SEQUENCE, FEATURES, WAYS["DTensors, Replicate"]], ids=["rows", "features", "copies"])
 def test_four_parts(four: Ranks, run: Split) -> None:
     assert_equal(four(train, run), run)
+
+
+def train_compiled(run: Split) -> list[Seen]:
+    """Each block compiled by itself, as torchtitan does."""
+    model, optimizer, data_ranks = made(run)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [train_step(run, step, model, optimizer, data_ranks) for step in range(run.steps)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run",
+    [
+        Split(by_dtensors),
+        Split(by_dtensors, "blocks.*.mlp.up"),
+        Split(by_dtensors, "blocks.*.mlp.up", entropy=EntropyConfig(window=None, alpha=1.0, normalize=True)),
+        Split(by_dtensors, entropy=EntropyConfig(window=5)),
+        Split(replicated),
+    ],
+    ids=["rows", "features", "whole sequences of features", "put together", "copies"],
+)
+def test_compiled_blocks(ranks: Ranks, run: Split) -> None:
+    """With plain parts torch cannot compile these blocks, with or without entropies."""
+    assert_equal(ranks(train_compiled, run), run)
 
 
 def collectives(run: Split) -> list[list[int]]:

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, RepresentationHook
+from tests.distributed import table
+from tests.distributed.loop import Loop
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import RESTLESS, Seen, full
 from tests.distributed.test_training_over_ranks import assert_equal_metrics
@@ -73,7 +76,11 @@ def rows(step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-class Loop:
+_DIMS: dict[str, Any] = {}
+"""Once a process: fully_shard takes parameters of the very mesh that it was given, and torch keeps the first."""
+
+
+class Titan(Loop):
     """One rank's part of torchtitan's loop, or all of it on one process where ``backend`` is empty."""
 
     def __init__(self, backend: str, *, declared: bool = True, told: bool = True) -> None:
@@ -92,8 +99,10 @@ class Loop:
             options = ParallelismConfig(
                 tensor_parallel_degree=2, data_parallel_shard_degree=world // 2, spmd_backend=backend
             )
-            self.dims = ParallelDims.from_config(options, world)
-            self.dims.build_mesh()
+            if backend not in _DIMS:
+                _DIMS[backend] = ParallelDims.from_config(options, world)
+                _DIMS[backend].build_mesh()
+            self.dims = _DIMS[backend]
             if backend == "spmd_types":  # with fully_shard it needs a torch after 2.13
                 self.model.parallelize(self.dims)
                 placements = (self.dims.get_mesh("tp"), Shard(1))
@@ -155,22 +164,34 @@ class Loop:
     def state(self) -> dict[str, Any]:
         return {"model": dict(self.model.state_dict()), "optimizer": self.optimizers.state_dict()}
 
+    def load(self, folder: str) -> None:
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.zero_()
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder)
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizer"])
+
 
 def train(backend: str) -> list[Seen]:
-    loop = Loop(backend)
+    loop = Titan(backend)
     return [loop.step(step) for step in range(STEPS)]
 
 
-BACKENDS = [("partial_dtensor", 4), ("full_dtensor", 4), ("spmd_types", 2)]
+ENGINES = {
+    f"torchtitan, {backend}": table.Engine(4, partial(Titan, backend), partial(Titan, ""))
+    for backend in ("partial_dtensor", "full_dtensor")
+}
 
 
-@pytest.fixture(scope="module")
-def expected() -> list[Seen]:
-    return train("")
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_is_one_process(four: Ranks, name: str) -> None:
+    table.assert_right(table.measure(four, ENGINES[name]), name)
 
 
 def part_of(whole: dict[str, Tensor], own: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """What a rank of two has of each tensor, which it may have all of: spmd_types has plain parts of them."""
+    """What a rank of two has of each tensor, which it may have all of."""
     found = {}
     for name, tensor in whole.items():
         for axis, size in enumerate(own[name].shape):
@@ -180,17 +201,14 @@ def part_of(whole: dict[str, Tensor], own: dict[str, Tensor], rank: int) -> dict
     return found
 
 
-@pytest.mark.parametrize(("backend", "world"), BACKENDS, ids=[name for name, _ in BACKENDS])
-def test_equals_one_process(ranks: Ranks, four: Ranks, expected: list[Seen], backend: str, world: int) -> None:
+def test_plain_parts_of_spmd_types(ranks: Ranks) -> None:
+    """Blocks return plain parts, and so are the parameters, without fully_shard."""
+    expected = train("")
     assert {seen.metrics.phase for seen in expected} == {"memorization", "compression"}
-    for rank, of_rank in enumerate((four if world == 4 else ranks)(train, backend)):
+    for rank, of_rank in enumerate(ranks(train, "spmd_types")):
         for here, there in zip(of_rank, expected, strict=True):
             assert distance(here.gradients, part_of(there.gradients, here.gradients, rank)) < 1e-5
-            assert_equal_metrics(without_angles(here), without_angles(there), 1e-5)
-            cosines = [
-                None if seen.metrics.alignment is None else seen.metrics.alignment.cosine for seen in (here, there)
-            ]
-            assert cosines[0] == (cosines[1] and pytest.approx(cosines[1], abs=1e-4))
+            assert_equal_metrics(here, there, 1e-5)
 
 
 def without_angles(seen: Seen) -> Seen:
@@ -200,7 +218,7 @@ def without_angles(seen: Seen) -> Seen:
 
 def refused(backend: str, options: dict[str, bool]) -> str:
     try:
-        Loop(backend, **options).step(0)
+        Titan(backend, **options).step(0)
     except ValueError as error:
         return str(error)
     return ""
@@ -217,22 +235,16 @@ def test_plain_parts_that_were_not_declared_are_refused(ranks: Ranks) -> None:
 
 
 def save_and_go_on(folder: str, until: int) -> list[Seen]:
-    loop = Loop("partial_dtensor")
+    loop = Titan("partial_dtensor")
     for step in range(until):
         loop.step(step)
-    dcp.save(loop.state(), checkpoint_id=folder)
+    loop.save(folder)
     return [loop.step(step) for step in range(until, STEPS)]
 
 
 def load_and_go_on(folder: str, start: int) -> list[Seen]:
-    loop = Loop("partial_dtensor")
-    with torch.no_grad():
-        for p in loop.model.parameters():
-            p.zero_()
-    state = loop.state()
-    dcp.load(state, checkpoint_id=folder)
-    loop.model.load_state_dict(state["model"])
-    loop.optimizers.load_state_dict(state["optimizer"])
+    loop = Titan("partial_dtensor")
+    loop.load(folder)
     return [loop.step(step) for step in range(start, STEPS)]
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 import warnings
-from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
-from tests.distributed.loop import Loop, run_and_resume
+from tests.distributed.loop import Loop
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import RESTLESS, Seen, full
-from tests.distributed.table import HALF, STEPS, figures
+from tests.distributed.table import Engine, assert_right, measure
 from tests.examples.conftest import EXAMPLES, shards_on_a_cpu
 
 pytestmark = [pytest.mark.slow, shards_on_a_cpu]
@@ -41,24 +40,24 @@ def tokens(loop: Any, step: int, part: int, parts: int) -> Tensor:
     return ids[part * loop.BATCH : (part + 1) * loop.BATCH]
 
 
-def train_one(parts: int) -> list[Seen]:
+class Whole(Loop):
     """The whole model and the batches of all ranks, in as many micro-batches."""
-    loop = script()
-    torch.manual_seed(0)
-    model = loop.Llama()
-    optimizer = GAPTOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False), RepresentationHook(model, "layers.*"), CONFIG
-    )
-    seen = []
-    for step in range(STEPS):
-        for rows in cut(loop, step, parts):
-            loss = loop.cross_entropy(model(rows[:, :-1]), rows[:, 1:])
-            optimizer.backward(loss, scale=1 / (parts * loop.MICRO_BATCHES))
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(Seen(optimizer.metrics, gradients, 0.0))
-    return seen
+
+    def __init__(self, parts: int) -> None:
+        self.loop, self.parts = script(), parts
+        torch.manual_seed(0)
+        self.model = self.loop.Llama()
+        base = torch.optim.AdamW(self.model.parameters(), lr=3e-3, foreach=False)
+        self.optimizer = GAPTOptimizer(base, RepresentationHook(self.model, "layers.*"), CONFIG)
+
+    def step(self, step: int) -> Seen:
+        for rows in cut(self.loop, step, self.parts):
+            loss = self.loop.cross_entropy(self.model(rows[:, :-1]), rows[:, 1:])
+            self.optimizer.backward(loss, scale=1 / (self.parts * self.loop.MICRO_BATCHES))
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Seen(self.optimizer.metrics, gradients, 0.0)
 
 
 def cut(loop: Any, step: int, parts: int) -> list[Tensor]:
@@ -89,19 +88,10 @@ class Rank(Loop):
         return Seen(self.optimizer.metrics, gradients, 0.0)
 
 
-@pytest.fixture(scope="module")
-def eight() -> Iterator[Ranks]:
-    pool = Ranks(8)
-    yield pool
-    pool.close()
+ENGINES = {"FSDP2 x TP x 1F1B": Engine(8, partial(Rank, (2, 2, 2)), partial(Whole, 2))}
 
 
-def test_two_by_two_by_two_equal_one_process(eight: Ranks) -> None:
-    expected = train_one(2)
-    with tempfile.TemporaryDirectory() as folder:
-        found = eight(run_and_resume, partial(Rank, (2, 2, 2)), folder, STEPS, HALF, timeout=500)
-    here = figures(found, expected)
-    assert here.gradients < 1e-5
-    assert here.entropies < 1e-5
-    assert here.phases
-    assert here.resumed
+def test_two_by_two_by_two_equal_one_process() -> None:
+    with closing(Ranks(8)) as eight:
+        for name, engine in ENGINES.items():
+            assert_right(measure(eight, engine), name)
