@@ -97,7 +97,8 @@ def difference_between(described: Sequence[Mapping[str, str]]) -> str:
         f"ranks differ in {', '.join(different[:_MOST_NAMED])}{more}; give all ranks the same configuration, layers "
         "and checkpoint, or say with process_group= which ranks train together"
         + (
-            "; stages of a pipeline are connected by gapt_optim.integrations.pipelining.pipelined"
+            "; stages of a pipeline are connected by gapt_optim.integrations.pipelining.pipelined, and of experts that "
+            "only some ranks have, watch the module around them"
             if "layers" in fields and any(each.get("layers") != described[0].get("layers") for each in described)
             else ""
         )

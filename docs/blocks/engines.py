@@ -38,6 +38,8 @@ WHAT_TO_WRITE = {
     **{f"ZeRO {stage}, {precision}": "`connect(engine)`" for stage in range(4) for precision in ("fp32", "bf16")},
     "torchtitan, partial_dtensor": "`scaled_by=own tokens / all tokens`",
     "torchtitan, full_dtensor": "nothing",
+    "Megatron-Core, sequence parallel": '`placements=(mesh, Shard(0))`, `layout="length batch features"`',
+    "Megatron-Core, column-parallel": "`placements=(mesh, Shard(-1))`, the same layout",
 }
 
 

@@ -112,10 +112,13 @@ def prepared(model: Llama, mesh: DeviceMesh, device: torch.device) -> tuple[Sche
 
 def train_step(schedule: Schedule1F1B, tokens: Tensor, stage: int, stages: int) -> None:
     """Forward and backward passes of all micro-batches. The first stage takes tokens, the last one those to predict."""
-    inputs = (tokens[:, :-1],) if stage == 0 else ()
-    target = {"target": tokens[:, 1:].contiguous()} if stage == stages - 1 else {}
     with tp.loss_parallel():
-        schedule.step(*inputs, **target)
+        if stage == 0:
+            schedule.step(tokens[:, :-1])
+        elif stage == stages - 1:
+            schedule.step(target=tokens[:, 1:].contiguous())
+        else:
+            schedule.step()
 
 
 def main() -> None:

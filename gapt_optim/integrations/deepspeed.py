@@ -23,6 +23,9 @@ def connect(engine: Any) -> GAPTOptimizer:
         engine.backward(optimizer.objective(engine(batch)))      # was: engine.backward(engine(batch))
         engine.step()
 
+    With Accelerate the engine is ``accelerator.deepspeed_engine_wrapped.engine``, once ``prepare`` has made it; in the
+    Trainer, :class:`gapt_optim.integrations.transformers.GAPTCallback` connects it.
+
     The configuration says ``"zero_allow_untested_optimizer": True``. The engine divides by its accumulation steps and
     scales losses of half precision itself, so give :meth:`GAPTOptimizer.objective` the loss as it is.
 

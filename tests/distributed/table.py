@@ -305,6 +305,7 @@ def all_engines() -> dict[str, Engine]:
     for needed, module in (
         (("deepspeed",), "tests.distributed.test_deepspeed"),
         (("torchtitan", "triton"), "tests.distributed.test_torchtitan"),
+        (("megatron",), "tests.distributed.test_megatron"),
         ((), "tests.examples.test_torchtitan_loop"),
     ):
         if all(importlib.util.find_spec(name) for name in needed):

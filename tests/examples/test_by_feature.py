@@ -36,7 +36,7 @@ def test_every_script_is_run_and_marks_what_is_new() -> None:
     assert {path.stem for path in FOLDER.glob("*.py")} == set(SCRIPTS)
     for name in SCRIPTS:
         lines = (FOLDER / f"{name}.py").read_text().splitlines()
-        assert len(lines) <= (90 if name == "torchtitan_loop" else 60)  # with the model that it cuts
+        assert len(lines) <= (150 if name == "torchtitan_loop" else 60)  # with the model that it cuts
         assert sum("# new" in line for line in lines) >= 1
 
 
