@@ -77,9 +77,13 @@ def run_and_resume(make: Callable[[], Loop], folder: str, steps: int, half: int)
         with sent_by_us() as own:
             seen.append(loop.step(step))
         sent.append(own)
-    again = make()
-    again.load(folder)
-    return Run(seen, [again.step(step) for step in range(half, steps)], sent)
+    return Run(seen, resume(make, folder, steps, half), sent)
+
+
+def resume(make: Callable[[], Loop], folder: str, steps: int, half: int) -> list[Seen]:
+    loop = make()
+    loop.load(folder)
+    return [loop.step(step) for step in range(half, steps)]
 
 
 @contextmanager

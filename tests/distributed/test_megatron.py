@@ -23,7 +23,7 @@ from tests.distributed.runs import RESTLESS, Seen
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-WIDTH, HIDDEN, WORDS, BATCH, LENGTH = 8, 16, 12, 4, 16
+WIDTH, HIDDEN, WORDS, BATCH, LENGTH = 8, 16, 64, 4, 16
 
 
 class Pair(nn.Module):

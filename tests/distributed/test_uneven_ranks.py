@@ -147,3 +147,36 @@ def test_an_expert_without_tokens_on_a_rank_weighs_nothing(ranks: Ranks) -> None
         assert judged["experts.0"] == pytest.approx(here["experts.0"], rel=1e-12)
         assert min(here["experts.1"], there["experts.1"]) < judged["experts.1"]
         assert judged["experts.1"] < max(here["experts.1"], there["experts.1"])
+
+
+class Own(nn.Module):
+    """Experts of this rank alone, by their numbers among all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = 2 * dist.get_rank()
+        self.experts = nn.ModuleDict({str(i): nn.Linear(6, 6) for i in range(first, first + 2)})
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(sum(expert(x) for expert in self.experts.values()))
+
+
+def train_own(layers: str) -> str:
+    model = Own()
+    hook = RepresentationHook(model, layers)
+    optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters(), 0.1), hook)
+    x, target = data(0, torch.float32)
+    optimizer.backward(F.cross_entropy(model(x).flatten(0, 1), target.flatten()))
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_experts_that_only_some_ranks_have_are_refused_on_all(ranks: Ranks) -> None:
+    for message in ranks(train_own, "experts.*", timeout=30):
+        assert "layers (rank 0: ['experts.0', 'experts.1'], rank 1: ['experts.2', 'experts.3'])" in message
+        assert "watch the module around them" in message
+    assert ranks(train_own, "head", timeout=30) == ["", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import warnings
 from contextlib import closing
 from functools import partial
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
-from tests.distributed.loop import Loop
+from tests.distributed.loop import Loop, resume, run_and_resume
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import RESTLESS, Seen, full
-from tests.distributed.table import Engine, assert_right, measure
+from tests.distributed.table import HALF, STEPS, Engine, assert_right, figures
 from tests.examples.conftest import EXAMPLES, shards_on_a_cpu
+from tests.training import distance
 
 pytestmark = [pytest.mark.slow, shards_on_a_cpu]
 CONFIG = GAPTConfig(gate=RESTLESS)
@@ -92,6 +94,20 @@ ENGINES = {"FSDP2 x TP x 1F1B": Engine(8, partial(Rank, (2, 2, 2)), partial(Whol
 
 
 def test_two_by_two_by_two_equal_one_process() -> None:
-    with closing(Ranks(8)) as eight:
-        for name, engine in ENGINES.items():
-            assert_right(measure(eight, engine), name)
+    """And a checkpoint goes on over four ranks, without tensor parallelism."""
+    (name,) = ENGINES
+    torch.manual_seed(0)
+    whole = Whole(2)
+    expected = [whole.step(step) for step in range(STEPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        with closing(Ranks(8)) as eight:
+            found = eight(run_and_resume, ENGINES[name].make, folder, STEPS, HALF, timeout=500)
+        assert_right(figures(found, expected), name)
+        with closing(Ranks(4)) as four:
+            resumed = four(resume, partial(Rank, (2, 2, 1)), folder, STEPS, HALF, timeout=300)
+        for of_rank in resumed:
+            for here, there in zip(of_rank, expected[HALF:], strict=True):
+                assert distance(here.gradients, {n: there.gradients[n] for n in here.gradients}) < 1e-5
+                assert here.metrics.phase == there.metrics.phase
+                assert here.metrics.loss == pytest.approx(there.metrics.loss, rel=1e-5)
+                assert here.metrics.layer_entropy == pytest.approx(there.metrics.layer_entropy, rel=1e-5)
