@@ -128,7 +128,9 @@ class Step:
                 "loss does not require grad, so it would train nothing; give the loss that the forward pass made, not "
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
-        if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        # A torch without CUDA cannot be asked.
+        on_gpu = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+        if on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured()
             return loss
         if not self.sums.micro_batches:  # what a backward of something else left

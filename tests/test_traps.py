@@ -58,6 +58,7 @@ def test_a_step_of_the_base_alone_is_told_once(stepped: str) -> None:
 
 @PHASES
 def test_a_step_in_a_cuda_graph_is_told_once_or_refused(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model = make_net()
     gate = GateConfig(initial_phase=phase, frozen=True)  # type: ignore[arg-type]
