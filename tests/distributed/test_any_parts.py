@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import pytest
@@ -101,6 +101,7 @@ class Outcome:
     entropy: float | None
     measured: float | None
     """In evaluation."""
+    measures: tuple[float, ...]
     loss_norm: float | None
     entropy_norm: float | None
     cosine: float | None
@@ -138,6 +139,7 @@ def outcome(case: Case, mesh: DeviceMesh | None) -> Outcome:
         gradients,
         metrics.layer_entropy.get("spread"),
         measurement.entropies.get("spread"),
+        astuple(metrics.measures) if metrics.measures is not None else (),
         None if angle is None else angle.layers["spread"].loss_norm,
         None if angle is None else angle.layers["spread"].entropy_norm,
         None if angle is None else angle.layers["spread"].cosine,
@@ -161,6 +163,10 @@ def close(a: float | None, b: float | None, tolerance: float) -> bool:
     return a == b if a is None or b is None else abs(a - b) <= tolerance * max(1.0, abs(b))
 
 
+def alike(a: float | None, b: float | None) -> bool:
+    return close(a, b, 1e-6)
+
+
 def problem(case: Case, found: Outcome | str) -> str:
     """What is not as in one process; nothing where all is."""
     with warnings.catch_warnings():
@@ -173,6 +179,8 @@ def problem(case: Case, found: Outcome | str) -> str:
         return f"gradients differ by {distance(found.gradients, expected.gradients):.1e}"
     if not close(found.entropy, expected.entropy, 1e-7) or not close(found.measured, expected.measured, 1e-7):
         return f"entropy {found.entropy} and {found.measured}, not {expected.entropy} and {expected.measured}"
+    if len(found.measures) != len(expected.measures) or not all(map(alike, found.measures, expected.measures)):
+        return f"measures {found.measures}, not {expected.measures}"
     if expected.entropy_norm is not None and expected.entropy_norm < 1e-9:
         found.cosine = expected.cosine = None  # of rounding alone, where no window has an entropy
     for name in ("loss_norm", "entropy_norm", "cosine"):
