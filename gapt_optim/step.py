@@ -129,7 +129,7 @@ class Step:
                 "a copy of it by detach(), item() or torch.tensor(...), and not one computed under torch.no_grad()"
             )
         # A torch without CUDA cannot be asked.
-        on_gpu = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+        on_gpu = not torch.compiler.is_compiling() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured()
             return loss

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
 from gapt_optim.layout import reading
 from gapt_optim.profiling import profile
+from gapt_optim.windows import windows_of
 
 from .reference import reference_layer_entropy
 
@@ -288,3 +289,16 @@ def test_how_data_is_cut_into_batches_does_not_matter(cut: tuple[int, ...]) -> N
     assert whole[0] == pytest.approx(float(reference_layer_entropy(model(x).detach())), rel=1e-5)
     found = profile(model, parts, "0", windows=(8,)).layers[0]
     assert found.entropy().nats == pytest.approx(whole[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[], [0], [0, 1], [2]], ids=str)
+def test_windows_of_documents_are_as_long_as_the_longest(rows: list[int]) -> None:
+    """Also behind sequences of which no token counts."""
+    segments = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]])
+    live = torch.ones(3, 4, dtype=torch.bool)
+    live[rows] = False
+    longest = max(int(own[kept].bincount().max()) for own, kept in zip(segments, live, strict=True) if kept.any())
+    windows = windows_of(3, 4, None, live, segments)
+    assert windows.size == longest
+    assert windows.keep is not None
+    assert int(windows.keep.sum()) == int(live.sum())
