@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gapt_optim import GAPTConfig, GAPTOptimizer, RepresentationHook
+from gapt_optim.undeclared import share_of
 from tests.distributed.parallel import Split, along_batch, batch_of, made, sequence_parallel
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import COMPRESSING, Net, data, full
@@ -144,3 +146,27 @@ def test_a_share_of_a_loss_over_all_ranks_is_refused(ranks: Ranks) -> None:
 @pytest.mark.parametrize(("by", "scaled_by", "ignored"), [(2, 0.5, False), (1, 1.0, False), (1, 1.0, True)])
 def test_other_losses_are_not(ranks: Ranks, by: int, scaled_by: float, ignored: bool) -> None:
     assert ranks(divide, by, scaled_by, ignored) == ["", ""]
+
+
+class Summed(torch.autograd.Function):
+    """A cross-entropy of one's own, as torchtitan's over parts of a vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(scores, target)
+        return F.cross_entropy(scores, target, reduction="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        scores, _ = ctx.saved_tensors
+        return torch.zeros_like(scores), None
+
+
+def test_which_losses_are_shares() -> None:
+    scores, target = torch.randn(8, 5, requires_grad=True), torch.randint(5, (8,))
+    target[:2] = -100
+    summed = F.cross_entropy(scores, target, reduction="sum")
+    assert share_of(summed / 24) == pytest.approx(0.25)
+    assert share_of(Summed.apply(scores, target) / torch.tensor(24)) == pytest.approx(0.25)
+    for loss in (summed, summed / 6, F.cross_entropy(scores, target) / 24, scores.sum() / 24, scores.square().sum()):
+        assert share_of(loss) == 1.0
