@@ -16,13 +16,13 @@ from ..tasks.trainability import Settings
 NAME = "trainability"
 TUNING_SEEDS = (0, 1, 2)
 SEEDS = range(300, 310)
-MOVES = 6
+MOVES = 4
 """Of the fine search, at most."""
 
 SETTINGS = {
-    "digits": Settings(setting="digits", tasks=25, steps=1500, window=None),  # type: ignore[arg-type]
+    "digits": Settings(setting="digits", tasks=20, steps=800, window=None),  # type: ignore[arg-type]
 }
-RATES = {"digits": (-6, -5, -4)}
+RATES = {"digits": (-5, -4)}
 """Levels of the learning rate in the coarse search."""
 SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy"}
 FLOOR = {"direction": "up", "target_share": 1.0}
@@ -38,11 +38,8 @@ class Method:
     """Level of the smallest value in the coarse search, which has four, a decade apart."""
     most: int | None = None
     """The largest level that has a meaning."""
-
-    @property
-    def pressed(self) -> bool:
-        """An entropy is pressed, or its gradient is what the noise is measured by."""
-        return "press" in self.fields
+    rate: int | None = None
+    """Level of the learning rate, where it is not tuned."""
 
 
 def remedy(name: str, first: int, most: int | None = None) -> Method:
@@ -70,14 +67,20 @@ METHODS = {
     "LayerNorm": Method(),
     **REMEDIES,
     "floor": pressing("floor", FLOOR),
+    "floor, order 1/2": pressing("floor", FLOOR, alpha=0.5),
+}
+FLOORS = ("floor", "floor, order 1/2")
+"""What is tried on top of remedies."""
+CONTROLS = {
     "up": pressing("up", {"direction": "up"}),
     "down": pressing("down", {}),
     "noise": pressing("noise", FLOOR),
     "rank": pressing("rank", {"direction": "up"}),
-    "floor, order 1/2": pressing("floor", FLOOR, alpha=0.5),
     "floor, windows of 8": pressing("floor", FLOOR, window=8),
 }
+"""Tuned over the weight alone, at the floor's learning rate."""
 LEFT_OUT: dict[str, tuple[str, ...]] = {"digits": ()}
+"""Methods that a setting does without."""
 
 Point = tuple[int, int]
 """Levels of the learning rate and of what else is tuned."""
@@ -120,7 +123,8 @@ def tune(setting: str, method: Method, scores: Scores) -> Tuned:
     """Coarse on the first tuning seed, then uphill from its best in half decades, on all of them, until the middle of
     a cross of five points is its best."""
     strengths = [0] if method.tuned is None else [method.first + 2 * i for i in range(4)]
-    coarse = [(rate, strength) for rate in RATES[setting] for strength in strengths]
+    rates = RATES[setting] if method.rate is None else (method.rate,)
+    coarse = [(rate, strength) for rate in rates for strength in strengths]
     runs = [run_at(setting, method, point, TUNING_SEEDS[0]) for point in coarse]
     if not all(_key(run) in scores for run in runs):
         return Tuned(runs, None, False)
@@ -140,7 +144,7 @@ def tune(setting: str, method: Method, scores: Scores) -> Tuned:
 
 def _neighbours(point: Point, method: Method) -> list[Point]:
     rate, strength = point
-    found = [(rate - 1, strength), (rate + 1, strength)]
+    found = [(rate - 1, strength), (rate + 1, strength)] if method.rate is None else []
     if method.tuned is not None:
         found += [(rate, strength - 1), (rate, strength + 1)]
     return [p for p in found if method.most is None or p[1] <= method.most]
@@ -169,16 +173,22 @@ class Plan(NamedTuple):
 
 def plan(setting: str, scores: Scores) -> Plan:
     """Tune each method; when the remedies are tuned, also the floor on top of the best of them, and on top of the
-    best that is not told where the data change."""
+    best that is not told where the data change; when the floor is tuned, also its controls."""
     methods = {name: method for name, method in METHODS.items() if name not in LEFT_OUT[setting]}
     tuned = {name: tune(setting, method, scores) for name, method in methods.items()}
+    later = {}
     for name in best_remedies(setting, tuned, scores):
         point = tuned[name].best
         assert point is not None
-        fields = {**METHODS["floor"].fields, **REMEDIES[name].fields, "strength": at(point[1])}
-        methods[f"floor on {name}"] = replace(METHODS["floor"], fields=fields)
-        tuned[f"floor on {name}"] = tune(setting, methods[f"floor on {name}"], scores)
-    return Plan(methods, tuned)
+        for floor in (f for f in FLOORS if f in methods):
+            fields = {**METHODS[floor].fields, **REMEDIES[name].fields, "strength": at(point[1])}
+            later[f"{floor} on {name}"] = replace(METHODS[floor], fields=fields)
+    at_floor = tuned["floor"].best
+    if at_floor is not None:
+        controls = {name: method for name, method in CONTROLS.items() if name not in LEFT_OUT[setting]}
+        later |= {name: replace(method, rate=at_floor[0]) for name, method in controls.items()}
+    tuned |= {name: tune(setting, method, scores) for name, method in later.items()}
+    return Plan(methods | later, tuned)
 
 
 def best_remedies(setting: str, tuned: Mapping[str, Tuned], scores: Scores) -> list[str]:
@@ -200,7 +210,7 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     found: list[Run] = []
     if first_look:
         for setting in SETTINGS:
-            for name, method in METHODS.items():
+            for name, method in {**METHODS, **CONTROLS}.items():
                 if name not in LEFT_OUT[setting]:
                     point = (RATES[setting][1], method.first + 4)
                     found += [run_at(setting, method, point, seed) for seed in seeds or SEEDS[:3]]
