@@ -19,10 +19,14 @@ SEEDS = range(300, 310)
 MOVES = 4
 """Of the fine search, at most."""
 
+_WHOLE: Any = None
+"""Window: the whole batch, or sequence, as one matrix."""
 SETTINGS = {
-    "digits": Settings(setting="digits", tasks=20, steps=800, window=None),  # type: ignore[arg-type]
+    "digits": Settings(setting="digits", tasks=20, steps=800, window=_WHOLE),
+    "alphabets": Settings(setting="alphabets", tasks=5, steps=250, batch=16, width=32, window=_WHOLE),
+    "warm": Settings(setting="warm", tasks=2, steps=800, samples=200, window=_WHOLE),
 }
-RATES = {"digits": (-5, -4)}
+RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4)}
 """Levels of the learning rate in the coarse search."""
 SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy"}
 FLOOR = {"direction": "up", "target_share": 1.0}
@@ -65,6 +69,7 @@ TOLD = ("shrink and perturb",)
 METHODS = {
     "plain": Method({"norm": False}),
     "LayerNorm": Method(),
+    "fresh": Method({"fresh": True}),
     **REMEDIES,
     "floor": pressing("floor", FLOOR),
     "floor, order 1/2": pressing("floor", FLOOR, alpha=0.5),
@@ -79,7 +84,12 @@ CONTROLS = {
     "floor, windows of 8": pressing("floor", FLOOR, window=8),
 }
 """Tuned over the weight alone, at the floor's learning rate."""
-LEFT_OUT: dict[str, tuple[str, ...]] = {"digits": ()}
+SLOW = ("floor, order 1/2", "rank", "floor, windows of 8")
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "digits": ("fresh",),
+    "alphabets": ("plain", "fresh", "vcreg", "continual backpropagation", *SLOW),
+    "warm": ("vcreg", "spectral", "continual backpropagation", *SLOW, *CONTROLS),
+}
 """Methods that a setting does without."""
 
 Point = tuple[int, int]
@@ -195,6 +205,8 @@ def best_remedies(setting: str, tuned: Mapping[str, Tuned], scores: Scores) -> l
     """The best on the tuning seeds, and the best that is not told where the data change; none before they are tuned."""
     found: dict[str, float] = {}
     for name, method in REMEDIES.items():
+        if name in LEFT_OUT[setting]:
+            continue
         point = tuned[name].best
         if point is None:
             return []
@@ -212,7 +224,7 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
         for setting in SETTINGS:
             for name, method in {**METHODS, **CONTROLS}.items():
                 if name not in LEFT_OUT[setting]:
-                    point = (RATES[setting][1], method.first + 4)
+                    point = (RATES[setting][-1], method.first + 4)
                     found += [run_at(setting, method, point, seed) for seed in seeds or SEEDS[:3]]
         return found
     scores = scores_of(_records())

@@ -50,7 +50,7 @@ class Settings(TaskSettings):
     samples: int = 1300
     """Digits in the training data."""
     fresh: bool = False
-    """For warm: without the first half."""
+    """Start afresh at each switch, the optimizer too: what a warm start is compared with."""
     keep_curve: bool = True
 
 
@@ -159,7 +159,7 @@ class Warm(Digits):
     """Half of the digits, then all, their pixels in place."""
 
     def batch(self, task: int) -> Data:
-        known = self.s.samples if task or self.s.fresh else self.s.samples // 2
+        known = self.s.samples if task else self.s.samples // 2
         rows = torch.randint(known, (self.s.batch,), generator=self.draws)
         return self.images[rows], self.labels[rows]
 
@@ -226,6 +226,9 @@ def train(s: Settings) -> dict[str, Any]:
             note(curve, evaluate(model, layers, data.held_out(task)))
             task = step * s.tasks // s.steps
             remedy.at_switch()
+            if s.fresh:
+                model.load_state_dict(data.network().state_dict())
+                base.state.clear()
         x, y = data.batch(task)
         with watching(layers, graph=True) if s.remedy == "vcreg" else nullcontext([]) as hidden:
             loss = loss_of(model, x, y)
