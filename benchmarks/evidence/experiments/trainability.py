@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import harness
 from ..harness import Record, Run
+from ..markdown import difference_cell, mean_cell, p_cell, seeds_line, table, versus
+from ..stats import Comparison, holm
 from ..tasks.trainability import Settings
 
 NAME = "trainability"
@@ -242,11 +244,168 @@ def _records() -> list[Record]:
     return harness.read_results(NAME) if there else []
 
 
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Of the method with these settings."""
+    press = settings["press"]
+    if press == "floor" and settings["alpha"] == 0.5:
+        press = "floor, order 1/2"
+    elif press == "floor" and settings["window"] is not None:
+        press = "floor, windows of 8"
+    if settings["remedy"] == "none" and press == "none":
+        return "fresh" if settings["fresh"] else "LayerNorm" if settings["norm"] else "plain"
+    if settings["remedy"] == "none":
+        return str(press)
+    return settings["remedy"] if press == "none" else f"{press} on {settings['remedy']}"
+
+
+Compared = dict[str, list[Record]]
+"""Records of the seeds that are not tuned on, by method."""
+
+
+def compared(records: Sequence[Record], setting: str) -> Compared:
+    """Of one setting, in the order of `METHODS`, remedies with a floor behind them, controls last."""
+    found: Compared = {}
+    for record in records:
+        if record.settings["setting"] == setting and record.settings["seed"] not in TUNING_SEEDS:
+            found.setdefault(name_of(record.settings), []).append(record)
+    order = [*METHODS, *(f"{floor} on {name}" for name in REMEDIES for floor in FLOORS), *CONTROLS]
+    return {name: found[name] for name in order if name in found}
+
+
 def tables(records: list[Record]) -> dict[str, str]:
-    """None yet."""
-    return {}
+    """All methods on fresh seeds; the questions, with p-values corrected for their number; grids."""
+    by_setting = {setting: compared(records, setting) for setting in SETTINGS}
+    by_setting = {setting: found for setting, found in by_setting.items() if found}
+    if not by_setting:
+        return {}
+    parts = [_methods_table(by_setting), _questions_table(by_setting), _grids_table(records, by_setting)]
+    return {NAME: "\n\n".join(parts)}
+
+
+def _methods_table(by_setting: Mapping[str, Compared]) -> str:
+    header = ["method"]
+    for setting in by_setting:
+        header += [f"{setting}: {SCORES[setting]}", "against LayerNorm"]
+    rows = []
+    for name in dict.fromkeys(name for found in by_setting.values() for name in found):
+        row = [name]
+        for setting, found in by_setting.items():
+            records = found.get(name)
+            if records is None:
+                row += [""] * 2
+                continue
+            against = None if name == "LayerNorm" else _versus(found, name, "LayerNorm", SCORES[setting])
+            row += [
+                mean_cell(records, SCORES[setting], digits=4),
+                "" if against is None else difference_cell(against),
+            ]
+        rows.append(row)
+    everything = [record for found in by_setting.values() for of_method in found.values() for record in of_method]
+    first = (
+        f"Held out, {seeds_line(everything)}, mean over tasks (of warm: at the end). Digits and warm: accuracy, higher "
+        "is better; alphabets: loss in nats, lower is better. Behind a mean stands half of its 95 % interval, in "
+        "brackets that of a paired difference.\n\n"
+    )
+    return first + table(header, rows)
+
+
+def _versus(found: Compared, name: str, other: str, score: str) -> Comparison | None:
+    return versus(found[name], found[other], score) if name in found and other in found else None
+
+
+def questions(found: Compared) -> list[tuple[str, str]]:
+    """Pairs of methods that are compared in a setting: the floor alone, on top of remedies, and its controls."""
+    remedied = [name.split(" on ") for name in found if " on " in name]
+    pairs = [("floor", "LayerNorm"), ("floor, order 1/2", "LayerNorm")]
+    pairs += [(f"{floor} on {name}", name) for floor, name in remedied]
+    pairs += [("floor", name) for floor, name in remedied if floor == "floor"]
+    pairs += [("floor", "floor, order 1/2"), *(("floor", control) for control in CONTROLS), ("LayerNorm", "fresh")]
+    return [(a, b) for a, b in pairs if a in found and b in found]
+
+
+def _questions_table(by_setting: Mapping[str, Compared]) -> str:
+    asked = []
+    for setting, found in by_setting.items():
+        for name, other in questions(found):
+            comparison = _versus(found, name, other, SCORES[setting])
+            if comparison is not None and comparison.seeds > 1:
+                asked.append((setting, name, other, comparison))
+    corrected = holm([comparison.p_t for *_, comparison in asked])
+    header = ["setting", "method", "against", "difference", "p", "p, corrected"]
+    rows = [
+        [setting, name, other, difference_cell(comparison), p_cell(comparison.p_t), p_cell(p)]
+        for (setting, name, other, comparison), p in zip(asked, corrected, strict=True)
+    ]
+    first = (
+        f"The questions: {len(asked)} comparisons, p-values of paired t-tests, corrected by Holm for all of them.\n\n"
+    )
+    return first + table(header, rows, text_columns=3)
+
+
+def _grids_table(records: Sequence[Record], by_setting: Mapping[str, Compared]) -> str:
+    scores = scores_of(records)
+    header = ["setting", "method", "tuning runs", "learning rates", "strengths or weights", "chosen", "optimum"]
+    rows = []
+    for setting, found in by_setting.items():
+        tuned = plan(setting, scores).tuned
+        for name, of_method in found.items():
+            tried = [
+                r.settings
+                for r in records
+                if r.settings["setting"] == setting and r.settings["seed"] in TUNING_SEEDS
+                and name_of(r.settings) == name
+            ]  # fmt: skip
+            chosen = of_method[0].settings
+            varied = "weight" if chosen["press"] != "none" else "strength"
+            settled = name in tuned and tuned[name].best is not None
+            rows.append(
+                [
+                    setting,
+                    name,
+                    str(len(tried)),
+                    _listed(s["lr"] for s in tried),
+                    _listed(s[varied] for s in tried if s[varied]),
+                    f"{chosen['lr']:g}" + (f", {chosen[varied]:g}" if chosen[varied] else ""),
+                    "" if not settled else "inside" if tuned[name].inside else "at an edge",
+                ]
+            )
+    text = table(header, rows, text_columns=2)
+    return f"<details>\n<summary>What was tuned, on seeds 0 to 2</summary>\n\n{text}\n\n</details>"
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))
+
+
+COLORS = {
+    "LayerNorm": "#6b6b6b",
+    "toward start": "#d1741f",
+    "shrink and perturb": "#b5483a",
+    "floor": "#3b6fc4",
+    "floor on toward start": "#2f9e77",
+    "floor on shrink and perturb": "#8fb3e0",
+}
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
-    """None yet."""
-    return []
+    """Over tasks, a row per setting: what is held out, effective rank, dormant units."""
+    from ..pictures import band, figure, save
+
+    rows = {setting: compared(records, setting) for setting in ("digits", "alphabets")}
+    rows = {setting: found for setting, found in rows.items() if found}
+    if not rows:
+        return []
+    made, axes = figure(3, len(rows), width=4.2, height=3.2)
+    for i, (setting, found) in enumerate(rows.items()):
+        shown = ["LayerNorm", *(n for n in REMEDIES if f"floor on {n}" in found), "floor"]
+        shown = [name for name in [*shown, *(n for n in found if n.startswith("floor on "))] if name in found]
+        labels = {SCORES[setting]: f"held-out {SCORES[setting]}", "rank": "effective rank", "dormant": "dormant units"}
+        for axis, (quantity, label) in zip(axes[3 * i : 3 * i + 3], labels.items(), strict=True):
+            for j, name in enumerate(shown):
+                series = [r.result["curve"][quantity] for r in found[name] if r.result["curve"]]
+                if series:
+                    x = range(1, len(series[0]) + 1)
+                    band(axis, list(x), series, COLORS.get(name, f"C{j}"), name)
+            axis.set(xlabel="task", ylabel=label, title=setting)
+        axes[3 * i].legend(frameon=False, fontsize=7)
+    return [save(made, folder / f"{NAME}.png")]
