@@ -90,7 +90,7 @@ SLOW = ("floor, order 1/2", "rank", "floor, windows of 8")
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
     "alphabets": ("plain", "fresh", "vcreg", "continual backpropagation", *SLOW),
-    "warm": ("vcreg", "spectral", "continual backpropagation", *SLOW, *CONTROLS),
+    "warm": ("plain", "weight decay", "vcreg", "spectral", "continual backpropagation", *SLOW, *CONTROLS),
 }
 """Methods that a setting does without."""
 
