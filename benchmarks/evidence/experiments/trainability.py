@@ -278,8 +278,11 @@ def tables(records: list[Record]) -> dict[str, str]:
     by_setting = {setting: found for setting, found in by_setting.items() if found}
     if not by_setting:
         return {}
-    parts = [_methods_table(by_setting), _questions_table(by_setting), _grids_table(records, by_setting)]
-    return {NAME: "\n\n".join(parts)}
+    return {
+        f"{NAME}-methods": _methods_table(by_setting),
+        f"{NAME}-questions": _questions_table(by_setting),
+        f"{NAME}-tuned": _grids_table(records, by_setting),
+    }
 
 
 def _methods_table(by_setting: Mapping[str, Compared]) -> str:

@@ -170,13 +170,14 @@ class Warm(Digits):
 class Alphabets:
     """English, in which each task writes other bytes for the bytes of the text."""
 
+    CORPUS = "fineweb"
     CONTEXT = 32
     HELD_OUT = 256
 
     def __init__(self, s: Settings) -> None:
         self.s = s
         self.draws = torch.Generator().manual_seed(s.seed + 1_000_003)
-        self.text, held_out = corpus("fineweb", 300_000, self.HELD_OUT * (self.CONTEXT + 1))
+        self.text, held_out = corpus(self.CORPUS, 300_000, self.HELD_OUT * (self.CONTEXT + 1))
         self.rows = held_out.view(self.HELD_OUT, self.CONTEXT + 1)
         self.alphabets = [torch.randperm(BYTES, generator=self.draws) for _ in range(s.tasks)]
         self.offsets = torch.arange(self.CONTEXT + 1)
