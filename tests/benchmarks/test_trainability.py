@@ -15,7 +15,7 @@ from benchmarks.evidence.harness import Run
 from benchmarks.evidence.tasks import remedies, trainability
 from benchmarks.evidence.tasks.trainability import MLP, Settings
 
-SMALL = Settings(tasks=3, steps=30, batch=16, width=8, window=None, lr=1e-2)
+SMALL = Settings(tasks=3, steps=30, batch=16, width=8, lr=1e-2)
 FLOOR: dict[str, Any] = {"method": "penalty", "press": "floor", "objective": {"direction": "up", "target_share": 1.0}}
 
 

@@ -21,12 +21,10 @@ SEEDS = range(300, 310)
 MOVES = 4
 """Of the fine search, at most."""
 
-_WHOLE: Any = None
-"""Window: the whole batch, or sequence, as one matrix."""
 SETTINGS = {
-    "digits": Settings(setting="digits", tasks=20, steps=800, window=_WHOLE),
-    "alphabets": Settings(setting="alphabets", tasks=5, steps=250, batch=16, width=32, window=_WHOLE),
-    "warm": Settings(setting="warm", tasks=2, steps=800, samples=200, window=_WHOLE),
+    "digits": Settings(setting="digits", tasks=20, steps=800),
+    "alphabets": Settings(setting="alphabets", tasks=5, steps=250, batch=16, width=32),
+    "warm": Settings(setting="warm", tasks=2, steps=800, samples=200),
 }
 RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4)}
 """Levels of the learning rate in the coarse search."""
@@ -111,7 +109,7 @@ def level_of(value: float) -> int:
 
 def run_at(setting: str, method: Method, point: Point, seed: int) -> Run:
     """Of a method with its settings at a point."""
-    tuned = {} if method.tuned is None else {method.tuned: at(point[1])}
+    tuned: dict[str, Any] = {} if method.tuned is None else {method.tuned: at(point[1])}
     changes = {**method.fields, "lr": at(point[0]), **tuned, "seed": seed, "keep_curve": seed in SEEDS}
     return Run("trainability", replace(SETTINGS[setting], **changes))
 

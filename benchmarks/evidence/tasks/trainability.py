@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -32,6 +32,8 @@ RANK_EVERY = 10
 class Settings(TaskSettings):
     """Of one run."""
 
+    window: Any = None
+    """None: the whole batch, or sequence, as one matrix."""
     setting: str = "digits"
     """digits, alphabets or warm."""
     tasks: int = 20
@@ -97,8 +99,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, tokens, width = x.shape
-        parts = self.qkv(self.before_attention(x)).view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).reshape(rows, tokens, width)
+        q, k, v = self.qkv(self.before_attention(x)).view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(rows, tokens, width)
         x = x + self.mixed(mixed)
         changed: Tensor = x + self.out(self.relu(self.into(self.before_mlp(x))))
         return changed
@@ -231,7 +233,9 @@ def train(s: Settings) -> dict[str, Any]:
                 model.load_state_dict(data.network().state_dict())
                 base.state.clear()
         x, y = data.batch(task)
-        with watching(layers, graph=True) if s.remedy == "vcreg" else nullcontext([]) as hidden:
+        seen: AbstractContextManager[list[Tensor]]
+        seen = watching(layers, graph=True) if s.remedy == "vcreg" else nullcontext([])
+        with seen as hidden:
             loss = loss_of(model, x, y)
         added = remedy.penalty(hidden)
         press.step(loss if added is None else loss + added, x)
