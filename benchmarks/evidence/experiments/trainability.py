@@ -84,11 +84,10 @@ CONTROLS = {
     "floor, windows of 8": pressing("floor", FLOOR, window=8),
 }
 """Tuned over the weight alone, at the floor's learning rate."""
-SLOW = ("floor, order 1/2", "rank", "floor, windows of 8")
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
-    "alphabets": ("plain", "fresh", "vcreg", "continual backpropagation", *SLOW),
-    "warm": ("plain", "weight decay", "vcreg", "spectral", "continual backpropagation", *SLOW, *CONTROLS),
+    "alphabets": ("plain", *(set(REMEDIES) - {"toward start"}), "floor, order 1/2", *CONTROLS),
+    "warm": ("plain", *REMEDIES, "floor, order 1/2", *CONTROLS),
 }
 """Methods that a setting does without."""
 
@@ -212,6 +211,8 @@ def best_remedies(setting: str, tuned: Mapping[str, Tuned], scores: Scores) -> l
             return []
         keys = [_key(run_at(setting, method, point, seed)) for seed in TUNING_SEEDS]
         found[name] = statistics.fmean(scores[key] for key in keys)
+    if not found:
+        return []
     untold = {name: score for name, score in found.items() if name not in TOLD}
     return list(dict.fromkeys((max(found, key=found.__getitem__), max(untold, key=untold.__getitem__))))
 
