@@ -321,7 +321,8 @@ def questions(found: Compared) -> list[tuple[str, str]]:
     pairs = [("floor", "LayerNorm"), ("floor, order 1/2", "LayerNorm")]
     pairs += [(f"{floor} on {name}", name) for floor, name in remedied]
     pairs += [("floor", name) for floor, name in remedied if floor == "floor"]
-    pairs += [("floor", "floor, order 1/2"), *(("floor", control) for control in CONTROLS), ("LayerNorm", "fresh")]
+    pairs += [("floor", "floor, order 1/2"), *(("floor", control) for control in CONTROLS)]
+    pairs += [("LayerNorm", "fresh"), ("floor", "fresh")]
     return [(a, b) for a, b in pairs if a in found and b in found]
 
 
@@ -383,6 +384,7 @@ COLORS = {
     "LayerNorm": "#6b6b6b",
     "toward start": "#d1741f",
     "shrink and perturb": "#b5483a",
+    "fresh": "#b5483a",
     "floor": "#3b6fc4",
     "floor on toward start": "#2f9e77",
     "floor on shrink and perturb": "#8fb3e0",
@@ -399,7 +401,7 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
         return []
     made, axes = figure(3, len(rows), width=4.2, height=3.2)
     for i, (setting, found) in enumerate(rows.items()):
-        shown = ["LayerNorm", *(n for n in REMEDIES if f"floor on {n}" in found), "floor"]
+        shown = ["LayerNorm", "fresh", *(n for n in REMEDIES if f"floor on {n}" in found), "floor"]
         shown = [name for name in [*shown, *(n for n in found if n.startswith("floor on "))] if name in found]
         labels = {SCORES[setting]: f"held-out {SCORES[setting]}", "rank": "effective rank", "dormant": "dormant units"}
         for axis, (quantity, label) in zip(axes[3 * i : 3 * i + 3], labels.items(), strict=True):
