@@ -87,7 +87,7 @@ CONTROLS = {
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
     "alphabets": ("plain", *(set(REMEDIES) - {"toward start"}), "floor, order 1/2", *CONTROLS),
-    "warm": ("plain", *REMEDIES, "floor, order 1/2", *CONTROLS),
+    "warm": ("plain", *(set(REMEDIES) - {"toward start", "weight decay"}), "floor, order 1/2", *CONTROLS),
 }
 """Methods that a setting does without."""
 
