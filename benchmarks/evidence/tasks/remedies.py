@@ -14,9 +14,9 @@ from torch import Tensor, nn
 MATURITY = 50
 """Steps before continual backpropagation may replace a unit again."""
 DECAY = 0.99
-"""Of the averages by which it judges units, as in its paper."""
+"""Of the averages by which it judges units."""
 COVARIANCE_SHARE = 0.125
-"""Weight of the covariance over that of the variance in VCReg: 0.08 to 0.64, as in its paper."""
+"""Weight of the covariance over that of the variance in VCReg. It is not tuned: only the strength of both is."""
 
 
 class Units(NamedTuple):
@@ -140,7 +140,7 @@ def _average(said: Tensor, output: Tensor) -> None:
 
 class SpectralRegularization(Remedy):
     """strength * sum over matrices of (sigma^2 - 1)^2, sigma the largest singular value by one power iteration a
-    step (Lewandowski et al. 2024, arXiv 2406.06811)."""
+    step (Lewandowski et al. 2024, arXiv 2406.06811). Biases and norms are left alone."""
 
     def __init__(self, model: nn.Module, strength: float) -> None:
         self.matrices = [p for p in model.parameters() if p.ndim == 2]
