@@ -388,8 +388,10 @@ class Step:
                 "uncompared",
                 "parameter alignment was due, but only optimizer.backward(loss) measures it, not objective(loss)",
             )
-        if plan.pressed:
-            self._notices.small_share(numbers.loss, numbers.penalty, self.config.objective.weight)
+        objective = self.config.objective
+        floor = objective.direction == "up" and (objective.target, objective.target_share) != (None, None)
+        if plan.pressed and not floor:  # a floor presses little as long as little has fallen under it
+            self._notices.small_share(numbers.loss, numbers.penalty, objective.weight)
         watched = {name: watch.module() for name, watch in self.watching.watches.items()}
         self._notices.unused(self.watching.passes.unused())
         self._notices.absent(numbers.ran, self.names, self.watching.model(), watched)

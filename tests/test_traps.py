@@ -296,9 +296,10 @@ def test_a_summed_loss_makes_the_weight_meaningless() -> None:
         (-1.0, 0.05, {}),  # a likelihood of a density
         (70_000.0, 0.0, {}),  # meant so
         (70_000.0, 0.05, {"target": 1.9}),  # reached
+        (70_000.0, 0.05, {"direction": "up", "target_share": 1.0}),  # a floor, under which little has fallen yet
     ],
 )
-def test_other_shares_are_no_mistake(factor: float, weight: float, parts: dict[str, float]) -> None:
+def test_other_shares_are_no_mistake(factor: float, weight: float, parts: dict[str, Any]) -> None:
     assert summed(factor, weight, **parts)[1] == []
 
 

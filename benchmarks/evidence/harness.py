@@ -164,7 +164,9 @@ def estimate(runs: Sequence[Run], finished: Iterable[Record] = ()) -> float:
 def _kind(task: str, settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """Runs of one kind take about the same time: what differs is the seed, the method or its settings."""
     cost = {
-        name: value for name, value in settings.items() if name not in ("seed", "weight", "gate", "kernel", "center")
+        name: value
+        for name, value in settings.items()
+        if name not in ("seed", "weight", "strength", "lr", "keep_curve", "gate", "kernel", "center")
     }
     return (task, json.dumps(cost, sort_keys=True))
 

@@ -110,6 +110,20 @@ def _relative_change(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, fl
     return mean, max(float(low), -1.0) if (a >= 0).all() else float(low), float(high)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values that hold for all of the comparisons together, in the order of ``p_values`` (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for i, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
 def at_equal(x: float, curve_x: Sequence[float], curve_y: Sequence[float]) -> float:
     """The value at ``x`` of a curve given by points in any order, straight between them; nan outside of it."""
     order = np.argsort(curve_x)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from benchmarks.evidence.stats import at_equal, compare, mean_interval, swings
+from benchmarks.evidence.stats import at_equal, compare, holm, mean_interval, swings
 
 
 def test_mean_interval_is_the_t_interval() -> None:
@@ -152,3 +152,20 @@ def test_the_cosine_of_noisy_gradients(truth: float) -> None:
     assert 0.5 < errors.mean() / cosines.std() < 2
     if truth:
         assert (np.sign(cosines) == np.sign(truth)).all()
+
+
+@pytest.mark.parametrize("p", [[0.01, 0.04, 0.03], [0.5], [], [0.2, 0.001, 0.2, 0.9, 0.012]])
+@pytest.mark.parametrize("level", [0.005, 0.02, 0.06, 0.5])
+def test_holm_rejects_what_its_steps_reject(p: list[float], level: float) -> None:
+    """Smallest first, each against level over how many are left, until one is not below."""
+    rejected = set()
+    for left, place in zip(range(len(p), 0, -1), sorted(range(len(p)), key=p.__getitem__), strict=True):
+        if p[place] > level / left:
+            break
+        rejected.add(place)
+    assert {i for i, corrected in enumerate(holm(p)) if corrected <= level} == rejected
+
+
+def test_holm_of_known_values() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]

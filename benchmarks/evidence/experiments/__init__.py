@@ -24,6 +24,7 @@ NAMES = (
     "barrier",
     "loops",
     "example",
+    "trainability",
 )
 
 
