@@ -7,9 +7,8 @@ from typing import Any
 
 from gapt_optim import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
 
-METHODS = ("plain", "penalty", "published", "published often", "gapt")
-"""No entropy; a constant weight on it; the author's gate and kernel, called once a step, and once per micro-batch as
-the author's is; the library's gate."""
+METHODS = ("plain", "penalty", "published", "gapt")
+"""No entropy; a constant weight on it, from `objective.start` on; the author's gate; the library's."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,19 @@ class TaskSettings:
     """Fields of `ObjectiveConfig` besides the weight."""
 
     def config(self) -> GAPTConfig:
-        """The wrapper's settings. `plain` is a gate frozen in memorization, which is the bare optimizer's path."""
-        gates = {
-            "plain": lambda: GateConfig(frozen=True),
-            "penalty": lambda: GateConfig(initial_phase="compression", frozen=True),
-            "published": lambda: GateConfig.published(**self.gate),
-            "published often": lambda: GateConfig.published(**self.gate),
-            "gapt": lambda: GateConfig(**self.gate),
-        }
-        if self.method not in gates:
-            raise ValueError(f"method must be one of {', '.join(gates)}, found {self.method!r}")
+        """The wrapper's settings. `plain` is a gate frozen in memorization, which is the bare optimizer's path. A
+        method that the wrapper does not have says what it takes of the author's gate."""
+        if self.method == "gapt":
+            gate = GateConfig(**self.gate)
+        elif self.method == "plain":
+            gate = GateConfig(frozen=True)
+        elif self.method == "penalty":
+            gate = GateConfig(initial_phase="compression", frozen=True)
+        else:
+            gate = GateConfig.published(**self.gate)
         return GAPTConfig(
             entropy=EntropyConfig(**self.kernel_settings(), window=self.window),
-            gate=gates[self.method](),
+            gate=gate,
             objective=ObjectiveConfig(weight=self.weight, **self.objective),
             layers=LayerConfig(**self.layers),
             alignment=AlignmentConfig(every=0),  # of no use here, and a good part of so small a step
@@ -55,9 +54,3 @@ class TaskSettings:
     def kernel_settings(self) -> dict[str, Any]:
         """Keywords of `matrix_entropy` and `EntropyConfig`."""
         return {"kernel": self.kernel, "center": self.center, "alpha": self.alpha}
-
-
-def method_settings(method: str, weight: float, **more: Any) -> dict[str, Any]:
-    """Fields of a method, with the author's kernel for the author's gates."""
-    kernel = {"kernel": "linear", "center": False} if method.startswith("published") else {}
-    return {"method": method, "weight": 0.0 if method == "plain" else weight, **kernel, **more}
