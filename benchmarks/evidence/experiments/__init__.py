@@ -12,6 +12,7 @@ from typing import Any
 
 NAMES = (
     "loss",
+    "forgetting",
     "kernels",
     "gate",
     "curves",
