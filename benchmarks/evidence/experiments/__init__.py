@@ -12,20 +12,10 @@ from typing import Any
 
 NAMES = (
     "loss",
+    "compressibility",
     "forgetting",
     "kernels",
-    "gate",
-    "curves",
-    "text",
-    "multiplication",
-    "conflict",
-    "cycle",
-    "use",
-    "directions",
-    "pressing",
-    "barrier",
-    "loops",
-    "example",
+    "weight",
 )
 
 

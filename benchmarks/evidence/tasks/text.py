@@ -46,7 +46,7 @@ class Settings(TaskSettings):
     batch: int = 16
     optimizer: str = "muon"
     """adamw, or muon for the matrices of blocks and AdamW for the rest."""
-    lr: float = 0.02
+    lr: float = 0.04
     """Of the matrices of blocks; under adamw of all."""
     lr_rest: float = 6e-3
     """Under muon, of the rest."""
