@@ -16,6 +16,7 @@ NAMES = (
     "forgetting",
     "kernels",
     "weight",
+    "phases",
 )
 
 
