@@ -21,6 +21,8 @@ from . import text
 DIRECTIONS = (16, 8, 4)
 TRAINED_ON = 8
 """Directions that are kept where training goes on after the cut."""
+JUDGED = 12 * text.CHUNK
+"""Held-out sequences on which cut models are judged, whole ones too (`uncut`)."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ def train(s: Settings) -> dict[str, Any]:
     sample = data[: 32 * (s.context + 1)].view(32, s.context + 1)
     early: dict[str, float] = {}
     final: dict[str, Any] = {}
+    held_out = held_out[:JUDGED]
 
     def each_step(step: int, model: nn.Module, several: Any) -> None:
         if step == s.cut_at:
             early[f"trained_on_{TRAINED_ON}"] = cut_and_train_on(s, model, several, data, sample, held_out)
         if step == s.steps:
+            final["uncut"] = _mean(text.chunk_losses(model, held_out))
             for r in DIRECTIONS:
                 with cut(model, sample, r):
                     final[f"cut_{r}"] = _mean(text.chunk_losses(model, held_out))
