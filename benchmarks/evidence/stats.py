@@ -110,13 +110,6 @@ def _relative_change(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, fl
     return mean, max(float(low), -1.0) if (a >= 0).all() else float(low), float(high)
 
 
-def at_equal(x: float, curve_x: Sequence[float], curve_y: Sequence[float]) -> float:
-    """The value at ``x`` of a curve given by points in any order, straight between them; nan outside of it."""
-    order = np.argsort(curve_x)
-    xs, ys = np.asarray(curve_x, float)[order], np.asarray(curve_y, float)[order]
-    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else math.nan
-
-
 def over_seeds_and_text(difference: Sequence[Sequence[float]]) -> Interval:
     """Mean of (seeds, pieces of text), with the interval of a bootstrap that draws both again: seeds of training, and
     pieces of the held-out text, which all seeds share. Widened for few seeds, as that of `compare`."""

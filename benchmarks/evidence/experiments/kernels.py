@@ -67,7 +67,9 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     gates = {name: found for (name, method), found in groups.items() if method == "gapt"}
     made, (left, right) = figure(2, width=5.4)
     for i, (column, label) in enumerate(COLUMNS.items()):
-        shares = [100 * (1 + change.change.mean) for found in gates.values() if (change := versus(found, plain, column))]
+        shares = [
+            100 * (1 + change.change.mean) for found in gates.values() if (change := versus(found, plain, column))
+        ]
         left.bar([x + 0.27 * (i - 1) for x in range(len(gates))], shares, width=0.25, label=label)
     left.set(ylabel="left of plain's (%)", title="entropies")
     left.legend(frameon=False, fontsize=8)

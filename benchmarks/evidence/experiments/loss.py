@@ -2,50 +2,131 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..harness import Record, Run
-from ..markdown import change_cell, compression_cell, group, mean_cell, p_cell, paired, seeds_line, table, values, versus
-from ..stats import Interval, compare, mean_interval, over_seeds_and_text
-from ..tasks import text
+import numpy as np
+from numpy.typing import NDArray
 
-TUNING_SEEDS, SEEDS = range(3), range(300, 305)
+from ..harness import Record, Run
+from ..markdown import (
+    change_cell,
+    compression_cell,
+    interval_cell,
+    mean_cell,
+    p_cell,
+    paired,
+    seeds_line,
+    table,
+    versus,
+)
+from ..stats import compare, over_seeds_and_text
+from ..tasks import cut, text
+
+TUNING_SEEDS, SEEDS = range(2), range(300, 305)
 RATES = {"adamw": (3e-3, 6e-3, 12e-3), "muon": (0.01, 0.02, 0.04, 0.08, 0.16)}
 """Tried on the first tuning seed, where they differ by ten times what seeds do."""
-ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 6e-3}
-STARTS = (100, 200, 300)
-METHODS: dict[str, dict[str, Any]] = {}
+STARTS = (100, 200)
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gate, defaults": {"method": "gapt", "weight": 0.03},
+    "late penalty": {"method": "penalty", "weight": 0.05, "objective": {"start": 100}},
+    "penalty": {"method": "penalty", "weight": 0.05},
+    "plain, AdamW": {"optimizer": "adamw", "lr": 6e-3},
+}
+"""All but the last under Muon. The runs are those of `compressibility`, which cuts them afterwards."""
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     """Tuning, then the comparison."""
-    base = text.Settings()
-    tuning = replace(base, **text.TUNING)
-    found = []
-    for seed in TUNING_SEEDS:
-        of_seed = replace(tuning, seed=seed)
-        if seed == 0:
-            for optimizer, rates in RATES.items():
-                found += [Run("text", replace(of_seed, optimizer=optimizer, lr=lr)) for lr in rates]
-        found.append(Run("text", of_seed))
-        found += [Run("text", replace(of_seed, method="gapt", weight=weight)) for weight in (0.03, 0.1)]
-        for start in STARTS:
-            late: dict[str, Any] = {"method": "penalty", "weight": 0.1, "objective": {"start": start}}
-            found.append(Run("text", replace(of_seed, **late)))
-    for seed in SEEDS:
-        found += [Run("text", replace(base, seed=seed, **method)) for method in METHODS.values()]
+    tuning = replace(text.Settings(), **text.TUNING)
+    points: list[dict[str, Any]] = [{}, METHODS["gate, defaults"]]
+    points += [{**METHODS["late penalty"], "objective": {"start": start}} for start in STARTS]
+    found = [
+        Run("text", replace(tuning, optimizer=optimizer, lr=lr)) for optimizer, rates in RATES.items() for lr in rates
+    ]
+    found += [Run("text", replace(tuning, seed=seed, **point)) for seed in TUNING_SEEDS for point in points]
+    found += [Run("cut", replace(cut.Settings(), seed=seed, **method)) for seed in SEEDS for method in METHODS.values()]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
+def of_method(records: Sequence[Record], method: dict[str, Any], seeds: Sequence[int] = SEEDS) -> list[Record]:
+    """The records of these seeds whose settings are the cut task's own but for those of a method."""
+    own = {f.name: getattr(cut.Settings(**method), f.name) for f in fields(cut.Settings) if f.name != "seed"}
+    found = [r for r in records if r.settings["seed"] in seeds and all(r.settings.get(k) == v for k, v in own.items())]
+    return sorted(found, key=lambda r: int(r.settings["seed"]))
+
+
 def tables(records: list[Record]) -> dict[str, str]:
-    """None yet."""
-    return {}
+    """A row per method, against plain over seeds and text."""
+    by_method = {name: of_method(records, method) for name, method in METHODS.items()}
+    plain = by_method["plain"]
+    header = ["method", "weight", "held-out loss", "against plain (nats)", "p", "centred cosine entropy", "change",
+              "longest token / median", "steps pressed", "switches"]  # fmt: skip
+    rows = []
+    for name, found in by_method.items():
+        if not found:
+            continue
+        same = found is plain
+        loss = versus(found, plain, "loss")
+        rows.append(
+            [
+                name,
+                f"{METHODS[name].get('weight', 0.0):g}",
+                mean_cell(found, "loss"),
+                "" if same else interval_cell(over_seeds_and_text(difference(found, plain)), 3),
+                "" if same or loss is None else p_cell(loss.p_t),
+                mean_cell(found, "centred_cosine"),
+                "" if same else change_cell(versus(found, plain, "centred_cosine"), 0),
+                mean_cell(found, "norm_ratio", digits=1),
+                compression_cell(found),
+                mean_cell(found, "switches", digits=0),
+            ]
+        )
+    size = cut.Settings().evaluate_sequences * cut.Settings().context / 1000
+    title = f"Bytes of text, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of held-out text. "
+    lead = _gate_at_equal_entropy(by_method)
+    return {"loss": title + lead + "\n\n" + table(header, rows)}
+
+
+def pieces(records: Sequence[Record]) -> NDArray[Any]:
+    """Losses (seeds, pieces of the held-out text)."""
+    return np.array([record.result["final"]["chunks"] for record in records])
+
+
+def difference(records: list[Record], baseline: list[Record]) -> NDArray[Any]:
+    """The same of two methods, on the seeds that both have."""
+    ours, theirs = paired(records, baseline)
+    return pieces(ours) - pieces(theirs)
+
+
+def _gate_at_equal_entropy(by_method: dict[str, list[Record]]) -> str:
+    """The gate's loss less that of the late penalty at the gate's entropy: on the straight line between plain, which is
+    a penalty of weight 0, and the late penalty, seed by seed."""
+    seeds = [{r.settings["seed"]: r for r in by_method[name]} for name in ("plain", "late penalty", "gate, defaults")]
+    shared = sorted(seeds[0].keys() & seeds[1].keys() & seeds[2].keys())
+    if len(shared) < 2:
+        return ""
+    plain, late, gate = ([of[seed] for seed in shared] for of in seeds)
+    s = [np.array([[r.result["final"]["centred_cosine"]] for r in found]) for found in (plain, late, gate)]
+    there = pieces(plain) + (pieces(late) - pieces(plain)) * (s[2] - s[0]) / (s[1] - s[0])
+    lead = over_seeds_and_text(pieces(gate) - there)
+    p = compare(list(pieces(gate).mean(1)), list(there.mean(1))).p_t
+    return f"At equal entropy the gate's loss is {interval_cell(lead, 3)} nats from the late penalty's (p {p_cell(p)})."
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
-    """None yet."""
-    return []
+    """Loss over entropy, a point per seed."""
+    from ..pictures import figure, save
+
+    made, (axis,) = figure(1, width=6.2, height=4.2)
+    for name, method in METHODS.items():
+        found = of_method(records, method)
+        points = [(r.result["final"]["centred_cosine"], r.result["final"]["loss"]) for r in found]
+        if points and not method.get("optimizer"):
+            axis.plot(*zip(*points, strict=True), ls="", marker="o", label=name)
+    axis.set(xlabel="centred cosine entropy (nats)", ylabel="held-out loss (nats)", title="Bytes of text, Muon")
+    axis.legend(frameon=False, fontsize=8)
+    return [save(made, folder / "loss.png")]

@@ -88,7 +88,7 @@ def train(s: Settings) -> dict[str, Any]:
     old: list[Tensor] = []
     for step in range(s.steps + s.finetune_steps):
         if step == s.steps:
-            before = evaluate(student, experiences, s.window)
+            before = evaluate(student, experiences, s.window or s.batch)
             old = [p.detach().clone() for p in student.parameters()]
         other = s.batch // 2 if step < s.steps else s.rehearsed
         i, j = torch.randint(TRAINING, (2, s.batch), generator=order)

@@ -24,7 +24,7 @@ class TaskSettings:
     """Order of the entropy."""
     weight: float = 0.0
     """Of the entropy, per nat."""
-    window: int = 8
+    window: int | None = 8
     gate: dict[str, Any] = field(default_factory=dict)
     """Fields of the gate that differ from the library's defaults; for `published` from the author's."""
     layers: dict[str, Any] = field(default_factory=dict)

@@ -192,7 +192,9 @@ class Early:
         return loss.item(), of_entropy
 
 
-def train(s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None = None, own: Backward | None = None) -> dict[str, Any]:
+def train(
+    s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None = None, own: Backward | None = None
+) -> dict[str, Any]:
     """One run. The seed alone decides weights and batches, so methods share them.
 
     Args:
@@ -234,7 +236,11 @@ def train(s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None =
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
         if (step + 1) % s.evaluate_every == 0 or step + 1 == s.steps:
-            point = {"step": step + 1, "train_loss": loss, **evaluate(model, blocks, rows_held_out[:MEASURED], s.window)}
+            point = {
+                "step": step + 1,
+                "train_loss": loss,
+                **evaluate(model, blocks, rows_held_out[:MEASURED], s.window or s.context),
+            }
             for name, value in point.items():
                 curve.setdefault(name, []).append(value)
     hook.remove()
