@@ -21,7 +21,7 @@ from . import text
 DIRECTIONS = (16, 8, 4)
 TRAINED_ON = 8
 """Directions that are kept where training goes on after the cut."""
-JUDGED = 12 * text.CHUNK
+JUDGED = 6 * text.CHUNK
 """Held-out sequences on which cut models are judged, whole ones too (`uncut`)."""
 
 
