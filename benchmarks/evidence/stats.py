@@ -110,10 +110,10 @@ def _relative_change(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, fl
     return mean, max(float(low), -1.0) if (a >= 0).all() else float(low), float(high)
 
 
-def over_seeds_and_text(difference: Sequence[Sequence[float]]) -> Interval:
+def over_seeds_and_text(difference: NDArray[Any]) -> Interval:
     """Mean of (seeds, pieces of text), with the interval of a bootstrap that draws both again: seeds of training, and
     pieces of the held-out text, which all seeds share. Widened for few seeds, as that of `compare`."""
-    d = np.asarray(difference, float)
+    d = difference
     mean = float(d.mean())
     if len(d) < 2:
         return Interval(mean)

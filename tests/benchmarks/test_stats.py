@@ -83,7 +83,7 @@ def test_an_interval_over_seeds_and_text_holds_both() -> None:
     of_seed, of_piece = generator.normal(0, 1.0, (6, 1)), generator.normal(0, 1.0, (1, 30))
     halves = []
     for d in (of_seed + 0 * of_piece, 0 * of_seed + of_piece, of_seed + of_piece):
-        interval = over_seeds_and_text(list(d))
+        interval = over_seeds_and_text(d)
         assert interval.mean == pytest.approx(d.mean())
         assert interval.low < d.mean() < interval.high
         halves.append((interval.high - interval.low) / 2)
@@ -93,4 +93,4 @@ def test_an_interval_over_seeds_and_text_holds_both() -> None:
 
 
 def test_one_seed_has_no_interval_over_text() -> None:
-    assert math.isnan(over_seeds_and_text([[1.0, 2.0]]).low)
+    assert math.isnan(over_seeds_and_text(np.array([[1.0, 2.0]])).low)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gapt_optim import profile
@@ -32,7 +33,7 @@ def train(s: Settings) -> dict[str, Any]:
     def each_step(step: int, model: nn.Module, several: Any) -> None:
         if step not in due:
             return
-        seen = profile(model, [{"input_ids": part[:, :-1]} for part in rows.split(32)], "transformer.h.*")
+        seen = profile(model, [{"input_ids": part[:, :-1]} for part in torch.split(rows, 32)], "transformer.h.*")
         point = {"step": float(step), "loss": sum(text.chunk_losses(model, rows)) / 2}
         for i, layer in enumerate(seen.layers):
             point[f"cosine_{i}"] = layer.entropy("cosine", center=True).nats or 0.0
