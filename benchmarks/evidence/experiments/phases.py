@@ -26,7 +26,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                                          for m in MEASURES for i in range(s["blocks"]))]  # fmt: skip
     steps = curve["step"]
     rows = []
-    for wanted in (0, 10, 30, 60, 100, 200, 400, 800, 2000):
+    for wanted in (0, 10, 20, 40, 80, 150, 300, 500, 800):
         at = min(range(len(steps)), key=lambda i: abs(steps[i] - wanted))
         cells = [f"{curve[name][at]:.2f}" if name.startswith("cosine") else f"{curve[name][at]:.1f}" for name in names]
         rows.append([f"{steps[at]:.0f}", f"{curve['loss'][at]:.3f}", *cells])
