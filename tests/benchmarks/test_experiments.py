@@ -89,17 +89,6 @@ def test_every_method_trains_and_starts_alike(task: str, method: str) -> None:
         assert once["final"]["loss"] != plain["final"]["loss"]
 
 
-def test_the_early_protocol_steps_along_the_loss_alone_or_an_entropy_alone() -> None:
-    """A loss that never improves: compression from the second update on, in which each second step is of an entropy."""
-    from benchmarks.evidence.tasks import text
-
-    gate = {"patience_memorization": 1, "patience_compression": 100, "min_improvement": 0.99, "spike_tolerance": 100.0}
-    s = text.Settings(**{**TINY["text"], "steps": 8}, method="early", gate=gate)
-    final = train_run(Run("text", s)).result["final"]
-    assert final["switches"] == 1
-    assert final["compression"] == 3 / 8
-
-
 def test_a_branch_that_is_not_cut_ends_where_the_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.evidence.tasks import cut
 

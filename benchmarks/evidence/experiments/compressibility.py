@@ -9,18 +9,15 @@ from typing import Any
 
 from ..harness import Record, Run
 from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
-from ..tasks import cut, text
+from ..tasks import cut
 from . import loss
 
 HALF: dict[str, Any] = {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}, "weight": 0.1}
 """Order 1/2 over whole sequences, on the blocks that are cut. The weight is one guess."""
-NUCLEAR_WEIGHTS = (0.1, 0.5)
-"""Tried on seed 0."""
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain, cut at step 200": {"cut_at": 200},
     "gate, order 1/2": HALF,
-    "nuclear norm": {"method": "nuclear", "weight": 0.1},
     "gate, defaults": loss.METHODS["gate, defaults"],
     "late penalty, order 2": loss.METHODS["late penalty"],
 }
@@ -34,9 +31,8 @@ TRAINED_ON = {"trained_on_8": "8 from step 350 on"}
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Tuning, then the comparison."""
-    tuning = replace(cut.Settings(), **text.TUNING)
-    found = [Run("cut", replace(tuning, method="nuclear", weight=weight)) for weight in NUCLEAR_WEIGHTS]
+    """Every method on every seed."""
+    found = []
     for seed in loss.SEEDS:
         found += [Run("cut", replace(cut.Settings(), seed=seed, **method)) for method in METHODS.values()]
     return [run for run in found if seeds is None or run.settings.seed in seeds]

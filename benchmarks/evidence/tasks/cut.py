@@ -50,14 +50,7 @@ def train(s: Settings) -> dict[str, Any]:
                 with cut(model, sample, r):
                     final[f"cut_{r}"] = _mean(text.chunk_losses(model, held_out))
 
-    def own(model: nn.Module, blocks: list[nn.Module], rows: Tensor) -> tuple[float, bool]:
-        with watching(blocks[:-1], graph=True) as hidden:
-            loss = text.loss_of(model, rows)
-        norms = [torch.linalg.matrix_norm(h - h.mean(1, keepdim=True), "nuc").mean() / h.shape[1] for h in hidden]
-        (loss + s.weight * torch.stack(norms).mean()).backward()  # type: ignore[no-untyped-call]
-        return loss.item(), True
-
-    result = text.train(s, each_step, own if s.method == "nuclear" else None)
+    result = text.train(s, each_step)
     result["final"] |= early | final
     return result
 

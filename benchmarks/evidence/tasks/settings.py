@@ -33,19 +33,18 @@ class TaskSettings:
     """Fields of `ObjectiveConfig` besides the weight."""
 
     def config(self) -> GAPTConfig:
-        """The wrapper's settings. `plain` is a gate frozen in memorization, which is the bare optimizer's path. A
-        method that the wrapper does not have says what it takes of the author's gate."""
-        if self.method == "gapt":
-            gate = GateConfig(**self.gate)
-        elif self.method == "plain":
-            gate = GateConfig(frozen=True)
-        elif self.method == "penalty":
-            gate = GateConfig(initial_phase="compression", frozen=True)
-        else:
-            gate = GateConfig.published(**self.gate)
+        """The wrapper's settings. `plain` is a gate frozen in memorization, which is the bare optimizer's path."""
+        gates = {
+            "plain": lambda: GateConfig(frozen=True),
+            "penalty": lambda: GateConfig(initial_phase="compression", frozen=True),
+            "published": lambda: GateConfig.published(**self.gate),
+            "gapt": lambda: GateConfig(**self.gate),
+        }
+        if self.method not in gates:
+            raise ValueError(f"method must be one of {', '.join(gates)}, found {self.method!r}")
         return GAPTConfig(
             entropy=EntropyConfig(**self.kernel_settings(), window=self.window),
-            gate=gate,
+            gate=gates[self.method](),
             objective=ObjectiveConfig(weight=self.weight, **self.objective),
             layers=LayerConfig(**self.layers),
             alignment=AlignmentConfig(every=0),  # of no use here, and a good part of so small a step

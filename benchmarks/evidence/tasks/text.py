@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gapt_optim import GAPTOptimizer, Phase, PhaseGate, RepresentationHook, matrix_entropy
+from gapt_optim import GAPTOptimizer, Phase, RepresentationHook
 
 from ..measures import mean_measures, watching
 from .settings import TaskSettings
@@ -168,38 +168,11 @@ def held_out_rows(s: Settings) -> tuple[Tensor, Tensor]:
     return data, held_out.view(s.evaluate_sequences, s.context + 1)
 
 
-Backward = Callable[[nn.Module, list[nn.Module], Tensor], tuple[float, bool]]
-"""Differentiates a batch of a model with these blocks; returns its loss, and whether it was one of compression."""
-
-
-class Early:
-    """The author's early protocol: in compression, a step of the loss alone, then one of an inner block's entropy
-    alone, block by block in turn."""
-
-    def __init__(self, s: Settings) -> None:
-        self.s, self.gate, self.turn = s, PhaseGate(s.config().gate), 0
-
-    def __call__(self, model: nn.Module, blocks: list[nn.Module], rows: Tensor) -> tuple[float, bool]:
-        compressing = self.gate.phase is Phase.COMPRESSION
-        with watching(blocks[1:-1], graph=True) as hidden:
-            loss = loss_of(model, rows)
-        entropies = [matrix_entropy(in_windows(h, self.s.window), **self.s.kernel_settings()).mean() for h in hidden]
-        of_entropy = compressing and self.turn % 2 == 1
-        objective = entropies[self.turn // 2 % len(entropies)] if of_entropy else loss
-        objective.backward()  # type: ignore[no-untyped-call]
-        self.turn += compressing
-        self.gate.update(loss.item(), torch.stack(entropies).mean().item())
-        return loss.item(), of_entropy
-
-
-def train(
-    s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None = None, own: Backward | None = None
-) -> dict[str, Any]:
+def train(s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None = None) -> dict[str, Any]:
     """One run. The seed alone decides weights and batches, so methods share them.
 
     Args:
         each_step: called before each step and once after the last, with the model and its optimizers.
-        own: the backward of a method that the wrapper does not have.
     """
     data, rows_held_out = held_out_rows(s)
     torch.manual_seed(s.seed)
@@ -207,9 +180,7 @@ def train(
     blocks = blocks_of(model)
     several = bases(model, s)
     hook = RepresentationHook(model, "transformer.h.*")
-    if s.method == "early":
-        own = Early(s)
-    optimizer = GAPTOptimizer(several, hook, s.config()) if own is None else None
+    optimizer = GAPTOptimizer(several, hook, s.config())
     schedulers = [torch.optim.lr_scheduler.LambdaLR(base, lambda step: schedule(s, step)) for base in several]
     next_batch = batches(data, s)
     curve: dict[str, list[float]] = {}
@@ -219,26 +190,20 @@ def train(
         if each_step is not None:
             each_step(step, model, several)
         rows = next_batch()
-        if optimizer is not None:
-            loss_tensor = loss_of(model, rows)
-            compressed += optimizer.phase is Phase.COMPRESSION and step >= s.config().objective.start
-            optimizer.backward(loss_tensor)
-            loss = loss_tensor.item()
-        elif own is not None:
-            loss, pressed = own(model, blocks, rows)
-            compressed += pressed
+        loss = loss_of(model, rows)
+        compressed += optimizer.phase is Phase.COMPRESSION and step >= s.objective.get("start", 0)
+        optimizer.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in several if optimizer is None else [optimizer]:
-            stepper.step()
-            stepper.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         for scheduler in schedulers:
             scheduler.step()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}")
         if (step + 1) % s.evaluate_every == 0 or step + 1 == s.steps:
             point = {
                 "step": step + 1,
-                "train_loss": loss,
+                "train_loss": loss.item(),
                 **evaluate(model, blocks, rows_held_out[:MEASURED], s.window or s.context),
             }
             for name, value in point.items():
@@ -247,9 +212,7 @@ def train(
     if each_step is not None:
         each_step(s.steps, model, several)
     chunks = chunk_losses(model, rows_held_out)
-    switches = 0 if optimizer is None or optimizer.metrics is None else optimizer.metrics.switches
-    if isinstance(own, Early):
-        switches = own.gate.switches
+    switches = 0 if optimizer.metrics is None else optimizer.metrics.switches
     return {
         "final": {
             **{name: values[-1] for name, values in curve.items() if name != "step"},
@@ -261,13 +224,6 @@ def train(
         "best": {},
         "curve": curve,
     }
-
-
-def in_windows(h: Tensor, window: int | None) -> Tensor:
-    """(batch, tokens, d) as (batch, windows, window, d), without a shorter tail; None is the whole sequence."""
-    window = window or h.shape[1]
-    count = h.shape[1] // window
-    return h[:, : count * window].reshape(len(h), count, window, h.shape[-1])
 
 
 @torch.no_grad()
