@@ -20,7 +20,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "gate, order 1/2": HALF,
     "gate, defaults": loss.METHODS["gate, defaults"],
     "late penalty, order 2": loss.METHODS["late penalty"],
-    "plain, weight decay 1": {"weight_decay": 1.0},
 }
 AT_END = {
     "uncut": "uncut",
