@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
 
 
 def _of_method(records: Sequence[Record], method: dict[str, Any]) -> list[Record]:
-    own = {f.name: getattr(conflict.Settings(**method), f.name) for f in fields(conflict.Settings) if f.name != "seed"}
+    names = ("method", "weight", "center", "toward_old", "rehearsed")
+    own = {name: getattr(conflict.Settings(**method), name) for name in names}
     found = [r for r in records if r.settings["seed"] in SEEDS and all(r.settings[k] == v for k, v in own.items())]
     return sorted(found, key=lambda r: int(r.settings["seed"]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..markdown import (
 from ..stats import compare, over_seeds_and_text
 from ..tasks import cut, text
 
-SEEDS, FRESH_SEEDS = range(300, 305), range(305, 310)
+SEEDS, FRESH_SEEDS = range(300, 305), range(305, 307)
 RATES = {"adamw": (3e-3, 6e-3, 12e-3), "muon": (0.01, 0.02, 0.04, 0.08, 0.16)}
 """Tried on seed 0, where they differ by ten times what seeds do."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -49,11 +49,18 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
+NAMED = ("method", "weight", "alpha", "objective", "layers")
+"""Settings that tell the methods of the cut task apart, besides when it is cut."""
+
+
 def of_method(records: Sequence[Record], method: dict[str, Any], seeds: Sequence[int] = SEEDS) -> list[Record]:
-    """The records of these seeds whose settings are the cut task's own but for those of a method."""
-    own = {f.name: getattr(cut.Settings(**method), f.name) for f in fields(cut.Settings) if f.name != "seed"}
-    found = [r for r in records if r.settings["seed"] in seeds and all(r.settings.get(k) == v for k, v in own.items())]
-    return sorted(found, key=lambda r: int(r.settings["seed"]))
+    """The records of a method of the cut task, in the order of seeds. One that is cut earlier says so by `cut_at`."""
+    own = {name: getattr(cut.Settings(**method), name) for name in NAMED}
+    cuts = [r for r in records if r.task == "cut"]
+    latest = max((r.settings["cut_at"] for r in cuts), default=0)
+    found = [r for r in cuts if r.settings["seed"] in seeds and all(r.settings[k] == v for k, v in own.items())]
+    of_cut = [r for r in found if (r.settings["cut_at"] < latest) == ("cut_at" in method)]
+    return sorted(of_cut, key=lambda r: int(r.settings["seed"]))
 
 
 def tables(records: list[Record]) -> dict[str, str]:
