@@ -116,6 +116,8 @@ def _gate_at_equal_entropy(by_method: dict[str, list[Record]]) -> str:
         return ""
     plain, late, gate = ([of[seed] for seed in shared] for of in seeds)
     s = [np.array([[r.result["final"]["centred_cosine"]] for r in found]) for found in (plain, late, gate)]
+    if not (s[1] < s[0]).all():
+        return ""  # the late penalty took nothing: there is no line
     there = pieces(plain) + (pieces(late) - pieces(plain)) * (s[2] - s[0]) / (s[1] - s[0])
     lead = over_seeds_and_text(pieces(gate) - there)
     p = compare(list(pieces(gate).mean(1)), list(there.mean(1))).p_t
