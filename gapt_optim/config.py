@@ -232,7 +232,11 @@ class GAPTConfig(_Section):
 
     @classmethod
     def published(cls, **changes: Any) -> GAPTConfig:
-        """The settings of arXiv 2505.08727: its gate and its entropy (linear, not centered); ``changes`` override."""
+        """The gate and the entropy (linear, not centered) of arXiv 2505.08727; ``changes`` override.
+
+        The weight is the library's. The author's large runs have ``ObjectiveConfig(weight=20)`` and
+        ``LayerConfig(skip_first=1, skip_last=1, reduce="largest_drop")``.
+        """
         settings: dict[str, Any] = {
             "entropy": EntropyConfig(kernel="linear", center=False),
             "gate": GateConfig.published(),

@@ -113,9 +113,7 @@ def train(options: Train) -> int:
         print(f"{len(runs)} runs, {seconds / 60 / options.workers:.0f} minutes with {options.workers} worker(s)")
         return 0
     folder = options.runs / options.experiment
-    # An experiment of several stages names the one that is due before it is run.
-    name = getattr(experiment, "stage", lambda first_look: options.experiment)(options.first_look)
-    name += FIRST_LOOK if options.first_look else ""
+    name = options.experiment + (FIRST_LOOK if options.first_look else "")
     if not options.collect:
         try:
             harness.train_missing(runs, folder, workers=options.workers, say=harness.log)
@@ -198,8 +196,6 @@ def pictures(options: Pictures) -> int:
 
     for path in sorted(harness.RESULTS.glob("*.json")):
         name = path.stem.removesuffix(FIRST_LOOK)
-        if name.endswith("-tuning"):
-            continue
         if options.experiments and name not in options.experiments:
             continue
         if path.stem.endswith(FIRST_LOOK) and (harness.RESULTS / f"{name}.json").exists():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .harness import Record
-from .stats import Comparison, compare, mean_interval
+from .stats import Comparison, Interval, compare, mean_interval
 
 Groups = dict[tuple[Any, ...], list[Record]]
 
@@ -75,10 +75,9 @@ def compression_cell(records: Sequence[Record]) -> str:
     return f"{100 * sum(shares) / len(shares):.0f} %"
 
 
-def difference_cell(comparison: Comparison) -> str:
-    """Mean difference with its interval, in nats."""
-    d = comparison.difference
-    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+def interval_cell(interval: Interval, digits: int = 4) -> str:
+    """A difference with its interval."""
+    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
 
 
 def p_cell(p: float) -> str:

@@ -124,77 +124,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def at_equal(x: float, curve_x: Sequence[float], curve_y: Sequence[float]) -> float:
-    """The value at ``x`` of a curve given by points in any order, straight between them; nan outside of it."""
-    order = np.argsort(curve_x)
-    xs, ys = np.asarray(curve_x, float)[order], np.asarray(curve_y, float)[order]
-    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else math.nan
-
-
-@dataclass(frozen=True)
-class Swings:
-    """Whether a series swings more than chance would make it."""
-
-    runs: int
-    """Stretches of one sign."""
-    expected_runs: float
-    """Of a series whose signs come in random order."""
-    p_runs: float
-    """Wald-Wolfowitz, two-sided. Few runs: signs persist, as in a cycle or a trend; many: they alternate."""
-    autocorrelation: float
-    """Of neighbouring measurements, about a slow trend."""
-    p_autocorrelation: float
-    """Against the same values in random order, two-sided."""
-    beyond_noise: float
-    """Variance about the trend over the variance that the measurements' own errors give; 1: noise alone."""
-    p_beyond_noise: float
-    """Chi-squared, one-sided: more than noise."""
-    reversals: int
-    """Changes between a value below 0 and one above 0 that are both beyond two standard errors."""
-
-
-def swings(values: Sequence[float], errors: Sequence[float], *, trend_degree: int = 3) -> Swings:
-    """Tests a series for swings beyond its noise.
-
-    Args:
-        values: in order of time.
-        errors: standard error of each.
-        trend_degree: of the polynomial in time that is taken off for autocorrelation and variance. A slow drift is
-            no cycle.
-    """
-    x, e = np.asarray(values, float), np.asarray(errors, float)
-    if len(x) < 10:
-        raise ValueError(f"needs at least 10 measurements, found {len(x)}")
-    signs = x > 0
-    runs = 1 + int((signs[1:] != signs[:-1]).sum())
-    positive, negative = int(signs.sum()), int((~signs).sum())
-    n = len(x)
-    expected = 1 + 2 * positive * negative / n
-    variance = (expected - 1) * (expected - 2) / (n - 1)
-    p_runs = float(2 * stats.norm.sf(abs(runs - expected) / math.sqrt(variance))) if variance > 0 else math.nan
-    time = np.linspace(-1, 1, n)
-    weights = 1 / e
-    trend = np.polynomial.polynomial.polyval(time, np.polynomial.polynomial.polyfit(time, x, trend_degree, w=weights))
-    residual = x - trend
-
-    def neighbours(r: NDArray[Any]) -> Any:
-        centred = r - r.mean(-1, keepdims=True)
-        return (centred[..., 1:] * centred[..., :-1]).sum(-1) / np.square(centred).sum(-1)
-
-    shuffled = np.random.default_rng(0).permuted(np.tile(residual, (2000, 1)), axis=1)
-    null, found = neighbours(shuffled), float(neighbours(residual))
-    p_auto = float((1 + (np.abs(null - null.mean()) >= abs(found - null.mean())).sum()) / (1 + len(null)))
-    chi = float(np.square(residual / e).sum())
-    freedom = n - trend_degree - 1
-    z = x / e
-    clear = np.sign(z[np.abs(z) > 2])
-    return Swings(
-        runs,
-        expected,
-        p_runs,
-        found,
-        p_auto,
-        chi / freedom,
-        float(stats.chi2.sf(chi, freedom)),
-        int((clear[1:] != clear[:-1]).sum()),
-    )
+def over_seeds_and_text(difference: NDArray[Any]) -> Interval:
+    """Mean of (seeds, pieces of text), with the interval of a bootstrap that draws both again: seeds of training, and
+    pieces of the held-out text, which all seeds share. Widened for few seeds, as that of `compare`."""
+    d = difference
+    mean = float(d.mean())
+    if len(d) < 2:
+        return Interval(mean)
+    rng = np.random.default_rng(0)
+    seeds, pieces = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in d.shape)
+    means = np.einsum("rs,sp,rp->r", seeds, d, pieces)
+    wider = math.sqrt(len(d) / (len(d) - 1))
+    low, high = (mean + wider * (bound - mean) for bound in np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return Interval(mean, float(low), float(high))

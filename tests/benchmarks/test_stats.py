@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from benchmarks.evidence.stats import at_equal, compare, holm, mean_interval, swings
+from benchmarks.evidence.stats import compare, holm, mean_interval, over_seeds_and_text
 
 
 def test_mean_interval_is_the_t_interval() -> None:
@@ -78,80 +78,22 @@ def test_the_interval_of_a_change_covers_as_often_as_it_says() -> None:
     assert 0.86 <= held / 100 <= 0.99
 
 
-def test_at_equal_is_a_straight_line_between_points() -> None:
-    assert at_equal(2.5, [3.0, 2.0], [30.0, 20.0]) == 25.0
-    assert math.isnan(at_equal(3.5, [3.0, 2.0], [30.0, 20.0]))
+def test_an_interval_over_seeds_and_text_holds_both() -> None:
+    generator = np.random.default_rng(0)
+    of_seed, of_piece = generator.normal(0, 1.0, (6, 1)), generator.normal(0, 1.0, (1, 30))
+    halves = []
+    for d in (of_seed + 0 * of_piece, 0 * of_seed + of_piece, of_seed + of_piece):
+        interval = over_seeds_and_text(d)
+        assert interval.mean == pytest.approx(d.mean())
+        assert interval.low < d.mean() < interval.high
+        halves.append((interval.high - interval.low) / 2)
+    assert halves[0] == pytest.approx(1.96 * of_seed.std(ddof=1) / math.sqrt(6), rel=0.1)
+    assert halves[1] == pytest.approx(1.96 * of_piece.std() / math.sqrt(30) * math.sqrt(6 / 5), rel=0.1)
+    assert halves[2] == pytest.approx(math.hypot(*halves[:2]), rel=0.1)
 
 
-def noise(n: int, seed: int) -> np.ndarray:  # type: ignore[type-arg]
-    return np.random.default_rng(seed).normal(size=n)
-
-
-def test_noise_is_no_cycle() -> None:
-    """At the 5 % level, noise is called a cycle about once in twenty."""
-    found = [swings(list(0.1 * noise(80, seed)), [0.1] * 80) for seed in range(40)]
-    assert sum(s.p_autocorrelation < 0.05 for s in found) <= 6
-    assert sum(s.p_beyond_noise < 0.05 for s in found) <= 6
-    assert sum(s.p_runs < 0.05 for s in found) <= 6
-    assert sum(s.reversals for s in found) / 40 < 2
-
-
-def test_a_cycle_is_found_in_noise() -> None:
-    time = np.arange(80)
-    found = swings(list(np.sin(time / 3) + 0.2 * noise(80, 0)), [0.2] * 80)
-    assert found.p_runs < 0.001
-    assert found.runs < found.expected_runs / 2
-    assert found.autocorrelation > 0.5
-    assert found.p_autocorrelation < 0.001
-    assert found.beyond_noise > 3
-    assert found.reversals >= 6
-
-
-def test_a_slow_drift_is_no_cycle() -> None:
-    found = swings(list(np.linspace(-1, 1, 80) + 0.1 * noise(80, 1)), [0.1] * 80)
-    assert found.p_autocorrelation > 0.01
-    assert found.beyond_noise < 1.5
-    assert found.reversals <= 1
-
-
-def test_too_few_measurements_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 10"):
-        swings([0.1] * 5, [0.1] * 5)
-
-
-def test_alignment_in_both_spaces_is_related_phase_by_phase() -> None:
-    from benchmarks.evidence.alignment_spaces import relation
-
-    pairs = [(0.1, 0.2), (0.2, 0.4), (-0.1, -0.2), (0.3, -0.6)]
-    rows: list[dict[str, object]] = [
-        {"phase": "memorization", "alignment": {"cosine": a}, "parameter_alignment": {"cosine": b}} for a, b in pairs
-    ]
-    rows.append({"phase": "compression", "alignment": {"cosine": 0.5}})  # not measured in both
-    lines = relation(rows).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| memorization", "| both"]
-    assert "| 4 |" in lines[2]
-    assert "75%" in lines[2]
-
-
-@pytest.mark.parametrize("truth", [-0.6, 0.0, 0.6])
-def test_the_cosine_of_noisy_gradients(truth: float) -> None:
-    """Noise that both gradients of a micro-batch share is not taken for agreement; the error is about the scatter."""
-    import torch
-
-    from benchmarks.evidence.tasks.cycle import cross_cosine
-
-    generator = torch.Generator().manual_seed(0)
-    u, v = torch.linalg.qr(torch.randn(400, 2, generator=generator)).Q.T
-    found = []
-    for _ in range(60):
-        shared = 0.1 * torch.randn(8, 400, generator=generator)
-        found.append(cross_cosine(u + shared, truth * u + math.sqrt(1 - truth**2) * v + shared))
-    cosines, errors = np.array(found).T
-    assert (np.abs(cosines) <= 1).all()
-    assert abs(cosines.mean() - truth * 2 / 3) < 0.05  # the noise adds half to both squared norms
-    assert 0.5 < errors.mean() / cosines.std() < 2
-    if truth:
-        assert (np.sign(cosines) == np.sign(truth)).all()
+def test_one_seed_has_no_interval_over_text() -> None:
+    assert math.isnan(over_seeds_and_text(np.array([[1.0, 2.0]])).low)
 
 
 @pytest.mark.parametrize("p", [[0.01, 0.04, 0.03], [0.5], [], [0.2, 0.001, 0.2, 0.9, 0.012]])

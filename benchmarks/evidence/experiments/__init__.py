@@ -11,20 +11,13 @@ import importlib
 from typing import Any
 
 NAMES = (
+    "loss",
+    "compressibility",
+    "forgetting",
     "kernels",
-    "gate",
-    "curves",
-    "text",
-    "multiplication",
-    "conflict",
-    "cycle",
-    "use",
-    "directions",
-    "pressing",
-    "barrier",
-    "loops",
-    "example",
     "trainability",
+    "weight",
+    "phases",
 )
 
 

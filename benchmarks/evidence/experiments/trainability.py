@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .. import harness
 from ..harness import Record, Run
-from ..markdown import difference_cell, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
 from ..stats import Comparison, holm
 from ..tasks.trainability import Settings
 
@@ -299,7 +299,7 @@ def _methods_table(by_setting: Mapping[str, Compared]) -> str:
             against = None if name == "LayerNorm" else _versus(found, name, "LayerNorm", SCORES[setting])
             row += [
                 mean_cell(records, SCORES[setting], digits=4),
-                "" if against is None else difference_cell(against),
+                "" if against is None else interval_cell(against.difference),
             ]
         rows.append(row)
     everything = [record for found in by_setting.values() for of_method in found.values() for record in of_method]
@@ -336,7 +336,7 @@ def _questions_table(by_setting: Mapping[str, Compared]) -> str:
     corrected = holm([comparison.p_t for *_, comparison in asked])
     header = ["setting", "method", "against", "difference", "p", "p, corrected"]
     rows = [
-        [setting, name, other, difference_cell(comparison), p_cell(comparison.p_t), p_cell(p)]
+        [setting, name, other, interval_cell(comparison.difference), p_cell(comparison.p_t), p_cell(p)]
         for (setting, name, other, comparison), p in zip(asked, corrected, strict=True)
     ]
     first = (

