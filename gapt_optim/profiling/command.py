@@ -28,7 +28,7 @@ def profile(
     length: int | None = None,
     batch_size: int = 8,
     tokens: int = 100_000,
-    rankme_rows: int = 25_600,
+    rankme_rows: int | Literal["auto"] = "auto",
     views: int = 1,
     revision: str | None = None,
     device: str | None = None,
@@ -55,7 +55,7 @@ def profile(
         length: Tokens per sequence; default: at most 512.
         batch_size: Sequences per batch.
         tokens: Tokens of the text to read.
-        rankme_rows: Rows for RankMe; 0 = none.
+        rankme_rows: Rows for RankMe; auto = 20 for each feature, at most 25,600; 0 = none.
         views: Views per item, for LiDAR.
         revision: Of the hub; several, as step1000,step2000, give a heat map.
         device: Where to run, such as cuda.
