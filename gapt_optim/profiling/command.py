@@ -82,13 +82,14 @@ def profile(
         tokenizer = None
         if not is_python(spec) and not is_python(data):
             tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
+        other = None if against is None else load_model(against, dtype=weights, trust_remote_code=trust_remote_code)
         batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
         models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
         for title, each in models.items():
             try:
                 found[title] = profile_layers(
                     each, batches, layers or None, orders=orders, windows=sizes, preset=preset, views=views,
-                    rankme_rows=rankme_rows, against=None if against is None else load_model(against),
+                    rankme_rows=rankme_rows, against=other,
                     tokenizer=tokenizer, device=on, dtype=weights if is_python(spec) else None,
                     progress=sys.stderr.isatty(), name=title, data=data if is_python(data) else Path(data).name,
                 )  # fmt: skip
@@ -159,7 +160,9 @@ def explain(
     from .texts import load_batches
 
     loaded = load_model(model, trust_remote_code=trust_remote_code)
-    tokenizer = None if is_python(model) or is_python(data) else load_tokenizer(model)
+    tokenizer = None
+    if not is_python(model) and not is_python(data):
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = load_batches(data, tokenizer, model=loaded, length=None, batch_size=4, tokens=4096)
     batch = moved(batch_of_texts(next(iter(batches), None), tokenizer), device_of(loaded), None)
     if batch is None:

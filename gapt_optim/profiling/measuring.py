@@ -108,7 +108,10 @@ def profile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("the model is scripted, and runs no hooks inside; pass the module that it was scripted from")
+        raise ValueError(
+            "the model is one of TorchScript, which runs no hooks inside; pass the module that it was made from, or, "
+            'for its output alone, profile(nn.Sequential(model, nn.Identity()), batches, "1")'
+        )
     what = _what(orders, windows, preset, rankme_rows, views)
     if isinstance(batches, Tensor | Mapping | str):
         batches = [batches]
