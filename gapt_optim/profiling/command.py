@@ -198,7 +198,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
 
 
 def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: bool, anyway: bool) -> None:
-    from .._display.tables import print_table
+    from .._display.tables import print_table, shared_start
     from .comparison import compare as compared
     from .tables import figures, profile_table, summary_line, what_is_shown
 
@@ -217,7 +217,12 @@ def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: b
         )
         notes = [*what_is_shown(one)[:1], *(f"warning: {warning}" for warning in result.warnings)]
         notes += [f"note: {name}: {note}" for name, each in found.items() for note in each.notes]
-    print_table(table, said, wide=wide)
+    printed = table
+    if len(found) > 2:
+        start = shared_start(list(found))
+        said += f", of {start}*" if start else ""
+        printed = table.rename(columns=lambda name: name.removeprefix(start))
+    print_table(printed, said, wide=wide)
     for note in notes:
         print(note)
     for path in out:
