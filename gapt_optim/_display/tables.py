@@ -70,13 +70,14 @@ def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
     widths = [max(map(len, (*header.split(), *(row[i] for row in cells)))) for i, header in enumerate(headers)]
     limited = console.is_terminal or "COLUMNS" in os.environ  # a file takes any width
     shown = len(headers) if wide or not limited else _fitting(widths, console.width - first)
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     table.add_column(Text(f"{prefix}*" if prefix else ""), overflow="fold", width=first)
     for header, width in zip(headers[:shown], widths, strict=False):
         table.add_column(Text(header), justify="right", width=width)
     for name, row in zip(names, cells, strict=True):
         table.add_row(Text(name), *map(Text, row[:shown]))
     needed = first + sum(width + _GAP for width in widths[:shown])
+    console.print(Text(title))
     Console(width=max(console.width, needed)).print(table)
     if shown < len(headers):
         console.print(Text(f"Not shown for want of room: {'; '.join(headers[shown:])} (--wide shows all)"))

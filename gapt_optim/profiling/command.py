@@ -50,12 +50,12 @@ def profile(
         windows: Tokens per window; all = sequences.
         orders: Orders of the entropy.
         preset: One entropy, as that paper takes it.
-        baseline: Beside the same architecture, untrained.
+        baseline: Beside the same model, untrained.
         against: A model whose layers are compared with these by CKA.
         length: Tokens per sequence; default: at most 512.
         batch_size: Sequences per batch.
         tokens: Tokens of the text to read.
-        rankme_rows: Rows for RankMe; auto = 20 for each feature, at most 25,600; 0 = none.
+        rankme_rows: Rows for RankMe; auto = 20 a feature.
         views: Views per item, for LiDAR.
         revision: Of the hub; several, as step1000,step2000, give a heat map.
         device: Where to run, such as cuda.
