@@ -230,7 +230,9 @@ class Measurement:
 
     def __init__(self, config: EntropyConfig) -> None:
         self.config = config
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        """(2, 5) of each layer: sums over windows of the entropy and its measures, and of their weights. Those of
+        several measurements, such as those of ranks, may be added."""
 
     def add(self, name: str, reading: Reading) -> None:
         """The windows of one output."""
@@ -240,19 +242,19 @@ class Measurement:
         shape = windows.size, rows.shape[-1]
         measures = measures_of_rows(cut(rows.detach(), windows)) if shape[0] > shape[1] else None
         numbers = sums_of(gram, live, order, shape, rows.dtype, measures)
-        self._sums[name] = self._sums[name] + numbers if name in self._sums else numbers
+        self.sums[name] = self.sums[name] + numbers if name in self.sums else numbers
 
     @property
     def entropies(self) -> dict[str, float]:
         """Entropy per layer, in nats (or in [0, 1] with ``normalize``); waits for the device. A layer of which no
         window can have an entropy is left out."""
-        found = {name: sums.tolist() for name, sums in self._sums.items()}
+        found = {name: sums.tolist() for name, sums in self.sums.items()}
         return {name: total / weight for name, ((total, *_), (weight, *_)) in found.items() if weight}
 
     @property
     def measures(self) -> dict[str, Measures]:
         """Per layer, whether its entropy is that of fewer directions; waits for the device."""
-        found = {name: sums.tolist() for name, sums in self._sums.items()}
+        found = {name: sums.tolist() for name, sums in self.sums.items()}
         return {name: Measures.of_sums(totals[1:], weights[1:]) for name, (totals, weights) in found.items()}
 
     @property

@@ -25,6 +25,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from gapt_optim.profiling import profile
+from gapt_optim.profiling.statistics import MOST_RANKME_ROWS, ROWS_PER_FEATURE
 
 from .table import peak_bytes, show
 
@@ -152,7 +153,8 @@ def measure(options: Options) -> dict[str, dict[str, Any]]:
         ratio, low, high = ratio_of_sums(ours, alone, end)
         found: dict[str, Any] = {"cpu": ratio, "low": low, "high": high, "ms": 1000 * (sum(ours) + end) / count}
         found["end_ms"] = 1000 * end
-        early = min(count, 25_600 // (BATCH * LENGTH))  # batches from which RankMe takes rows
+        rows = min(MOST_RANKME_ROWS, ROWS_PER_FEATURE * options.width)
+        early = min(count, rows // (BATCH * LENGTH))  # batches from which RankMe takes rows
         found["cpu_with_rankme"] = sum(ours[:early]) / sum(alone[:early])
         if options.memory:
             peaks = {n: peak_of_profile(build, options, n) for n in (2, 8)}

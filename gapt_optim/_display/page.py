@@ -158,7 +158,7 @@ def base_layout(**changes: Any) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "inherit", "size": 12},
-        "margin": {"l": 52, "r": 16, "t": 12, "b": 40},
+        "margin": {"l": 52, "r": 16, "t": 28, "b": 40},  # buttons above the plot, not over it
         "showlegend": False,
         "hovermode": "x",
         "hoverlabel": {"align": "left"},

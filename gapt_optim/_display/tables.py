@@ -21,11 +21,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
     >>> number(1234.5), number(0.000123456)
     ('1,234', '0.000123')
+    >>> number(1.8), number(120.0)
+    ('1.80', '120')
     """
     if value is None or not math.isfinite(value):
         return MISSING
-    text = f"{value:.{digits}g}" if abs(value) < 10**digits or abs(value) >= 1e9 else f"{value:,.0f}"
-    return with_minus(text)
+    if 10**digits <= abs(value) < 1e9:
+        return with_minus(f"{value:,.0f}")
+    return with_minus(f"{value:#.{digits}g}".removesuffix("."))  # "#" keeps zeros at the end: 1.80 below 1.75
 
 
 def with_minus(text: str) -> str:
@@ -67,16 +70,17 @@ def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
     widths = [max(map(len, (*header.split(), *(row[i] for row in cells)))) for i, header in enumerate(headers)]
     limited = console.is_terminal or "COLUMNS" in os.environ  # a file takes any width
     shown = len(headers) if wide or not limited else _fitting(widths, console.width - first)
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     table.add_column(Text(f"{prefix}*" if prefix else ""), overflow="fold", width=first)
     for header, width in zip(headers[:shown], widths, strict=False):
         table.add_column(Text(header), justify="right", width=width)
     for name, row in zip(names, cells, strict=True):
         table.add_row(Text(name), *map(Text, row[:shown]))
     needed = first + sum(width + _GAP for width in widths[:shown])
+    console.print(Text(title))
     Console(width=max(console.width, needed)).print(table)
     if shown < len(headers):
-        console.print(Text(f"Not shown for want of room: {', '.join(headers[shown:])} (--wide shows all)"))
+        console.print(Text(f"Not shown for want of room: {'; '.join(headers[shown:])} (--wide shows all)"))
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -92,6 +96,17 @@ def common_prefix(names: Sequence[str]) -> str:
             break
         shared.append(f"{here[0]}.")
     return "".join(shared)
+
+
+def shared_start(names: Sequence[str]) -> str:
+    """What names begin with in common, up to a mark between words; empty where that is all of one.
+
+    >>> shared_start(["checkpoint-100", "checkpoint-150"])
+    'checkpoint-'
+    """
+    start = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071, of characters
+    start = start[: 1 + max(start.rfind(mark) for mark in "-_./ ")]
+    return "" if start in names else start
 
 
 def _fitting(widths: Sequence[int], room: int) -> int:

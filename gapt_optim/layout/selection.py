@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .._unsaved import Unsaved, leave_out
@@ -46,6 +47,12 @@ def select_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.
         if not matches:
             raise ValueError(f"{problem}; {_suggest(item, named)}")
         chosen.update(matches)
+    scripted = [name for name in chosen if isinstance(named[name], torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(
+            f'layer "{min(scripted)}" is a module of TorchScript, which runs no hooks; watch a module around it, or '
+            "give the model that it was made from"
+        )
     return {name: module for name, module in named.items() if name in chosen}
 
 
@@ -78,7 +85,7 @@ def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
         kinds = {type(block) for block in within}
         if isinstance(only, nn.ModuleList) and len(kinds) == 1 and not issubclass(next(iter(kinds)), _CONTAINERS):
             # named_modules has a module that stands in several places once, and so it is watched once.
-            return {name: module for name, module in model.named_modules() if module in within}
+            return select_layers(model, list(within))
     candidates = Candidates(model)
     if not candidates.modules:
         raise ValueError(f"layers=None finds no blocks in this model; {propose(model)}")
@@ -116,7 +123,7 @@ class Candidates:
         self._groups: dict[str, dict[str, nn.Module]] = {}
         for name, module in model.named_modules():
             for glob in _globs(name):
-                if not isinstance(module, _CONTAINERS):
+                if not isinstance(module, (*_CONTAINERS, torch.jit.ScriptModule)):
                     self._groups.setdefault(glob, {})[name] = module
         self._groups = {glob: group for glob, group in self._groups.items() if len(group) > 1}
         grouped = {name for group in self._groups.values() for name in group}

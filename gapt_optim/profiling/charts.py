@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from .._display.pictures import OTHER_COLORS
-from .._display.tables import number
+from .._display.tables import number, shared_start
 from .comparison import Comparison
 from .results import LayerProfile, Profile
 from .tables import (
@@ -245,9 +245,10 @@ def over_profiles(found: Comparison) -> Heat:
         rows = [[figure.read(one.layers[i]) for one in found.profiles.values()] for i in range(len(found.names))]
         if figure.title != "±" and any(value is not None for row in rows for value in row):
             values[f"{figure.title} ({figure.unit})"] = rows
-    return Heat(
-        "Layers over profiles", "", "A column for each profile.", list(found.profiles), found.names, values, "profile"
-    )
+    start = shared_start(list(found.profiles))
+    names = [name.removeprefix(start) for name in found.profiles]
+    title = f"profile {start}*" if start else "profile"
+    return Heat("Layers over profiles", "", "A column for each profile.", names, found.names, values, title)
 
 
 def _titled(text: str, window: int | None, alpha: float) -> str:

@@ -28,7 +28,7 @@ def profile(
     length: int | None = None,
     batch_size: int = 8,
     tokens: int = 100_000,
-    rankme_rows: int = 25_600,
+    rankme_rows: int | Literal["auto"] = "auto",
     views: int = 1,
     revision: str | None = None,
     device: str | None = None,
@@ -50,12 +50,12 @@ def profile(
         windows: Tokens per window; all = sequences.
         orders: Orders of the entropy.
         preset: One entropy, as that paper takes it.
-        baseline: Beside the same architecture, untrained.
+        baseline: Beside the same model, untrained.
         against: A model whose layers are compared with these by CKA.
         length: Tokens per sequence; default: at most 512.
         batch_size: Sequences per batch.
         tokens: Tokens of the text to read.
-        rankme_rows: Rows for RankMe; 0 = none.
+        rankme_rows: Rows for RankMe; auto = 20 a feature.
         views: Views per item, for LiDAR.
         revision: Of the hub; several, as step1000,step2000, give a heat map.
         device: Where to run, such as cuda.
@@ -82,13 +82,14 @@ def profile(
         tokenizer = None
         if not is_python(spec) and not is_python(data):
             tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
+        other = None if against is None else load_model(against, dtype=weights, trust_remote_code=trust_remote_code)
         batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
         models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
         for title, each in models.items():
             try:
                 found[title] = profile_layers(
                     each, batches, layers or None, orders=orders, windows=sizes, preset=preset, views=views,
-                    rankme_rows=rankme_rows, against=None if against is None else load_model(against),
+                    rankme_rows=rankme_rows, against=other,
                     tokenizer=tokenizer, device=on, dtype=weights if is_python(spec) else None,
                     progress=sys.stderr.isatty(), name=title, data=data if is_python(data) else Path(data).name,
                 )  # fmt: skip
@@ -159,7 +160,9 @@ def explain(
     from .texts import load_batches
 
     loaded = load_model(model, trust_remote_code=trust_remote_code)
-    tokenizer = None if is_python(model) or is_python(data) else load_tokenizer(model)
+    tokenizer = None
+    if not is_python(model) and not is_python(data):
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = load_batches(data, tokenizer, model=loaded, length=None, batch_size=4, tokens=4096)
     batch = moved(batch_of_texts(next(iter(batches), None), tokenizer), device_of(loaded), None)
     if batch is None:
@@ -195,7 +198,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
 
 
 def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: bool, anyway: bool) -> None:
-    from .._display.tables import print_table
+    from .._display.tables import print_table, shared_start
     from .comparison import compare as compared
     from .tables import figures, profile_table, summary_line, what_is_shown
 
@@ -214,7 +217,12 @@ def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: b
         )
         notes = [*what_is_shown(one)[:1], *(f"warning: {warning}" for warning in result.warnings)]
         notes += [f"note: {name}: {note}" for name, each in found.items() for note in each.notes]
-    print_table(table, said, wide=wide)
+    printed = table
+    if len(found) > 2:
+        start = shared_start(list(found))
+        said += f", of {start}*" if start else ""
+        printed = table.rename(columns=lambda name: name.removeprefix(start))
+    print_table(printed, said, wide=wide)
     for note in notes:
         print(note)
     for path in out:

@@ -87,7 +87,7 @@ def load_model(
         # The layers are all that is looked at; a head would only cost time and memory.
         model = AutoModel.from_pretrained(spec, **options)
     except Exception as error:
-        raise ValueError(f"the model {spec!r} cannot be loaded: {one_line(error)}") from error
+        raise _not_loaded("model", spec, error) from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -111,7 +111,7 @@ def load_tokenizer(spec: str, *, revision: str | None = None, trust_remote_code:
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
-        raise ValueError(f"the tokenizer of {spec!r} cannot be loaded: {one_line(error)}") from error
+        raise _not_loaded("tokenizer of", spec, error) from error
 
 
 def checkpoints(spec: str, revisions: str | None) -> list[tuple[str, str, str | None]]:
@@ -151,6 +151,14 @@ def untrained(model: nn.Module) -> nn.Module:
                 reset()
     found: nn.Module = fresh.to(device=first.device, dtype=first.dtype).train(model.training)
     return found
+
+
+def _not_loaded(what: str, spec: str, error: Exception) -> ValueError:
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"the {what} {spec!r} comes with code of its own; look at it, and pass --trust-remote-code to run it"
+        )
+    return ValueError(f"the {what} {spec!r} cannot be loaded: {one_line(error)}")
 
 
 def _by_number(path: Path) -> tuple[int, str]:

@@ -28,7 +28,7 @@ from .results import (
     Token,
 )
 from .sequences import SimilaritySums
-from .statistics import MOST_PROMPTS, LayerSums, What, exp_entropy
+from .statistics import MOST_PROMPTS, LayerSums, RankMeRows, What, exp_entropy
 from .window_values import Kind, all_kinds
 
 MOST_DEPTHS = 64
@@ -44,7 +44,7 @@ def profile(
     windows: Sequence[int | None] = DEFAULT_WINDOWS,
     preset: str | None = None,
     views: int = 1,
-    rankme_rows: int | None = 25_600,
+    rankme_rows: RankMeRows = "auto",
     against: nn.Module | None = None,
     tokenizer: Any = None,
     output: Callable[[Any], Tensor] | None = None,
@@ -86,8 +86,8 @@ def profile(
             ``windows`` (:mod:`gapt_optim.profiling.presets`).
         views: with more than 1, each item of ``batches`` is a sequence of so many batches that hold the same samples
             in the same order in different views, and LiDAR is measured too.
-        rankme_rows: RankMe is taken over the first so many rows (25,600, as in its paper); 0 leaves it out, None
-            takes all. It is what costs most: a (d, d) product in float64.
+        rankme_rows: RankMe is taken over the first so many rows; "auto" is 20 for each feature, at most 25,600 as in
+            its paper. 0 leaves it out, None takes all. It is what costs most: a (d, d) product in float64.
         against: another model, called with the same batches, whose layers are compared with these by CKA.
         tokenizer: as of ``transformers``; it also names the longest tokens.
         output, mask, layout, segments: as for :class:`gapt_optim.RepresentationHook`.
@@ -108,7 +108,10 @@ def profile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("the model is scripted, and runs no hooks inside; pass the module that it was scripted from")
+        raise ValueError(
+            "the model is one of TorchScript, which runs no hooks inside; pass the module that it was made from, or, "
+            'for its output alone, profile(nn.Sequential(model, nn.Identity()), batches, "1")'
+        )
     what = _what(orders, windows, preset, rankme_rows, views)
     if isinstance(batches, Tensor | Mapping | str):
         batches = [batches]
@@ -388,7 +391,7 @@ class evaluating:  # noqa: N801
 
 
 def _what(
-    orders: Sequence[float], windows: Sequence[int | None], preset: str | None, rankme_rows: int | None, views: int
+    orders: Sequence[float], windows: Sequence[int | None], preset: str | None, rankme_rows: RankMeRows, views: int
 ) -> What:
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
@@ -400,8 +403,8 @@ def _what(
         raise ValueError(f"windows must hold integers of at least 2 or None, found {list(windows)}")
     if len(set(orders)) < len(orders) or len(set(windows)) < len(windows):
         raise ValueError("orders and windows must not name a value twice")
-    if rankme_rows is not None and rankme_rows < 0:
-        raise ValueError(f"rankme_rows must be at least 0, or None for all, found {rankme_rows}")
+    if rankme_rows not in (None, "auto") and not (isinstance(rankme_rows, int) and rankme_rows >= 0):
+        raise ValueError(f'rankme_rows must be at least 0, "auto", or None for all, found {rankme_rows!r}')
     if views < 1:
         raise ValueError(f"views must be at least 1, found {views}")
     windows = tuple(sorted(windows, key=lambda window: (window is None, window)))

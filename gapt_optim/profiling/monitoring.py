@@ -98,7 +98,7 @@ class Monitor:
         self.entropy = entropy or EntropyConfig()
         self.hook = RepresentationHook(model, layers, **reading)
         self._model = weakref.ref(model)
-        self._sums = _Sums(self.entropy)
+        self._passes = _Passes(self.entropy)
         self._handles: list[Any] = []
         self._reading: Any = None
         self._looks = False
@@ -126,9 +126,9 @@ class Monitor:
 
     def step(self) -> None:
         """A training step is over. Called by the optimizers that have parameters of the model."""
-        if not self._sums.seen:
+        if not self._passes.seen:
             return
-        self._sums.seen = False
+        self._passes.seen = False
         self.steps += 1
         if self._reading is not None:
             self._close()
@@ -142,7 +142,7 @@ class Monitor:
         modules = dict(model.named_modules())
         for name in self.hook.names:
             # Before the hook that reads, which runs without gradients and does not know the module's mode.
-            self._handles.append(modules[name].register_forward_hook(self._sums.look, prepend=True))
+            self._handles.append(modules[name].register_forward_hook(self._passes.look, prepend=True))
 
     def _chosen(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._looks and self.hook.names:
@@ -151,15 +151,15 @@ class Monitor:
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         model = self._model()
-        if model is None or not self._sums.seen:
+        if model is None or not self._passes.seen:
             return
         own = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             self.step()
 
     def _open(self) -> None:
-        self._sums.clear()
-        self._reading = self.hook.reading(self._sums.add)
+        self._passes.clear()
+        self._reading = self.hook.reading(self._passes.add)
         self._reading.__enter__()
 
     def _close(self) -> None:
@@ -168,9 +168,9 @@ class Monitor:
             self._reading = None
 
     def _report(self) -> None:
-        sums = _over_ranks(self._sums.measured)
-        entropies = {name: one[0][0] / one[1][0] for name, one in sums.items() if one[1][0]}
-        measures = {name: Measures.of_sums(one[0][1:], one[1][1:]) for name, one in sums.items()}
+        measured = self._passes.measured
+        measured.sums = _over_ranks(measured.sums)
+        entropies, measures = measured.entropies, measured.measures
         self.metrics = StepMetrics(
             self.steps,
             "memorization",
@@ -192,7 +192,7 @@ class Monitor:
                 )
 
 
-class _Sums:
+class _Passes:
     """What the forward passes of a step left. One object for all steps: a compiled model knows it."""
 
     def __init__(self, config: EntropyConfig) -> None:
@@ -218,18 +218,16 @@ class _Sums:
         self.measured = Measurement(self.config)
 
 
-def _over_ranks(measured: Measurement) -> dict[str, list[list[float]]]:
-    """(2, 5) sums of each layer, and of their weights; over ranks where there are several. Waits for the device."""
-    own: dict[str, Tensor] = measured._sums
-    sums = {name: values.double().cpu().tolist() for name, values in own.items()}
+def _over_ranks(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of a measurement over all ranks, where there are several. Waits for the device."""
+    sums = {name: values.double().cpu() for name, values in own.items()}
     group = group_of(None)
     if group is None:
         return sums
-    gathered: list[dict[str, list[list[float]]]] = [{} for _ in range(dist.get_world_size(group))]
+    gathered: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(gathered, sums, group=group)
     total: dict[str, Tensor] = {}
     for of_rank in gathered:  # ranks may have other layers: stages of a pipeline, experts without tokens
         for name, values in of_rank.items():
-            own_values = torch.tensor(values, dtype=torch.float64)
-            total[name] = total[name] + own_values if name in total else own_values
-    return {name: values.tolist() for name, values in total.items()}
+            total[name] = total[name] + values if name in total else values
+    return total

@@ -24,7 +24,7 @@ from .charts import (
 )
 from .comparison import Comparison, compare
 from .results import Profile
-from .tables import by_prompt, longest_tokens, profile_table, summary_line, what_is_shown
+from .tables import by_prompt, longest_tokens, profile_table, summary_line, summary_of_several, what_is_shown
 
 _READING = (
     "The matrix-based entropy of each window&#8217;s tokens, in nats: 0 when all point the same way, the logarithm of "
@@ -83,8 +83,9 @@ def _page_of_one(one: Profile, title: str) -> Page:
 
 def _page_of_several(found: Comparison, title: str) -> Page:
     profiles = found.profiles
-    subtitle = "; ".join(f"{name}: {summary_line(one)}" for name, one in profiles.items())
-    page = Page(title, subtitle, [(name, COLORS[i % len(COLORS)]) for i, name in enumerate(profiles)])
+    page = Page(
+        title, summary_of_several(profiles), [(name, COLORS[i % len(COLORS)]) for i, name in enumerate(profiles)]
+    )
     notes = [html.escape(warning) for warning in found.warnings]
     notes += [
         f"<b>{html.escape(name)}</b>: {html.escape(note)}" for name, one in profiles.items() for note in one.notes
@@ -117,7 +118,7 @@ def _chart(panel: Panel) -> Chart:
             "x": ticks,
             "y": line.values,
             "name": label(line.name),
-            "showlegend": not line.dashed,
+            "showlegend": not line.dashed and line.run is None,  # the page's head has the colours of several
             "line": {"color": line.color, "width": 2, "dash": "dash" if line.dashed else "solid"},
             "marker": {"size": 5, "color": line.color},
             "hovertemplate": "%{y:.4g}<extra>" + label(line.name) + "</extra>",

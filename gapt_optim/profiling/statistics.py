@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ from .where import Where, places
 from .window_values import Kind, WindowValues, all_kinds, by_products, values_of_windows
 
 MeanAndError = tuple[float | None, float | None]
+RankMeRows = int | Literal["auto"] | None
+MOST_RANKME_ROWS = 25_600
+ROWS_PER_FEATURE = 20
+"""As many rows are enough for RankMe, which its paper takes over 12.5 per feature: 25,600 rows of 2,048 features."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class What:
 
     kinds: tuple[Kind, ...] = field(default_factory=lambda: all_kinds((2.0,)))
     windows: tuple[int | None, ...] = (8, None)
-    rankme_rows: int | None = 25_600
+    rankme_rows: RankMeRows = "auto"
     views: int = 1
 
     @property
@@ -242,8 +247,8 @@ MOST_PROMPTS = 64
 class RankSums:
     """For RankMe: products of the features over rows, (d, d) float64."""
 
-    def __init__(self, wanted: int | None) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: RankMeRows) -> None:
+        self._wanted = wanted
         self.gram: Tensor | None = None
         """Of all rows but the first tokens, its lower triangle."""
         self.first_gram: Tensor | None = None
@@ -253,16 +258,19 @@ class RankSums:
         """RankMe of the first so many rows, for a comparison with fewer."""
 
     def add(self, rows: Tensor, live: Tensor, first: Tensor) -> None:
-        if self.wanted is not None and self.rows >= self.wanted:
+        wanted = self._wanted
+        if wanted == "auto":
+            wanted = min(MOST_RANKME_ROWS, ROWS_PER_FEATURE * rows.shape[-1])
+        if wanted is not None and self.rows >= wanted:
             return
         if rows.device.type == "mps":  # has no float64
             rows, live, first = rows.cpu(), live.cpu(), first.cpu()
         rows, heads = rows.flatten(0, 1), first.flatten()
         if not bool(live.all()):
             rows, heads = rows[live.flatten()], heads[live.flatten()]
-        while len(rows) and (self.wanted is None or self.rows < self.wanted):
-            stop = next(mark for mark in _marks() if mark > self.rows)
-            stop = stop if self.wanted is None else min(stop, self.wanted)
+        while len(rows) and (wanted is None or self.rows < wanted):
+            stop = next(mark for mark in _marks(rows.shape[1]) if mark > self.rows)
+            stop = stop if wanted is None else min(stop, wanted)
             part = rows[: stop - self.rows].to(torch.float64, copy=True)
             head = heads[: stop - self.rows]
             if head.any():
@@ -287,11 +295,13 @@ class RankSums:
         return exp_entropy(sigma)
 
 
-def _marks() -> Iterator[int]:
+def _marks(features: int) -> Iterator[int]:
+    """After how many rows RankMe is kept. Fewer rows than features say little, and eigenvalues take long."""
     mark = 256
     while True:
-        yield mark
-        mark *= 4
+        if mark >= features:
+            yield mark
+        mark *= 8
 
 
 def exp_entropy(weights: Tensor) -> float | None:

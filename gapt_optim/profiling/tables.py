@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pandas import DataFrame
@@ -147,11 +147,23 @@ def _row(layer: LayerProfile) -> dict[str, object]:
 
 def summary_line(one: Profile) -> str:
     """What the profile is of, in a line."""
+    return f"{one.model}{_on_what(one)}, {one.seconds:.1f} s"
+
+
+def summary_of_several(profiles: Mapping[str, Profile]) -> str:
+    """What profiles are of; what is the same of several is said once."""
+    names: dict[str, list[str]] = {}
+    for name, one in profiles.items():
+        names.setdefault(_on_what(one), []).append(name)
+    return "; ".join(f"{', '.join(of_same)}{said}" for said, of_same in names.items())
+
+
+def _on_what(one: Profile) -> str:
     of_data = f" on {one.data}" if one.data else ""
     preset = f", preset {one.origin.preset}" if one.origin.preset else ""
     return (
-        f"{one.model}{of_data}: {len(one.layers)} layers, {one.rows:,} rows in {one.sequences:,} sequences, "
-        f"{one.batches:,} batches, {one.origin.dtype}{preset}, {one.seconds:.1f} s"
+        f"{of_data}: {len(one.layers)} layers, {one.rows:,} rows in {one.sequences:,} sequences, "
+        f"{one.batches:,} batches, {one.origin.dtype}{preset}"
     )
 
 

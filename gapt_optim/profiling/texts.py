@@ -57,7 +57,7 @@ def check_text(spec: str) -> None:
     if path.suffix in TEXT_SUFFIXES:
         if not path.is_file():
             raise ValueError(f"there is no file {spec!r}")
-    elif path.exists():
+    elif path.is_file():
         raise ValueError(f"the data {spec!r} is no {', '.join(TEXT_SUFFIXES)} file, nor package.module:name of batches")
 
 
@@ -147,7 +147,7 @@ def _rows_of_parquet(path: Path) -> Iterator[Iterator[str]]:
 
 
 def _rows_of_data_set(spec: str) -> Iterator[Iterator[str]]:
-    """Rows of the training split of ``name`` or ``name:configuration``, streamed."""
+    """Rows of the training split of ``name`` or ``name:configuration`` on the hub, or of a folder, streamed."""
     try:
         from datasets import load_dataset
     except ImportError as error:

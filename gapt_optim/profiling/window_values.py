@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..entropy import Order, entropy_of_gram, window_weights
 from ..kernels import LINEAR, Kernel, KernelMatrix, least, windows_last
-from .large_windows import collisions
+from .large_windows import Collisions, collisions, collisions_of_rows, symmetric_products
 
 Center = bool | Literal["first"]
 
@@ -60,14 +60,13 @@ def values_of_windows(
 ) -> tuple[WindowValues, WindowValues, Tensor | None]:
     """What windows show, with their first tokens and without, and of which windows the latter is; None for all."""
     size, features = shape
-    few_and_large = all(kind.alpha == 2 for kind in kinds) and len(z) <= size
-    if size > (2 * features if few_and_large else features):
+    if all(kind.alpha == 2 for kind in kinds) and len(z) <= size:  # few and large
+        whole, without = values_of_order_2(z, live, first, kinds)
+        return whole, without, None
+    if size > features:
         whole, without = values_of_rows(z, live, first, kinds, dtype)
         return whole, without, None
     gram = z @ z.mT
-    if few_and_large:
-        whole, without = values_of_order_2(gram, live, first, kinds, features)
-        return whole, without, None
     whole = values_of_gram(gram, live, features, kinds, dtype)
     at = first.any(-1)
     return whole, values_of_gram(gram[at], (live & ~first)[at], features, kinds, dtype), at
@@ -102,16 +101,25 @@ def values_of_gram(
 
 
 def values_of_order_2(
-    gram: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind, ...], features: int
+    z: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind, ...]
 ) -> tuple[WindowValues, WindowValues]:
-    """The same as :func:`values_of_gram` for order 2 alone, with and without the first tokens; faster for large n."""
-    norms = gram.diagonal(dim1=-2, dim2=-1) * live
-    alive = norms > least(gram)
+    """The same as :func:`values_of_rows` for order 2 alone; faster for few large windows."""
+    shape = (z.shape[-2], z.shape[-1])
+    both: tuple[Collisions, Collisions]
+    if shape[0] > 2 * shape[1]:
+        norms = z.square().sum(-1)
+        both = collisions_of_rows(z, live, first)
+    else:
+        gram = symmetric_products(z)
+        norms = gram.diagonal(dim1=-2, dim2=-1)
+        both = collisions(gram, live, first)
+    norms = norms * live
+    alive = norms > least(norms)
     found = []
-    for one, keep in zip(collisions(gram, live, first), (live, live & ~first), strict=True):
+    for one, keep in zip(both, (live, live & ~first), strict=True):
         counts = [(keep if kind.order.kernel.plain else keep & alive).sum(-1) for kind in kinds]
         entropies = [one.entropies[kind.kernel == "cosine", kind.center is True] for kind in kinds]
-        found.append(_gathered(entropies, counts, kinds, norms * keep, one.resultant, (gram.shape[-1], features)))
+        found.append(_gathered(entropies, counts, kinds, norms * keep, one.resultant, shape))
     return found[0], found[1]
 
 

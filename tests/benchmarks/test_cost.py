@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import endurance, gpu, narrow, page, profiling, scaling, table, trace
+from benchmarks.cost import endurance, gpu, monitoring, narrow, page, profiling, scaling, table, trace
 from benchmarks.cost.workloads import (
     BARE,
     STEPS,
@@ -174,6 +174,16 @@ def test_a_profile_beside_its_forward_passes(tmp_path: Path, capsys: pytest.Capt
     figures = json.loads(path.read_text())
     assert len(figures) == 3
     assert all(figure["cpu"] >= 1 for figure in figures.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_monitor_beside_the_bare_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "monitor.json"
+    assert monitoring.main(["--rounds", "2", "--json", str(path)]) == 0
+    assert "every=50: " in capsys.readouterr().out
+    figures = json.loads(path.read_text())
+    between, reports, mixed = list(figures.values())[1:]
+    assert min(between["cpu"], reports["cpu"]) - 0.01 <= mixed["cpu"] <= max(between["cpu"], reports["cpu"]) + 0.01
 
 
 def test_the_parts_of_a_profile_add_up() -> None:

@@ -358,6 +358,11 @@ def test_rankme_stops_at_its_rows() -> None:
     assert profile(model, [z], "0", rankme_rows=0).layers[0].rankme is None
     every = profile(model, [z], "0", rankme_rows=None).layers[0].rankme
     assert every == pytest.approx(reference.rankme(z.flatten(0, 1)), rel=1e-6)
+    many = torch.randn(5, 50, 6)
+    enough = profile(model, list(many.split(1)), "0").layers[0]
+    assert enough.rankme_rows == 120
+    assert enough.rankme == pytest.approx(reference.rankme(many.flatten(0, 1)[:120]), rel=1e-6)
+    assert not enough.few_rows
 
 
 def test_model_is_left_as_it_was() -> None:
@@ -394,21 +399,35 @@ def test_outputs_of_every_size_are_taken(tmp_path: Path) -> None:
         assert all(value.nats is None or value.nats >= 0 for value in found.layers[0].entropies)
 
 
-def test_large_windows_in_few_passes_equal_the_general_way() -> None:
+@pytest.mark.parametrize("features", [9, 48, 100])
+@pytest.mark.parametrize("rows", [40, 130])
+def test_large_windows_in_few_passes_equal_the_general_way(rows: int, features: int) -> None:
     """With zero rows, masks, long first tokens, a window without one, and a large common vector."""
     kinds = What().kinds
     for length, common in ((1, 0), (300, 0), (1, 10)):
-        z = torch.randn(3, 40, 48) + common
+        z = torch.randn(3, rows, features) + common
         z[:, 0] *= length
-        live = torch.rand(3, 40) > 0.2
+        live = torch.rand(3, rows) > 0.2
         first = live & (live.cumsum(1) == 1)
         first[2] = False
         z[1, 5] = 0
-        gram = (z * live.unsqueeze(-1)) @ (z * live.unsqueeze(-1)).mT
-        for found, rows in zip(values_of_order_2(gram, live, first, kinds, 48), (live, live & ~first), strict=True):
-            expected = values_of_gram(gram.clone(), rows, 48, kinds, torch.float32)
+        z = z * live.unsqueeze(-1)
+        gram = z.double() @ z.double().mT
+        for found, keep in zip(values_of_order_2(z, live, first, kinds), (live, live & ~first), strict=True):
+            expected = values_of_gram(gram.clone(), keep, features, kinds, torch.float32)
             for name, values in found._asdict().items():
-                torch.testing.assert_close(values, getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name)
+                torch.testing.assert_close(
+                    values.double(), getattr(expected, name).double(), rtol=1e-4, atol=1e-4, msg=name
+                )
+
+
+def test_rows_that_are_alike_to_rounding_have_no_centred_entropy() -> None:
+    z = (torch.randn(6) + 1e-9 * torch.randn(2, 30, 6)).float()
+    live = torch.ones(2, 30, dtype=torch.bool)
+    first = torch.zeros_like(live)
+    first[:, 0] = True
+    for found in values_of_order_2(z, live, first, What().kinds):
+        torch.testing.assert_close(found.entropies, torch.zeros(4, 2), atol=1e-6, rtol=0)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -489,6 +508,7 @@ SAME = {"model": nn.Sequential(nn.Identity()), "layers": "0"}
             r'the views of a batch differ in shape at layer "0": \[\(2, 4\), \(3, 4\)\]',
         ),
         ({"rankme_rows": -1}, ValueError, "rankme_rows must be at least 0"),
+        ({"rankme_rows": "all"}, ValueError, 'rankme_rows must be at least 0, "auto", or None for all'),
         ({"mask": lambda call: torch.ones(3)}, ValueError, r"mask= gave shape \(3,\), but the output"),
         ({"output": lambda out: "text"}, TypeError, "gave str, not a tensor"),
         ({"output": lambda out: torch.ones(2, 3, 4).long()}, TypeError, "entropy needs floating point"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -161,8 +162,22 @@ def test_batches_of_every_kind() -> None:
         profile(model, ["a text"], "0")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_a_layer_inside_a_scripted_module_says_what_to_do() -> None:
-    model = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh()))
-    with pytest.raises(ValueError, match=r"the model is scripted.*pass the module that it was scripted from"):
-        profile(model, [torch.randn(3, 4)], "0")
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(3, 4))])
+def test_torchscript_is_seen_from_outside_and_refused_inside(make: Callable[[nn.Module], nn.Module]) -> None:
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+    scripted, data = make(plain), [torch.randn(16, 4)]
+    with pytest.raises(ValueError, match=r"the model is one of TorchScript.*pass the module that it was made from"):
+        profile(scripted, data, "0")
+    # What that message says to do.
+    around = profile(nn.Sequential(scripted, nn.Identity()), data, "1")
+    assert around.layers[0].entropies == profile(nn.Sequential(plain, nn.Identity()), data, "1").layers[0].entropies
+
+    mixed = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), make(plain)))
+    assert profile(mixed, data, ["0", "2"]).names == ["0", "2"]
+    for layers in ("2.*", "2.2.0", mixed[2][2]):
+        with pytest.raises(ValueError, match=r'layer "2\.2(\.0)?" is a module of TorchScript, which runs no hooks'):
+            profile(mixed, data, layers)
+    chosen = profile(mixed, data).names
+    assert chosen
+    assert not any(name.startswith("2.2") for name in chosen)
