@@ -130,7 +130,7 @@ Scores = Mapping[str, float]
 
 def tune(setting: str, method: Method, scores: Scores) -> Tuned:
     """Coarse on the first tuning seed, then uphill from its best in half decades, on all of them, until the middle of
-    a cross of five points is its best."""
+    a block of nine points is its best. A cross would miss the ridge of a rate and a strength that trade for another."""
     strengths = [0] if method.tuned is None else [method.first + 2 * i for i in range(4)]
     rates = RATES[setting] if method.rate is None else (method.rate,)
     coarse = [(rate, strength) for rate in rates for strength in strengths]
@@ -139,12 +139,12 @@ def tune(setting: str, method: Method, scores: Scores) -> Tuned:
         return Tuned(runs, None, False)
     middle = max(coarse, key=lambda point: scores[_key(run_at(setting, method, point, TUNING_SEEDS[0]))])
     for _ in range(MOVES):
-        cross = [middle, *_neighbours(middle, method)]
-        of_points = {point: [run_at(setting, method, point, seed) for seed in TUNING_SEEDS] for point in cross}
+        block = [middle, *_neighbours(middle, method)]
+        of_points = {point: [run_at(setting, method, point, seed) for seed in TUNING_SEEDS] for point in block}
         runs += [run for of_point in of_points.values() for run in of_point]
         if not all(_key(run) in scores for run in runs):
             return Tuned(runs, None, False)
-        best = max(cross, key=lambda point: statistics.fmean(scores[_key(run)] for run in of_points[point]))
+        best = max(block, key=lambda point: statistics.fmean(scores[_key(run)] for run in of_points[point]))
         if best == middle:
             return Tuned(runs, middle, True)
         middle = best
@@ -152,11 +152,10 @@ def tune(setting: str, method: Method, scores: Scores) -> Tuned:
 
 
 def _neighbours(point: Point, method: Method) -> list[Point]:
-    rate, strength = point
-    found = [(rate - 1, strength), (rate + 1, strength)] if method.rate is None else []
-    if method.tuned is not None:
-        found += [(rate, strength - 1), (rate, strength + 1)]
-    return [p for p in found if method.most is None or p[1] <= method.most]
+    rates = [point[0] + step for step in ((-1, 0, 1) if method.rate is None else (0,))]
+    strengths = [point[1] + step for step in ((-1, 0, 1) if method.tuned is not None else (0,))]
+    found = [(rate, strength) for rate in rates for strength in strengths]
+    return [p for p in found if p != point and (method.most is None or p[1] <= method.most)]
 
 
 def _key(run: Run) -> str:
