@@ -147,7 +147,7 @@ class ObjectiveConfig(_Section):
     """The same as a share of the layer's own entropy at step `start`. That step measures it and presses nothing."""
 
     start: int = Field(0, ge=0)
-    """Optimizer steps before which nothing is pressed, whatever the phase."""
+    """Optimizer steps before anything is pressed, whatever the phase: with 5, ``metrics.step`` 6 is the first."""
 
     max_nonfinite: int = Field(25, ge=1)
     """Steps in a row with a non-finite loss or entropy after which ``step()`` raises."""

@@ -120,11 +120,17 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
       shape    (64, 16) is (batch features): ...
 
     Raises:
-        RuntimeError: the hook was removed, its model no longer exists, or ``hook.measuring()`` is open.
+        RuntimeError: the hook was removed, its model no longer exists or has no ``forward``, or ``hook.measuring()``
+            is open.
     """
     model = hook.watching.model()
     if model is None:
         raise RuntimeError("the model of this RepresentationHook no longer exists; make a hook on a model that does")
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise RuntimeError(
+            f"{type(model).__name__} has no forward(), so that explain() cannot call it; make a hook on the part that "
+            "is called, such as RepresentationHook(model.network, ...), and explain that"
+        )
     entropy = hook.watching.entropy or EntropyConfig()
     window, fewest = entropy.window, order_of(entropy).fewest
     found: list[LayerExplanation] = []

@@ -154,7 +154,8 @@ class PhaseGate:
             return self.phase
         if self.config.rule == "smoothed":
             self.reason = self._smoothed(loss, entropy, training_loss, warming_up=warming_up)
-        elif self.config.rule == "published":
+        else:
+            assert self.config.rule == "published"
             self.reason = self._published(loss, entropy)
         if self.reason is not None:
             compressing = self._state.phase == Phase.COMPRESSION.value

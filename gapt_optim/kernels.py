@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -238,26 +239,60 @@ def full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:
     autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch.is_autocast_enabled(z.device.type):
         autocast = torch.autocast(z.device.type, enabled=False)
-    rounded = z.is_cuda and not torch.compiler.is_compiling() and getattr(_MATMUL, _PRECISION) not in _EXACT
-    return _unrounded(autocast) if rounded else autocast
+    return _unrounded(autocast) if z.is_cuda and not torch.compiler.is_compiling() else autocast
+
+
+class _Rounding:
+    """Of float32 products on GPUs: off, as long as any thread wants it so. Autograd has a thread for each device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = ""
+
+    def stop(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._before = self._read()
+                if self._before not in _EXACT:
+                    self._write(_EXACT[0])
+
+    def go_on(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._before not in _EXACT:
+                if hasattr(_MATMUL, "fp32_precision"):
+                    self._write("none")  # which reads as the setting for everything, if it was that
+                if self._read() != self._before:
+                    self._write(self._before)
+
+    def _read(self) -> str:
+        new = hasattr(_MATMUL, "fp32_precision")  # torch 2.9
+        found: str = _MATMUL.fp32_precision if new else torch.get_float32_matmul_precision()
+        return found
+
+    def _write(self, value: str) -> None:
+        if hasattr(_MATMUL, "fp32_precision"):
+            _MATMUL.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision("highest" if value == _EXACT[0] else value)
+
+
+_MATMUL: Any = torch.backends.cuda.matmul
+_EXACT = ("ieee", "none", "highest")
+"""What torch calls it where products are not rounded."""
+_ROUNDING = _Rounding()
 
 
 @contextlib.contextmanager
 def _unrounded(inner: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    before = getattr(_MATMUL, _PRECISION)
-    setattr(_MATMUL, _PRECISION, _EXACT[0])
+    _ROUNDING.stop()
     try:
         with inner:
             yield
     finally:
-        setattr(_MATMUL, _PRECISION, before)
-
-
-_MATMUL: Any = torch.backends.cuda.matmul
-_PRECISION, _EXACT = (
-    ("fp32_precision", ("ieee", "none")) if hasattr(_MATMUL, "fp32_precision") else ("allow_tf32", (False,))
-)
-"""How torch says whether float32 products are rounded, from 2.9 on and before, and what it says where they are not."""
+        _ROUNDING.go_on()
 
 
 def no_trace(rho: Tensor, alpha: int) -> float:

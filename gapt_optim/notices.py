@@ -207,8 +207,9 @@ def _why_none(calls: list[Capture], *, center: bool) -> str | None:
         return "it has one feature. Leave it out of layers"
     if rows == 1:
         return (
-            "its windows have one row, the only one of a batch or sequence. Call the model on a batch, or on whole "
-            "episodes or sequences at once, or leave the layer out of layers"
+            "its windows have one row, the only one of a batch or sequence, or of an image behind a global pooling. "
+            "Call the model on a batch, or on whole episodes or sequences at once; watch the module that flattens what "
+            "was pooled; or leave the layer out of layers"
         )
     if center and rows == 2:
         return (

@@ -50,7 +50,7 @@ def build_objective(loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, s
     calls = [capture for of_layer in taken.values() for capture in of_layer]
     if not calls:
         return Objective(loss, [], torch.zeros(2, 0, device=loss.device), None, None, None)
-    with torch.set_grad_enabled(plan.pressed or plan.compared):
+    with torch.set_grad_enabled(plan.differentiated):
         sums, measures = _sums_of_calls(calls, plan, loss.device)
         for call in calls:  # an angle still waits for the gradient, and keeps its capture
             call.gram = call.live = call.measures = None
@@ -58,7 +58,7 @@ def build_objective(loss: Tensor, taken: dict[str, list[Capture]], plan: Plan, s
             times = [len(of_layer) for of_layer in taken.values()]
             sums = _over(sums, times)
             measures = None if measures is None else _over(measures.mT, times).mT
-        if not (plan.pressed or plan.compared):
+        if not (plan.differentiated):
             return Objective(loss, layers, sums, measures, None, None)
         of_layers, weights = sums[0], sums[1].detach()
         sums, means = sums.detach(), of_layers / weights.clamp(min=1)
@@ -91,9 +91,9 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
     alike: dict[object, list[int]] = {}
     for i, call in enumerate(calls):
         assert call.gram is not None
-        n, features = call.shape
+        gram, (n, features) = call.gram, call.shape
         width = features if plan.order.depends_on_features else 0
-        like = (call.gram.shape[1:], n > features, width, call.gram.dtype, call.gram.device, call.live is None)
+        like = (gram.shape[1:], gram.shape[-1] < n, width, gram.dtype, gram.device, call.live is None)
         alike.setdefault(like, []).append(i)
     found = [_sums_of_alike([calls[i] for i in members], plan) for members in alike.values()]
     sums, measures = found[0]

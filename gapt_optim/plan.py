@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     among: int | None = None
     """Layers that the mean is over, where stages on other ranks have some of them; None where they are all here."""
 
-    def differentiates(self, layer: str) -> bool:
-        """The entropy of this layer has a graph."""
-        return (self.pressed or self.compared) and layer in self.counted
+    @property
+    def differentiated(self) -> bool:
+        """Entropies of layers that count have a graph."""
+        return self.pressed or self.compared

@@ -144,7 +144,7 @@ class Step:
             if not taken:
                 self._nothing_taken(loss)
         self._notices.no_entropy(taken, center=self.config.entropy.center)
-        if self.plan.pressed or self.plan.compared:
+        if self.plan.differentiated:
             self._notices.no_gradient(taken, self.counted)
         self._notices.divided(loss, scaled_by)
         objective = build_objective(loss, taken, self.plan, scaled_by)
@@ -462,7 +462,7 @@ def _same(now: Tensor | None, then: _Gradient | None) -> bool:
 
 
 def _is_due(step: int, every: int) -> bool:
-    """At the first step, and where a log that is written at multiples of ``every`` has room for it."""
+    """At the first step, and at multiples of ``every``, so that a log which is written at these has the value."""
     return every > 0 and (step == 1 or step % every == 0)
 
 

@@ -131,11 +131,16 @@ def share_of(loss: Tensor) -> Tensor | float:
 
 
 def _counted(node: Any) -> Tensor | None:
-    """Which tokens are in a sum over them: torch's, or that of a function that saved class numbers for its backward."""
+    """Which tokens are in a sum over them: that of torch, or of torchtitan over parts of the vocabulary."""
     if node.name().startswith("NllLoss"):
         if node._saved_reduction != _SUM:
             return None
         found: Tensor = node._saved_target != node._saved_ignore_index
         return found
-    saved = [t for t in getattr(node, "saved_tensors", ()) if t is not None and t.dtype == torch.int64]
+    if not node.name().startswith("_LossParallelCrossEntropy"):  # torchtitan's; what another gives may be a mean
+        return None
+    try:
+        saved = [t for t in getattr(node, "saved_tensors", ()) if t is not None and t.dtype == torch.int64]
+    except RuntimeError:  # changed in place since
+        return None
     return saved[0] >= 0 if len(saved) == 1 else None  # below it are those that are left out

@@ -217,7 +217,7 @@ class Watch(Unsaved):
         windows = cutting(batch, length, plan.config.entropy.window, reading.live, reading.segments)
         flows = rows.requires_grad
         # A compiled model is the same at every step of a phase, whether it is due or not.
-        differentiated = flows and (plan.differentiates(self.name) or (not compiling and plan.due and plan.angles))
+        differentiated = flows and ((plan.differentiated and self.name in plan.counted) or (not compiling and plan.due))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
         if windows.size > rows.shape[-1] and (compiling or plan.due):
@@ -236,7 +236,7 @@ class Watch(Unsaved):
         if not differentiated:
             return None
         capture.saved = gram.grad_fn
-        if not (plan.due and plan.angles):
+        if not plan.due:
             return None
         seen = reading.h.view_as(reading.h)  # where the loss's gradient arrives alone: the entropy's joins behind it
         result = replaced(output, reading.h, seen)
@@ -274,7 +274,7 @@ class Watch(Unsaved):
         try:
             return self._understood(plan, output)
         except (TypeError, ValueError) as error:
-            if plan.pressed and plan.differentiates(self.name):
+            if plan.pressed and self.name in plan.counted:
                 raise
             problem, told = str(error).replace(f'"{self.name}"', ""), self.watching.told
             if not {problem, self.name} & told:  # neither of this layer nor of another

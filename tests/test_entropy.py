@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from types import SimpleNamespace
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -130,18 +131,33 @@ def test_autocast_changes_nothing(alpha: float, dtype: torch.dtype, kernel: str,
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    """torch's settings for products on GPUs, as they were afterwards."""
+    settings, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    yield settings
+    torch.backends.fp32_precision, settings.fp32_precision = before, "none"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 and newer say it so")
+@pytest.mark.parametrize("where", ["of products on GPUs", "of everything"])
 @pytest.mark.parametrize("raises", [False, True])
-def test_products_on_a_gpu_are_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch, raises: bool) -> None:
+def test_products_on_a_gpu_are_not_rounded_to_tf32(matmul: Any, raises: bool, where: str) -> None:
     """Where the training around them allows it; it has its own setting back afterwards."""
-    settings = SimpleNamespace(fp32_precision="tf32", allow_tf32=True)
-    monkeypatch.setattr("gapt_optim.kernels._MATMUL", settings)
+    (matmul if where == "of products on GPUs" else torch.backends).fp32_precision = "tf32"
+    matmul.fp32_precision = "tf32" if where == "of products on GPUs" else "none"
+    assert matmul.fp32_precision == "tf32"
     with FakeTensorMode():
         z = torch.empty(2, 3, device="cuda")
     with contextlib.suppress(ZeroDivisionError), full_precision(z):
-        assert settings.fp32_precision == "ieee" or not settings.allow_tf32  # before torch 2.9
+        with full_precision(z):  # as in another thread
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "ieee"
         if raises:
             _ = 1 / 0
-    assert settings == SimpleNamespace(fp32_precision="tf32", allow_tf32=True)
+    assert matmul.fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert matmul.fp32_precision == ("tf32" if where == "of products on GPUs" else "ieee")
 
 
 @kernels

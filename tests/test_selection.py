@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gapt_optim import RepresentationHook
 from gapt_optim.layout import Candidates, choose_layers, select_layers
 
 
@@ -133,3 +134,25 @@ def test_an_encoder_and_a_decoder_of_one_depth_are_both_chosen() -> None:
     for handle in handles:
         handle.remove()
     assert list(found.chosen()) == ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]
+
+
+class Agent(nn.Module):
+    """A model that is called by methods of its own, as policies with a value are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 4))])
+        self.actor, self.critic = nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def get_value(self, x: Tensor) -> Tensor:
+        value: Tensor = self.critic(self.layers[1](self.layers[0](x)))
+        return value
+
+
+def test_a_model_without_forward_needs_names() -> None:
+    agent = nn.ModuleDict({"one": Agent(), "two": Agent()})
+    with pytest.raises(ValueError, match=r"ModuleDict has no forward\(\); pass"):
+        RepresentationHook(agent)
+    hook = RepresentationHook(agent, "one.actor")
+    with pytest.raises(RuntimeError, match=r"ModuleDict has no forward\(\), so that explain"):
+        hook.explain(torch.zeros(2, 4))

@@ -154,7 +154,7 @@ def measure(options: Options) -> dict[str, dict[str, Any]]:
         found: dict[str, Any] = {"cpu": ratio, "low": low, "high": high, "ms": 1000 * (sum(ours) + end) / count}
         found["end_ms"] = 1000 * end
         rows = min(MOST_RANKME_ROWS, ROWS_PER_FEATURE * options.width)
-        early = min(count, rows // (BATCH * LENGTH))  # batches from which RankMe takes rows
+        early = min(count, -(-rows // (BATCH * LENGTH)))  # batches from which RankMe takes rows
         found["cpu_with_rankme"] = sum(ours[:early]) / sum(alone[:early])
         if options.memory:
             peaks = {n: peak_of_profile(build, options, n) for n in (2, 8)}

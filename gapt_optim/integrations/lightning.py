@@ -56,6 +56,7 @@ class GAPTCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In automatic optimization, replace the module's training step."""
         self._restore()
+        self._logged.clear()
         optimizers = _wrapped(trainer)
         if not optimizers:
             raise TypeError(
@@ -85,7 +86,7 @@ class GAPTCallback(Callback):
             scalars = metrics.scalars(layers=self.layers, prefix=prefix)
             pl_module.log_dict(scalars, logger=False)  # for other callbacks: a logger would repeat what is not measured
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # made by its logger connector
-            if metrics.step % every == 0 and self._logged.get(prefix) != metrics.step:
+            if every and metrics.step % every == 0 and self._logged.get(prefix) != metrics.step:
                 self._logged[prefix] = metrics.step
                 for logger in trainer.loggers:
                     logger.log_metrics(scalars, step=metrics.step - 1)

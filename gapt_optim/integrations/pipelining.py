@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..layout import replaced
 from ..optimizer import GAPTOptimizer
 from ..passes import tensors_in
 
@@ -108,9 +109,7 @@ class _Pipeline:
             joined = carrier.clone()
         else:
             return None
-        if output is carrier:
-            return joined
-        return type(output)(joined if item is carrier else item for item in output)
+        return replaced(output, carrier, joined)
 
 
 class _Join(torch.autograd.Function):

@@ -86,6 +86,11 @@ def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
         if isinstance(only, nn.ModuleList) and len(kinds) == 1 and not issubclass(next(iter(kinds)), _CONTAINERS):
             # named_modules has a module that stands in several places once, and so it is watched once.
             return select_layers(model, list(within))
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise ValueError(
+            f"layers=None waits for a forward pass to show the blocks, and {type(model).__name__} has no forward(); "
+            f"{propose(model)}"
+        )
     candidates = Candidates(model)
     if not candidates.modules:
         raise ValueError(f"layers=None finds no blocks in this model; {propose(model)}")

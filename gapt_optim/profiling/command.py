@@ -74,6 +74,7 @@ def profile(
     on = checked_device(device)
     weights = None if dtype == "auto" else _dtype(dtype)
     found: dict[str, Profile] = {}
+    other = None if against is None else load_model(against, dtype=weights, trust_remote_code=trust_remote_code)
     for name, spec, at in checkpoints(model, revision):
         loaded = load_model(
             spec, revision=at, dtype=weights, device_map=device_map, quantize=quantize,
@@ -82,7 +83,6 @@ def profile(
         tokenizer = None
         if not is_python(spec) and not is_python(data):
             tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
-        other = None if against is None else load_model(against, dtype=weights, trust_remote_code=trust_remote_code)
         batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
         models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
         for title, each in models.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..entropy import matrix_entropy
 from ..hook import RepresentationHook
+from ..kernels import full_precision
 from ..layout import Layers, Pick, Reading
 from .batches import Digest, batch_of_texts, caller, device_of, moved, token_ids
 from .presets import PRESETS
@@ -244,7 +245,8 @@ class Collector:
             self.notes[f"layer {name}: a guess, {reading.guess}"] = None
         sums = self.sums.setdefault(key, LayerSums(self.what))
         ids = self.ids if self.ids is not None and self.ids.shape == reading.rows.shape[:2] else None
-        embedding = sums.add(reading, ids)
+        with full_precision(reading.rows):
+            embedding = sums.add(reading, ids)
         if sums.lidar is not None:
             self._latest[key] = embedding
         self.similarity.add(self.title(key), reading)

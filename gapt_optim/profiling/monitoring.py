@@ -41,12 +41,13 @@ def monitor(
     ...         optimizer.step()
     ...         optimizer.zero_grad()
     >>> watched.metrics.step, list(watched.metrics.layer_entropy)
-    (3, ['1'])
+    (2, ['1'])
 
-    On the first training step and each ``every``-th after it, the forward passes in training mode with gradients on
-    are read, micro-batches together. A step ends with the step of an optimizer that has a parameter of the model; of
-    several that step after the same backward pass, the first one's. Where no such optimizer steps (an engine with
-    copies of its own), call :meth:`Monitor.step`. A step that a GradScaler skips goes on until one is taken.
+    On the first training step and each whose number is a multiple of ``every``, the forward passes in training mode
+    with gradients on are read, micro-batches together. A step ends with the step of an optimizer that has a parameter
+    of the model; of several that step after the same backward pass, the first one's. Where no such optimizer steps (an
+    engine with copies of its own), call :meth:`Monitor.step`. A step that a GradScaler skips goes on until one is
+    taken.
 
     Over ranks, enter it on all of them: at each report, sums are taken over the default process group.
 
@@ -133,7 +134,7 @@ class Monitor:
         if self._reading is not None:
             self._close()
             self._report()
-        if self.steps % self.every == 0:
+        if (self.steps + 1) % self.every == 0:
             self._open()
 
     def _look(self) -> None:

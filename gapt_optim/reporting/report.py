@@ -84,7 +84,7 @@ def summary(runs: Mapping[str, Sequence[Run]], baseline: str | None = None) -> D
 
     >>> from gapt_optim.reporting import Run
     >>> summary({"plain": [Run.of([{"step": 1, "loss": 2.0}])]}).loc["plain", "loss"]
-    '2'
+    '2.000'
     """
     every = [run for seeds in runs.values() for run in seeds]
     held_out = any(run.held_out.loss.notna().any() for run in every)

@@ -148,8 +148,8 @@ def test_other_losses_are_not(ranks: Ranks, by: int, scaled_by: float, ignored: 
     assert ranks(divide, by, scaled_by, ignored) == ["", ""]
 
 
-class Summed(torch.autograd.Function):
-    """A cross-entropy of one's own, as torchtitan's over parts of a vocabulary."""
+class _LossParallelCrossEntropy(torch.autograd.Function):
+    """As torchtitan's over parts of a vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, target: Tensor) -> Tensor:
@@ -162,11 +162,16 @@ class Summed(torch.autograd.Function):
         return torch.zeros_like(scores), None
 
 
+class _Mean(_LossParallelCrossEntropy):
+    """One that may be a mean already."""
+
+
 def test_which_losses_are_shares() -> None:
     scores, target = torch.randn(8, 5, requires_grad=True), torch.randint(5, (8,))
     target[:2] = -100
     summed = F.cross_entropy(scores, target, reduction="sum")
     assert share_of(summed / 24) == pytest.approx(0.25)
-    assert share_of(Summed.apply(scores, target) / torch.tensor(24)) == pytest.approx(0.25)
+    assert share_of(_LossParallelCrossEntropy.apply(scores, target) / torch.tensor(24)) == pytest.approx(0.25)
+    assert share_of(_Mean.apply(scores, target) / 24) == 1.0  # type: ignore[no-untyped-call]
     for loss in (summed, summed / 6, F.cross_entropy(scores, target) / 24, scores.sum() / 24, scores.square().sum()):
         assert share_of(loss) == 1.0

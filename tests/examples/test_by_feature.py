@@ -23,7 +23,7 @@ FOLDER = ROOT / "examples" / "by_feature"
 SCRIPTS = {
     "held_out_gate": r"step \d+: memorization -> compression \(plateau\)(?s:.*)switches: \d",
     "entropies": r"transformer\.h\.2 +\d\.\d{3}(?s:.*)mean over layers: ",
-    "parameter_alignment": r"step  11 \(memorization\): cosine [+-]0\.\d{3} at the layers, [+-]0\.\d{3} of parameters",
+    "parameter_alignment": r"step  10 \(memorization\): cosine [+-]0\.\d{3} at the layers, [+-]0\.\d{3} of parameters",
     "muon": r"step 60: loss \d\.\d{3}, entropy \d\.\d{3}",
     "torchao_8bit": r"step 40: loss \d\.\d{3}(?s:.*)OptimState8bit",
     "grad_scaler": r"step 60: loss \d\.\d{3}",
