@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsFloat
@@ -160,8 +159,8 @@ class GAPTOptimizer(OptimizerWrapper):
         """
         if not isinstance(scale, (int, float, Tensor, SupportsFloat)):
             raise TypeError(f"scale must be a number or a tensor of one, found {type(scale).__name__}")
-        if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
-            raise ValueError(f"scale must be above 0 and finite, found {scale}; it multiplies the loss and the entropy")
+        if isinstance(scale, (int, float)) and not scale > 0:  # nor nan
+            raise ValueError(f"scale must be above 0, found {scale}; it multiplies the loss and the entropy")
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -131,33 +130,29 @@ def test_autocast_changes_nothing(alpha: float, dtype: torch.dtype, kernel: str,
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.fixture
-def matmul() -> Iterator[Any]:
-    """torch's settings for products on GPUs, as they were afterwards."""
-    settings, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
-    yield settings
-    torch.backends.fp32_precision, settings.fp32_precision = before, "none"
-
-
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 and newer say it so")
-@pytest.mark.parametrize("where", ["of products on GPUs", "of everything"])
+@pytest.mark.parametrize("own", [True, False], ids=["of products on GPUs", "of everything"])
 @pytest.mark.parametrize("raises", [False, True])
-def test_products_on_a_gpu_are_not_rounded_to_tf32(matmul: Any, raises: bool, where: str) -> None:
+def test_products_on_a_gpu_are_not_rounded_to_tf32(raises: bool, own: bool) -> None:
     """Where the training around them allows it; it has its own setting back afterwards."""
-    (matmul if where == "of products on GPUs" else torch.backends).fp32_precision = "tf32"
-    matmul.fp32_precision = "tf32" if where == "of products on GPUs" else "none"
-    assert matmul.fp32_precision == "tf32"
+    matmul: Any = torch.backends.cuda.matmul
     with FakeTensorMode():
         z = torch.empty(2, 3, device="cuda")
-    with contextlib.suppress(ZeroDivisionError), full_precision(z):
-        with full_precision(z):  # as in another thread
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "ieee"
-        if raises:
-            _ = 1 / 0
-    assert matmul.fp32_precision == "tf32"
-    torch.backends.fp32_precision = "ieee"
-    assert matmul.fp32_precision == ("tf32" if where == "of products on GPUs" else "ieee")
+    try:
+        with torch.backends.flags(fp32_precision="none" if own else "tf32"):
+            matmul.fp32_precision = "tf32" if own else "none"
+            assert matmul.fp32_precision == "tf32"
+            with contextlib.suppress(ZeroDivisionError), full_precision(z):
+                with full_precision(z):  # as in another thread
+                    assert matmul.fp32_precision == "ieee"
+                assert matmul.fp32_precision == "ieee"
+                if raises:
+                    _ = 1 / 0
+            assert matmul.fp32_precision == "tf32"
+        with torch.backends.flags(fp32_precision="ieee"):
+            assert matmul.fp32_precision == ("tf32" if own else "ieee")
+    finally:
+        matmul.fp32_precision = "none"
 
 
 @kernels
