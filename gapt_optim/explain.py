@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import EntropyConfig
 from .entropy import order_of
-from .layout import Reading
+from .layout import Reading, has_forward
 from .windows import cut, rows_that_count, windows_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
     model = hook.watching.model()
     if model is None:
         raise RuntimeError("the model of this RepresentationHook no longer exists; make a hook on a model that does")
-    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+    if not has_forward(model):
         raise RuntimeError(
             f"{type(model).__name__} has no forward(), so that explain() cannot call it; make a hook on the part that "
             "is called, such as RepresentationHook(model.network, ...), and explain that"

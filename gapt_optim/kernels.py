@@ -262,24 +262,25 @@ class _Rounding:
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._before not in _EXACT:
-                if hasattr(_MATMUL, "fp32_precision"):
+                if _SETS_EACH:
                     self._write("none")  # which reads as the setting for everything, if it was that
                 if self._read() != self._before:
                     self._write(self._before)
 
     def _read(self) -> str:
-        new = hasattr(_MATMUL, "fp32_precision")  # torch 2.9
-        found: str = _MATMUL.fp32_precision if new else torch.get_float32_matmul_precision()
+        found: str = _MATMUL.fp32_precision if _SETS_EACH else torch.get_float32_matmul_precision()
         return found
 
     def _write(self, value: str) -> None:
-        if hasattr(_MATMUL, "fp32_precision"):
+        if _SETS_EACH:
             _MATMUL.fp32_precision = value
         else:
             torch.set_float32_matmul_precision("highest" if value == _EXACT[0] else value)
 
 
 _MATMUL: Any = torch.backends.cuda.matmul
+_SETS_EACH = hasattr(_MATMUL, "fp32_precision")
+"""torch 2.9 has a setting for each kind of product, besides that for all of them."""
 _EXACT = ("ieee", "none", "highest")
 """What torch calls it where products are not rounded."""
 _ROUNDING = _Rounding()

@@ -7,7 +7,7 @@ tokens are found stands in the files here, from ``following`` (what a pass shows
 from .axes import View
 from .outputs import replaced
 from .reading import Calls, Layout, Pick, Reading
-from .selection import Candidates, Layers, by_layer, choose_layers, select_layers
+from .selection import Candidates, Layers, by_layer, choose_layers, has_forward, select_layers
 
 __all__ = [
     "Calls",
@@ -19,6 +19,7 @@ __all__ = [
     "View",
     "by_layer",
     "choose_layers",
+    "has_forward",
     "replaced",
     "select_layers",
 ]

@@ -72,6 +72,11 @@ def by_layer(argument: str, value: Any, names: Mapping[str, Any]) -> dict[str, A
     return {name: value[glob] for glob in reversed(list(value)) for name in names if fnmatchcase(name, glob)}
 
 
+def has_forward(model: nn.Module) -> bool:
+    """It can be called itself, and not by methods of its own alone."""
+    return type(model).forward is not nn.Module.forward or "forward" in vars(model)
+
+
 def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
     """The blocks of a model that has one list of them; else the candidates, among which a forward pass chooses.
 
@@ -86,7 +91,7 @@ def choose_layers(model: nn.Module) -> dict[str, nn.Module] | Candidates:
         if isinstance(only, nn.ModuleList) and len(kinds) == 1 and not issubclass(next(iter(kinds)), _CONTAINERS):
             # named_modules has a module that stands in several places once, and so it is watched once.
             return select_layers(model, list(within))
-    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+    if not has_forward(model):
         raise ValueError(
             f"layers=None waits for a forward pass to show the blocks, and {type(model).__name__} has no forward(); "
             f"{propose(model)}"
