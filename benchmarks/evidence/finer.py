@@ -19,7 +19,7 @@ import torch
 from .experiments.trainability import METHODS, SEEDS, SETTINGS, TUNING_SEEDS
 from .harness import RESULTS, Run, train_run
 
-RATES, STRENGTHS, WEIGHTS = (0.002, 0.003, 0.0045, 0.0065), (0.05, 0.1, 0.2), (0.5, 1.0, 2.0, 4.0)
+RATES, STRENGTHS, WEIGHTS = (0.003, 0.0045, 0.0065, 0.009, 0.013), (0.0125, 0.025, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
 L2 = METHODS["toward start"].fields
 FLOOR_ON_L2 = {**METHODS["floor, order 1/2"].fields, **L2}
 PATH = RESULTS / "finer" / "trainability.json"
