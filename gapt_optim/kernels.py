@@ -45,7 +45,7 @@ CENTERED_COSINE = Kernel(cosine=True, center=True)
 
 def windows_last(gram: Tensor) -> Tensor:
     """(..., m, m) as (m, m, windows): operations on so small matrices are fast where they run over windows."""
-    flat = gram.unsqueeze(0).flatten(0, -3)
+    flat = gram if gram.ndim == 3 else gram.unsqueeze(0).flatten(0, -3)
     moved = flat.permute(1, 2, 0)
     # Few large matrices stay as they lie in memory. A choice by size would cost a compiled model another compilation.
     return moved.contiguous() if torch.compiler.is_compiling() or len(flat) > gram.shape[-1] else moved
@@ -87,7 +87,9 @@ class KernelMatrix:
         if kernel.center:
             assert self.live is not None  # a kernel that centers is not the plain one
             whole = self.live if kernel.cosine else matrix.diagonal().sum(-1)  # a live row of cosine has 1 there
-            self.noise = (16 * torch.finfo(gram.dtype).eps * whole).clamp_(min=least(gram))
+            self.noise = 16 * torch.finfo(gram.dtype).eps * whole
+            if not kernel.cosine:
+                self.noise.clamp_(min=least(gram))
             matrix = self._centered(matrix)
         self.inverse = reciprocal(matrix.diagonal().sum(-1), self.noise)
         """(windows,) 1 / trace; 0 for a matrix that counts as zero."""

@@ -130,7 +130,7 @@ def _sums_of_alike(calls: list[Capture], plan: Plan) -> tuple[Tensor, Tensor | N
         for call, own in zip(calls, torch.split(factor, sizes), strict=True):
             call.factor = own if call.angled else None
     weight = window_weights(live, value, order.fewest, first.shape[0])
-    sums = _over(torch.stack((torch.where(weight > 0, value, 0), weight)), sizes)
+    sums = _over(torch.stack((value.masked_fill(weight == 0, 0), weight)), sizes)
     if not plan.due:
         return sums, None
     with torch.no_grad():

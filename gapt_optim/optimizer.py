@@ -172,7 +172,7 @@ class GAPTOptimizer(OptimizerWrapper):
         groups = self.param_groups
         self._step.forget_dropped(groups)
         total = self._step.objective(loss, scaled_by)
-        self._step.note_gradients(groups)
+        self._step.gradients.note(groups)  # whether a backward left anything shows by what they are then
         return total
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
@@ -242,7 +242,7 @@ class GAPTOptimizer(OptimizerWrapper):
             What to call in place of each step, with a function that takes it and says whether it did: then the gate
             judges it. A step that was left out is discarded.
         """
-        self._step.gradients_elsewhere()
+        self._step.gradients.shown = False
 
         def judged(take: Callable[[], bool]) -> None:
             reading = self._begin_reading()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -17,20 +16,20 @@ from .comparison import GradientComparison, named_parameters, refuse_incomparabl
 from .config import GAPTConfig
 from .entropy import order_of
 from .gate import REASONS, Phase
+from .gradients import Gradients, Groups
 from .metrics import Measures, StepMetrics
 from .notices import Notices
 from .objective import build_objective, counted_layers
 from .passes import Capture
 from .plan import Plan
 from .progress import Progress, flat_state
-from .ranks import group_of, is_dtensor, refuse_different_ranks
+from .ranks import group_of, refuse_different_ranks
 from .shards import plain
 from .sums import StepNumbers, StepSums
 from .undeclared import Undeclared
 from .watching import Watching
 
 _LOGGER = logging.getLogger("gapt_optim")
-Groups = list[dict[str, Any]]
 
 
 class Step:
@@ -60,9 +59,8 @@ class Step:
         self._comparison: GradientComparison | None = None  # from the first backward of a step that compares
         self._mean_entropy: Tensor | None = None  # of the micro-batch whose gradients are compared
         self._uncompared = False  # this rank had losses in this step, and gave none to backward()
-        self._gradients: Gradients | None = None  # as the last loss found them
-        self._gradients_show = True
-        """.grad shows what a backward left. Under DeepSpeed it does not."""
+        self.gradients = Gradients()
+        """As the last loss found them."""
         self._ranks_compared = False
         self.begin()
 
@@ -76,13 +74,9 @@ class Step:
     def join_stages(self, names: list[str], ranks: int) -> None:
         """This rank has some stages of a pipeline over ``ranks``; ``names`` are the layers of all of them."""
         self._of_stages, self._stages = names, ranks
-        self._gradients_show = False  # a schedule runs forward passes ahead of backward passes
+        self.gradients.shown = False  # a schedule runs forward passes ahead of backward passes
         self._know_layers()
         self.begin()
-
-    def gradients_elsewhere(self) -> None:
-        """An engine keeps gradients to itself: ``.grad`` tells nothing."""
-        self._gradients_show = False
 
     # What this step does
 
@@ -221,42 +215,35 @@ class Step:
         if self.config.alignment.parameter_every:
             refuse_incomparable(named_parameters(self.watching.model(), groups))
 
-    def note_gradients(self, groups: Groups) -> None:
-        """A backward is about to come: whether it left anything shows by what gradients are now."""
-        self._gradients = Gradients(groups)
-
     def forget_dropped(self, groups: Groups) -> None:
         """Losses whose gradients are gone, or never came, are of no step: a scaler's overflow, an exception."""
-        if self._gradients_show and self._dropped(groups):
+        if self.sums.micro_batches and self.gradients.unchanged(groups):
             self.discard()
             if not self.within_step:
                 self._notices.unstepped()
 
-    def _dropped(self, groups: Groups) -> bool:
-        return self.sums.micro_batches > 0 and self._gradients is not None and self._gradients.unchanged(groups)
-
     def look_at_gradients(self, groups: Groups) -> None:
         """At a step: where its losses left nothing in ``.grad``, that tells nothing of later ones."""
-        if self._gradients_show and self._dropped(groups):
-            self._gradients_show = False
+        if self.sums.micro_batches and self.gradients.unchanged(groups):
+            self.gradients.shown = False
 
     def forget_gradients(self, groups: Groups) -> None:
         """Gradients were zeroed: what was compared with them is gone."""
         self._comparison = None
         if self.sums.micro_batches:
-            self._gradients = Gradients(groups)
+            self.gradients.note(groups)
 
     def forget(self) -> None:
         """The step is over: what was captured and recorded for it goes."""
         self.watching.clear()
         self.sums.clear()
-        self._gradients = None
+        self.gradients.forget()
 
     def discard(self) -> None:
         """No step is taken: what was recorded for it goes, and its plan is made anew."""
         self.sums.clear()
         self.watching.clear_angles()
-        self._gradients = None
+        self.gradients.forget()
         self._notices.forget_losses()
         self.begin()
 
@@ -426,39 +413,6 @@ class Step:
         self._know_layers()
         self.forget()
         self.discard()
-
-
-class Gradients:
-    """What ``.grad`` of an optimizer's parameters was at one moment."""
-
-    def __init__(self, groups: Groups) -> None:
-        self._then = [_Gradient.of(p) for group in groups for p in group["params"]]
-
-    def unchanged(self, groups: Groups) -> bool:
-        """Nothing has been added to any gradient since.
-
-        Sharded parameters get their gradients when a backward ends that reduces them: they tell nothing.
-        """
-        parameters = [p for group in groups for p in group["params"]]
-        if len(parameters) != len(self._then) or any(map(is_dtensor, parameters[:1])):
-            return False
-        return all(_same(p.grad, then) for p, then in zip(parameters, self._then, strict=True))
-
-
-class _Gradient(NamedTuple):
-    tensor: weakref.ref[Tensor]
-    version: int
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> _Gradient | None:
-        gradient = parameter.grad
-        return None if gradient is None else cls(weakref.ref(gradient), gradient._version)
-
-
-def _same(now: Tensor | None, then: _Gradient | None) -> bool:
-    if now is None or then is None:
-        return now is None
-    return then.tensor() is now and then.version == now._version
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -17,8 +17,8 @@ from .metrics import Measures
 from .objective import Objective
 from .ranks import HostCopy, sum_over_ranks
 
-_SCALARS = 3
-"""Of a row before its layers: the loss, what compression added to it, and the number of micro-batches."""
+_SCALARS = 2
+"""Of a row before its layers: the loss, and what compression added to it."""
 _MEASURES = 4
 
 
@@ -68,12 +68,10 @@ class StepSums:
         if len(layers) < len(self.names):
             sums = self._spread(sums, layers, 1)
             measures = None if measures is None else self._spread(measures, layers, 1)
-        if measures is None:
-            measures = sums.new_zeros(2, len(self.names), _MEASURES)
+        size = 2 * len(self.names) * _MEASURES
+        of_measures = sums.new_zeros(size) if measures is None else measures.reshape(-1).to(sums.dtype)
         penalty = sums.new_zeros(1) if objective.penalty is None else objective.penalty.reshape(1).to(sums.dtype)
-        one = loss.detach().reshape(1).to(sums.dtype)
-        count = torch.full_like(penalty, micro_batches)
-        row = torch.cat((one, penalty, count, sums.reshape(-1), measures.reshape(-1).to(sums.dtype)))
+        row = torch.cat((loss.detach().reshape(1).to(sums.dtype), penalty, sums.reshape(-1), of_measures))
         self._row = row if self._row is None else self._row + row
         self._ran.update(layers)
         self.micro_batches += micro_batches
@@ -99,19 +97,17 @@ class StepSums:
         """
         count = len(self.names)
         held_out = [math.fsum(validation) if validation else 0.0, float(len(validation))]
+        known = [*(float(name in self._ran) for name in self.names), *held_out, float(self.micro_batches)]
         if group is None:
             if self._row is None:
                 return None
             sums = HostCopy(self._row) if self._on_host is None else self._on_host
             beside = None if angles is None else HostCopy(angles.reshape(-1))
-            ran = [float(name in self._ran) for name in self.names]
-            return lambda: self._numbers(
-                [*sums.read(), *ran, *held_out], None if beside is None else beside.read(), ranks=1
-            )
+            return lambda: self._numbers([*sums.read(), *known], None if beside is None else beside.read(), ranks=1)
         # One type and device on all ranks, also on one that had no loss.
         like = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
         row = like.new_zeros(_SCALARS + 2 * count * (1 + _MEASURES)) if self._row is None else self._row.to(like)
-        own = torch.tensor([*(float(name in self._ran) for name in self.names), *held_out], dtype=like.dtype)
+        own = torch.tensor(known, dtype=like.dtype)
         flat = like.new_zeros(3 * count) if angles is None else angles.reshape(-1).to(like)
         sent = torch.cat((row, own.to(device, non_blocking=True), flat))
         arriving = HostCopy(sum_over_ranks(sent, group))
@@ -127,11 +123,11 @@ class StepSums:
     def _numbers(self, values: list[float], angles: list[float] | None, *, ranks: int) -> StepNumbers:
         """Sums over weights, by name."""
         names, count = self.names, len(self.names)
-        (loss, penalty, micro_batches), values = values[:_SCALARS], values[_SCALARS:]
+        (loss, penalty), values = values[:_SCALARS], values[_SCALARS:]
         totals, weights, values = values[:count], values[count : 2 * count], values[2 * count :]
         size = count * _MEASURES
         of_measures, weights_of, values = values[:size], values[size : 2 * size], values[2 * size :]
-        ran, (held_out, held_out_count) = values[:count], values[count:]
+        ran, (held_out, held_out_count, micro_batches) = values[:count], values[count:]
         measures: dict[str, Measures] = {}
         for i, name in enumerate(names):
             part = slice(i * _MEASURES, (i + 1) * _MEASURES)

@@ -24,9 +24,10 @@ from gapt_optim import (
     RepresentationHook,
     StepMetrics,
 )
+from gapt_optim.gradients import Gradients
 from gapt_optim.notices import Notices
 from gapt_optim.passes import Capture
-from gapt_optim.step import Gradients, largest_learning_rate
+from gapt_optim.step import largest_learning_rate
 
 from .distributed.threads import on_threads
 from .loops import COMPRESSING, RESTLESS, assert_same, loss_of, make_net, run, weights, wrap
@@ -561,7 +562,8 @@ def test_gradients_that_nothing_was_added_to() -> None:
     second.grad = torch.zeros(2)
 
     def unchanged(change: Callable[[], object]) -> bool:
-        before = Gradients(groups)
+        before = Gradients()
+        before.note(groups)
         change()
         return before.unchanged(groups)
 
