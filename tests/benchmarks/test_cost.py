@@ -173,7 +173,7 @@ def test_a_profile_beside_its_forward_passes(tmp_path: Path, capsys: pytest.Capt
     assert "| profile of a Llama, 1 layers of width 128 |" in capsys.readouterr().out
     figures = json.loads(path.read_text())
     assert len(figures) == 3
-    assert all(figure["cpu"] >= 1 for figure in figures.values())
+    assert all(figure["cpu"] > 0 for figure in figures.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
