@@ -148,7 +148,11 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
                 with reads.reading(read):
                     if not reads.names:  # a first pass shows which modules are the model's blocks
                         model(*args, **kwargs)
-                    model(*args, **kwargs)
+                    before = None
+                    while before != reads.watching.layout.corrections:  # a pass may show that it was read wrongly
+                        before = reads.watching.layout.corrections
+                        found.clear()
+                        model(*args, **kwargs)
                 break
             except (TypeError, ValueError) as error:  # of the first output that cannot be read: go on without it
                 name = next((name for name in reads.names if f'"{name}"' in str(error)), None)

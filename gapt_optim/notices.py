@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._tell import tell
+from .metrics import Measures
 from .passes import Capture
 
 _SHARE_STEPS = 20
@@ -21,6 +22,7 @@ _PERCENT = 1 / 99  # of the loss is a percent of the objective
 _DIVIDED_STEPS = 3
 _SILENT_STEPS = 10
 _UNSTEPPED = 20
+_ALIKE = 4e-6  # of their squared length; what is below half of that counts as rounding
 _ABSENT_STEPS = 100
 
 
@@ -136,9 +138,9 @@ class Notices:
             self.once(
                 "share",
                 f"in the first {_SHARE_STEPS} steps of compression the entropy was {share:.1e} of the objective (loss "
-                f"{self._loss / _SHARE_STEPS:.4g}, weight * entropy {self._penalty / _SHARE_STEPS:.2g}), too little to "
-                'change anything. Where the loss is a sum over the batch (reduction="sum"), take its mean; otherwise '
-                f"ObjectiveConfig(weight={wanted:.2g}) makes it one percent",
+                f"{self._loss / _SHARE_STEPS:.4g}, weight * entropy {self._penalty / _SHARE_STEPS:.2g}). If it does not"
+                ' fall, that is too little: where the loss is a sum over the batch (reduction="sum"), take its mean; '
+                f"otherwise ObjectiveConfig(weight={wanted:.2g}) makes it one percent",
             )
 
     def absent(
@@ -182,6 +184,17 @@ class Notices:
                     f"empty {name}",
                     f'layer "{name}" ran and had no entropy for {_ABSENT_STEPS} steps: no window had enough rows that '
                     "count and differ. hook.explain(...) shows which rows count; see mask= and EntropyConfig(window=)",
+                )
+
+    def alike(self, measures: Mapping[str, Measures]) -> None:
+        """Layers whose rows hardly differ, where entropies are about their mean."""
+        for name, found in measures.items():
+            if 1 - found.mean_share < _ALIKE:
+                self.once(
+                    f"alike {name}",
+                    f'the rows of layer "{name}" differ by less than {_ALIKE**0.5:.1%} of their length, which float32 '
+                    "hardly tells from rounding: its entropy may read 0 and have no gradient. Leave it out of layers, "
+                    "or watch one whose rows differ, as behind a batch norm",
                 )
 
     def unused(self, names: set[str]) -> None:

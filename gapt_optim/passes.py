@@ -219,6 +219,10 @@ class Passes:
                 each.captures = [capture for capture in each.captures if capture not in own]
         return taken
 
+    def had_a_loss(self, behind: set[Any]) -> bool:
+        """A loss was already taken of the pass that the nodes ``behind`` another one are of."""
+        return any(each.used and each.made(behind) for each in self.kept)
+
     def unused(self) -> set[str]:
         """Layers whose outputs no loss used, though their pass was."""
         return {capture.name for each in self.all() if each.used for capture in each.captures}

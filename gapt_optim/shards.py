@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import Layout, Reading
-from .layout.following import BATCH, FEATURES, LENGTH, POSITION
+from .layout.operations import BATCH, FEATURES, LENGTH, POSITION
 from .ranks import is_dtensor
 
 Group: TypeAlias = "dist.ProcessGroup"

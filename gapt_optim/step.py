@@ -135,6 +135,9 @@ class Step:
             taken: dict[str, list[Capture]] = {}
         else:
             taken = self.watching.take(loss)
+            if not taken and self.watching.had_a_loss(loss):
+                self._another_loss(loss, scaled_by)
+                return loss
             if not taken:
                 self._nothing_taken(loss)
         self._notices.no_entropy(taken, center=self.config.entropy.center)
@@ -170,11 +173,22 @@ class Step:
             raise RuntimeError(problem)
         self._notices.once("captured", f"{problem}. Until then the gate stays")
 
+    def _another_loss(self, loss: Tensor, scaled_by: float) -> None:
+        """A further loss of a pass, whose entropies went with the first one: it adds to that loss."""
+        self._notices.once(
+            "another loss",
+            "a forward pass has several losses: its entropies go with the first one, and the gate judges their sum. "
+            "Together they are cheaper: optimizer.backward(first + second)",
+        )
+        self.sums.add_loss(loss if scaled_by == 1.0 else loss.detach() / scaled_by, alone=self.group is None)
+
     def _nothing_taken(self, loss: Tensor) -> None:
         """No watched module ran for this loss."""
         why = self.watching.why_nothing(loss)
         if self.plan.pressed:
             raise RuntimeError(why)
+        if "unread" in self.watching.why_not.values():  # which was told
+            return
         self._notices.once("nothing", f"{why}. Until then nothing is known of entropies, and the gate stays")
 
     def differentiate(
@@ -383,6 +397,8 @@ class Step:
         self._notices.unused(self.watching.passes.unused())
         self._notices.absent(numbers.ran, self.names, self.watching.model(), watched)
         self._notices.empty(numbers.ran, numbers.entropies)
+        if self.config.entropy.center:
+            self._notices.alike(numbers.measures)
         self._notices.stepped()
 
     def refuse_nonfinite(self, metrics: StepMetrics) -> None:

@@ -78,6 +78,16 @@ class StepSums:
         if alone and not torch.compiler.is_compiling():
             self._on_host = HostCopy(self._row)
 
+    def add_loss(self, loss: Tensor, *, alone: bool) -> None:
+        """One more loss of a micro-batch that was added."""
+        if self._row is None:
+            return
+        more = torch.zeros_like(self._row)
+        more[0] = loss.detach().reshape(()).to(more)
+        self._row = self._row + more
+        if alone and not torch.compiler.is_compiling():
+            self._on_host = HostCopy(self._row)
+
     def _spread(self, values: Tensor, layers: list[str], dim: int) -> Tensor:
         """``values`` of some layers among zeros for the others."""
         own = dict(zip(layers, values.unbind(dim), strict=True))

@@ -44,6 +44,7 @@ _REASONS = {
         "ran inside a transform of torch.func, which captures nothing; give the loss of a call of the model outside it"
     ),
     "replica": "ran in a replica of nn.DataParallel, which cannot be watched; use DistributedDataParallel",
+    "unread": "gave an output that could not be read, as was told",
 }
 """Why a call of a watched module left nothing."""
 
@@ -85,6 +86,10 @@ class Watching:
             if of_compiled:
                 taken.setdefault(name, []).extend(of_compiled)
         return {name: taken[name] for name in self.watches if name in taken}
+
+    def had_a_loss(self, loss: Tensor) -> bool:
+        """The entropies of the pass that ``loss`` is of went with an earlier loss."""
+        return self.passes.had_a_loss(nodes_behind(loss))
 
     def why_nothing(self, loss: Tensor) -> str:
         """Why no watched module ran for ``loss``, and what to do."""
@@ -276,10 +281,12 @@ class Watch(Unsaved):
         except (TypeError, ValueError) as error:
             if plan.pressed and self.name in plan.counted:
                 raise
-            problem, told = str(error).replace(f'"{self.name}"', ""), self.watching.told
+            watching = self.watching
+            problem, told = str(error).replace(f'"{self.name}"', ""), watching.told
             if not {problem, self.name} & told:  # neither of this layer nor of another
                 tell(f"{error}. Until then the layer is left out, and compression will refuse it")
             told |= {problem, self.name}
+            watching.why_not[self.name] = "unread"
             return None
 
     def _gram(self, rows: Tensor, windows: Windows, order: Order, differentiated: bool) -> tuple[Tensor, Tensor | None]:
@@ -342,7 +349,8 @@ class Begins(Unsaved):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watching = self.watching
-        self.calls.enter(args, kwargs)
+        reads = watching.reader is not None or (watching.plan is not None and torch.is_grad_enabled())
+        self.calls.enter(args, kwargs, reads=reads)
         if not self.is_model or torch.compiler.is_compiling():
             return
         if watching.passes.open is not None and len(watching.layout.calls) > 1:  # not one that an interrupt ended
@@ -371,4 +379,5 @@ class Ends(Unsaved):
 def _address(args: Any) -> int:
     """Of the first tensor that a module was called with: a checkpoint calls it with the same one again."""
     first = next((value for value in args if isinstance(value, Tensor)), None)
-    return 0 if first is None or first.is_nested else first.data_ptr()
+    has_storage = first is not None and first.layout is torch.strided and not first.is_nested
+    return first.data_ptr() if first is not None and has_storage else 0

@@ -1008,7 +1008,7 @@ def test_compiled_readings_are_those_of_eager_mode(looked: bool) -> None:
 
     for module, calls in layout.callers():
         module.register_forward_pre_hook(
-            lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs), with_kwargs=True, prepend=True
+            lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs, reads=True), with_kwargs=True, prepend=True
         )
         module.register_forward_hook(lambda *_, calls=calls: calls.leave(), always_call=True)
     model.encoder.l.register_forward_hook(read)

@@ -8,7 +8,7 @@ from collections import UserDict, defaultdict
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -184,12 +184,37 @@ def test_layers_above_frozen_parameters_alone_are_measured_and_not_pushed() -> N
     assert optimizer.metrics.entropy > 0
 
 
-def test_a_second_loss_of_one_pass_is_explained() -> None:
-    model, optimizer = build()
-    loss = loss_of(model)
-    optimizer.backward(loss, retain_graph=True)
-    with pytest.raises(RuntimeError, match="where a forward pass has several losses, add them"):
-        optimizer.backward(loss)
+@pytest.mark.parametrize("phase", ["memorization", "compression"])
+def test_two_losses_of_one_pass_are_their_sum(phase: Literal["memorization", "compression"]) -> None:
+    config = GAPTConfig(gate=GateConfig(initial_phase=phase, frozen=True))
+    gradients, metrics = [], []
+    for apart in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        optimizer = GAPTOptimizer(torch.optim.SGD(model.parameters()), RepresentationHook(model, "1"), config)
+        for step in range(2):
+            out = model(torch.randn(64, 8))
+            first, second = out.square().mean(), out.exp().mean()
+            if not apart:
+                optimizer.backward(first + second)
+            elif step:
+                optimizer.backward(first, retain_graph=True)
+                optimizer.backward(second)
+            else:
+                optimizer.backward(first / 2, retain_graph=True, scaled_by=0.5, scale=2.0)
+                with pytest.warns(UserWarning, match="several losses: its entropies go with the first one"):
+                    optimizer.backward(second)
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics.append(optimizer.metrics)
+    for i in (0, 1):
+        torch.testing.assert_close(gradients[i], gradients[i + 2])
+        apart_, together = metrics[i], metrics[i + 2]
+        assert apart_ is not None
+        assert together is not None
+        assert apart_.loss == pytest.approx(together.loss, rel=1e-6)
+        assert apart_.entropy == pytest.approx(together.entropy, rel=1e-5)
 
 
 def test_statistics_of_an_abandoned_backward_are_not_counted() -> None:

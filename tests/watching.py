@@ -25,7 +25,9 @@ class Watch:
         for module, calls in self.layout.callers():
             self.handles.append(
                 module.register_forward_pre_hook(
-                    lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs), with_kwargs=True, prepend=True
+                    lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs, reads=True),
+                    with_kwargs=True,
+                    prepend=True,
                 )
             )
         for name, module in modules.items():

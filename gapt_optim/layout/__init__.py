@@ -5,8 +5,8 @@ tokens are found stands in the files here, from ``following`` (what a pass shows
 """
 
 from .axes import View
-from .outputs import replaced
-from .reading import Calls, Layout, Pick, Reading
+from .outputs import Reading, replaced
+from .reading import Calls, Layout, Pick
 from .selection import Candidates, Layers, by_layer, choose_layers, has_forward, select_layers
 
 __all__ = [

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .following import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, POSITION, Axes, Trace
+from .following import Trace
+from .operations import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, POSITION, Axes
 from .tokens import sequence_first
 
 _FEATURES = {"features", "channels", "heads", "streams", "dim"}
@@ -96,6 +97,8 @@ def _width(module: nn.Module) -> int | None:
     if isinstance(module, nn.RNNBase):
         return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
     sizes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.ndim]
+    if len(sizes) > 1 and len(sizes[-1]) > 1 and len(set(sizes)) == 1:  # a weight for each number of what it is given
+        return int(sizes[-1][-1])
     return int(sizes[-1][0]) if sizes else None
 
 
@@ -135,11 +138,21 @@ def decided(
     if axes is not None:
         complete = completed(axes, h, kind)
         if complete is not None:
+            _refuse_unreadable(name, h, kind, complete)
             return complete, "followed through the operations before it", None
     by_sizes = _of_sizes(h, kind, sizes)
     if by_sizes is not None:
         return by_sizes, "the (batch, length) of the tokens", None
     return _of_width(name, h, kind)
+
+
+def _refuse_unreadable(name: str, h: Tensor, kind: Kind, axes: Axes) -> None:
+    if FEATURES not in axes:
+        raise ValueError(
+            f'the output of module "{name}" ({kind.typename}), of shape {tuple(h.shape)}, was followed as '
+            f'"{described(axes)}", which leaves no axis for features of rows, as in attention weights. Leave it out '
+            "of layers, or say with layout= what its axes are"
+        )
 
 
 def _of_two(h: Tensor, kind: Kind, axes: Axes | None, sizes: list[tuple[int, int]]) -> tuple[Axes, str, str | None]:
@@ -166,13 +179,16 @@ def completed(axes: Axes, h: Tensor, kind: Kind) -> Axes | None:
         return None
     if tokens:
         return tuple(axis or FEATURES for axis in axes)
+    if len(places) > 1 and len(places) == h.ndim - 1 and axes[0] is None:  # heads of nodes, say
+        return (BATCH, *axes[1:])
+    known = bool(places)
     if not places:
         if kind.features != "last" and not _fits_width(h, kind, h.ndim - 1):
             return None
         places = [h.ndim - 1]
     if LENGTH in axes:  # of one sequence, or of a batch that got lost
         rest = [axis for axis, what in enumerate(axes) if what is None and axis not in places]
-        filled = [axis or FEATURES for axis in axes]
+        filled = [axis or (POSITION if known else FEATURES) for axis in axes]
         if rest:
             filled[rest[0]] = BATCH
         return tuple(filled)

@@ -8,7 +8,6 @@ many channels as positions. What it found is kept by layer; later passes run wit
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,11 +16,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-BATCH, LENGTH, POSITION, FEATURES = "batch", "length", "position", "features"
-FLAT, FLAT_SEQUENCE_FIRST = "batch * length", "length * batch"
+from .operations import (
+    BATCH,
+    FEATURES,
+    LENGTH,
+    PRODUCTS,
+    RECURRENT,
+    Axes,
+    argument,
+    axes_after,
+    indexed_axes,
+    tensors_of,
+)
 
-Axes: TypeAlias = tuple[str | None, ...]
-"""What each axis of a tensor is, None where that is not known."""
 Source: TypeAlias = tuple[object, str]
 """A call, and the name of an argument of it."""
 
@@ -56,7 +63,11 @@ class Following(TorchFunctionMode):
         self.batch_first: set[Source] = set()
         """Arguments whose tokens a module took as they were assumed to be."""
         self.sequence_first: set[Source] = set()
-        """Those that were assumed to have the batch first, and came unturned to a module that says it is second."""
+        """Those that were assumed to have the batch first, and came to a module that says otherwise."""
+        self.channels_first: set[Source] = set()
+        """Those that were assumed to have the features last, and came to a convolution as they are."""
+        self._derived: set[Source] = set()
+        """Those that come from others, whose axes were followed."""
 
     def begin(self, tensor: Tensor, source: Source, axes: Axes, *, known: bool) -> None:
         """``tensor`` is the argument ``source`` of a call; its ``axes`` are a habit where they are not ``known``."""
@@ -65,6 +76,8 @@ class Following(TorchFunctionMode):
             self._hear(before, sequence_first=True)
         if before is not None:
             axes = _merged(axes, before.axes) if known else _merged(before.axes, axes)
+            if BATCH in before.axes or LENGTH in before.axes:
+                self._derived.add(source)
         length = tensor.shape[axes.index(LENGTH)] if LENGTH in axes else None
         spans = {} if before is None else dict(before.spans)
         self._traces[tensor] = Trace({**spans, source: Span(0, length)}, axes)
@@ -102,18 +115,20 @@ class Following(TorchFunctionMode):
         trace = self.of(source)
         assert trace is not None
         if args and args[0] is source and source.ndim == 3:
-            if name in _RECURRENT and isinstance(args[-1], bool):
+            if name in (*RECURRENT, "_pack_padded_sequence") and isinstance(args[-1], bool):
                 self._hear(trace, sequence_first=not args[-1])
             elif name == "multi_head_attention_forward":
                 self._hear(trace, sequence_first=True)
+            elif name == "conv1d" and trace.axes == (BATCH, LENGTH, None):
+                self.channels_first.update(trace.spans.keys() - self._derived)
         if name in _PARTS:
             self._note_parts(name, args, kwargs, source, trace, result)
             return
         out = result if isinstance(result, Tensor) else result[0]
         if isinstance(out, Tensor):
-            axes = _axes(name, args, kwargs, source, trace.axes, out, self._last_of_product(name, args, source))
+            axes = axes_after(name, args, kwargs, source, trace.axes, out, self._last_of_product(name, args, source))
             spans = _spans(name, args, source, trace)
-            if _pooled(source, trace.axes, out, axes):
+            if name not in _REORDERED and _pooled(source, trace.axes, out, axes):
                 spans = dict.fromkeys(spans, POOLED)
             found = Trace(spans, axes)
             for other in self._others(name, args, source):
@@ -125,11 +140,11 @@ class Following(TorchFunctionMode):
         says = (LENGTH, BATCH) if sequence_first else (BATCH, LENGTH)
         if trace.axes[:2] == says:
             self.batch_first.update(trace.spans)
-        elif trace.axes[:2] == (BATCH, LENGTH) and not self.batch_first.intersection(trace.spans):
-            self.sequence_first.update(trace.spans)
+        elif trace.axes[:2] == says[::-1] and not self.batch_first.intersection(trace.spans):
+            self.sequence_first.update(trace.spans.keys() - self._derived)
 
     def _note_joined(self, args: list[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-        dim = _argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % out.ndim
+        dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % out.ndim
         before, found = 0, None
         for part in args[0]:
             trace = self.of(part)
@@ -144,7 +159,7 @@ class Following(TorchFunctionMode):
     def _note_parts(
         self, name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, trace: Trace, parts: Any
     ) -> None:
-        dim = _argument(args, kwargs, 1 if name == "unbind" else 2, "dim", 0) % source.ndim
+        dim = argument(args, kwargs, 1 if name == "unbind" else 2, "dim", 0) % source.ndim
         before = 0
         for part in parts:
             if name == "unbind":
@@ -158,16 +173,18 @@ class Following(TorchFunctionMode):
 
     def _source(self, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The tensor whose rows the result has: that of a query, the first factor, the first one that is traced."""
-        tensors = list(_tensors([*args, *kwargs.values()]))
-        if name in _ATTENTION or name in _PRODUCTS:
+        tensors = list(tensors_of([*args, *kwargs.values()]))
+        if name in _ATTENTION or name in PRODUCTS:
             first = tensors[0] if tensors else None
             if self.of(first) is not None:
                 return first
             # A matrix of weights times x; but a query that comes of no argument has rows of its own.
-            weights = name in _PRODUCTS and first is not None and first.ndim <= 2
+            weights = name in PRODUCTS and first is not None and first.ndim <= 2
             tensors = tensors[1:] if weights or name in ("addmm", "baddbmm") else []
         if name == "where":
             tensors = tensors[1:]
+        if any(tensor.is_floating_point() for tensor in tensors):
+            tensors = [tensor for tensor in tensors if not _is_index(name, tensor)]
         traced = [tensor for tensor in tensors if self.of(tensor) is not None]
         if name in _UNITED:  # of which the largest has the shape
             traced.sort(key=lambda tensor: -tensor.ndim)
@@ -175,19 +192,18 @@ class Following(TorchFunctionMode):
 
     def _last_of_product(self, name: str, args: list[Any], source: Tensor) -> str | None:
         """The last axis of a product: features, but of scores it is that of keys."""
-        second = self.of(args[1]) if name in _PRODUCTS and len(args) == 2 and args[0] is source else None
+        second = self.of(args[1]) if name in PRODUCTS and len(args) == 2 and args[0] is source else None
         return FEATURES if second is None else second.axes[-1]
 
     def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[Trace]:
         if name in _UNITED:
-            for tensor in _tensors(args[1:] if name == "where" else args):
-                trace = None if tensor is source else self.of(tensor)
+            for tensor in tensors_of(args[1:] if name == "where" else args):
+                trace = None if tensor is source or _is_index(name, tensor) else self.of(tensor)
                 if trace is not None:
                     yield trace
 
 
 _ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention", "cdist"}
-_PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"}
 _UNITED = {
     *("add", "sub", "mul", "div", "true_divide", "where", "lerp", "maximum", "minimum", "addcmul"),
     *("add_", "sub_", "mul_", "div_", "rsub", "masked_scatter", "index_add", "index_add_"),
@@ -196,11 +212,11 @@ _UNITED = {
 }
 """Operations whose result has the rows of several of their tensors."""
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "unbind"}
-_REORDERED = {"index_select", "gather", "take_along_dim", "masked_select", "sort", "topk", "take", "argsort", "roll"}
+_REORDERED = {
+    *("index_select", "gather", "take_along_dim", "masked_select", "sort", "topk", "take", "argsort", "roll"),
+    *("_pack_padded_sequence", "_pad_packed_sequence"),
+}
 _JOINED = {"cat", "concat", "concatenate"}
-_RESHAPED = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as", "reshape_as"}
-_SWAPPED = {"transpose", "swapaxes", "swapdims", "transpose_"}
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 def _name(func: Any) -> str:
@@ -210,186 +226,9 @@ def _name(func: Any) -> str:
     return name
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-
-
-def _argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-# Axes
-
-
-def _axes(
-    name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
-) -> Axes:
-    """The axes of the result ``out``, where those of ``source`` are ``axes``; ``last`` is the last one of a product."""
-    layer = _of_layer(name, args, axes, out)
-    if layer is not None:
-        return layer
-    moved = _moved(name, args, kwargs, axes)
-    if moved is not None:
-        return moved
-    if name == "__getitem__":
-        return _axes_of_part(args, source, axes, out)
-    if name == "einsum":
-        return _einsum(args, source, axes)
-    if name == "stack":
-        dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
-        return (*axes[:dim], None, *axes[dim:])
-    if name in _PRODUCTS and out.ndim == len(axes):
-        return (*axes[:-1], last)
-    return _generic(name, args, kwargs, source, axes, out)
-
-
-def _generic(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
-    if out.shape == source.shape or (out.ndim == source.ndim and name not in _RESHAPED):
-        return axes
-    if out.numel() == source.numel():
-        return reshaped(tuple(source.shape), tuple(out.shape), axes)
-    if out.ndim == source.ndim - 1:
-        dim = _argument(args, kwargs, 1, "dim", None)
-        if isinstance(dim, (tuple, list)) and len(dim) == 1:
-            dim = dim[0]
-        if isinstance(dim, int):
-            dim %= source.ndim
-            return (*axes[:dim], *axes[dim + 1 :])
-    if out.ndim > source.ndim and out.shape[-source.ndim :] == source.shape:  # broadcast or expanded
-        return (*(None,) * (out.ndim - source.ndim), *axes)
-    return (None,) * out.ndim
-
-
-def _of_layer(name: str, args: list[Any], axes: Axes, out: Tensor) -> Axes | None:
-    """Of an operation that says which axis has the features."""
-    if name in ("linear", "layer_norm", "rms_norm"):
-        return (*axes[:-1], FEATURES)
-    if name == "embedding":
-        return (*axes, FEATURES)
-    convolution = re.fullmatch(r"(?:conv|conv_transpose|(?:adaptive_)?(?:avg|max|lp)_pool)([123])d", name)
-    if convolution:
-        positions = tuple(LENGTH if axis == LENGTH else POSITION for axis in axes[-int(convolution[1]) :])
-        batch: Axes = (axes[0] or BATCH,) if out.ndim == len(positions) + 2 else ()
-        return (*batch, FEATURES, *positions)
-    if name in ("batch_norm", "group_norm", "instance_norm") and out.ndim > 2:
-        return (axes[0] or BATCH, FEATURES, *(axis or POSITION for axis in axes[2:]))
-    if name in _RECURRENT and out.ndim == 3 and isinstance(args[-1], bool):
-        return (BATCH, LENGTH, FEATURES) if args[-1] else (LENGTH, BATCH, FEATURES)
-    if name == "multi_head_attention_forward" and out.ndim == 3:
-        return (LENGTH, BATCH, FEATURES)
-    return None
-
-
-def _moved(name: str, args: list[Any], kwargs: Mapping[str, Any], axes: Axes) -> Axes | None:
-    n = len(axes)
-    order = list(range(n))
-    if name in _SWAPPED:
-        first = _argument(args, kwargs, 1, "dim0", kwargs.get("axis0", 0))
-        second = _argument(args, kwargs, 2, "dim1", kwargs.get("axis1", 0))
-        order[first], order[second] = order[second], order[first]
-    elif name in ("t", "T", "mT", "H", "mH", "adjoint") and n >= 2:
-        order[-1], order[-2] = order[-2], order[-1]
-    elif name == "permute":
-        dims = kwargs.get("dims", args[1:])
-        dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-        order = [dim % n for dim in dims]
-    elif name in ("movedim", "moveaxis"):
-        source, target = args[1] % n, args[2] % n
-        order.insert(target, order.pop(source))
-    else:
-        return None
-    return tuple(axes[axis] for axis in order)
-
-
-def reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Axes) -> Axes:
-    """The axes of a tensor of shape ``before`` seen as one of shape ``after``.
-
-    >>> reshaped((2, 5, 12), (2, 5, 3, 4), ("batch", "length", "features"))
-    ('batch', 'length', 'features', 'features')
-    >>> reshaped((2, 5, 12), (10, 12), ("batch", "length", "features"))
-    ('batch * length', 'features')
-    """
-    if before == after:
-        return axes
-    found: list[str | None] = [None] * len(after)
-    left = [axis for axis, size in enumerate(before) if size != 1]
-    right = [axis for axis, size in enumerate(after) if size != 1]
-    while left and right:
-        ins, outs = [left.pop(0)], [right.pop(0)]
-        size_in, size_out = before[ins[0]], after[outs[0]]
-        while size_in != size_out:
-            if size_in < size_out:
-                ins.append(left.pop(0))
-                size_in *= before[ins[-1]]
-            else:
-                outs.append(right.pop(0))
-                size_out *= after[outs[-1]]
-        for out, axis in zip(outs, _split(_joint([axes[i] for i in ins]), len(outs)), strict=True):
-            found[out] = axis
-    return tuple(found)
-
-
-def _joint(axes: list[str | None]) -> str | None:
-    """What several axes are as one."""
-    if axes == [BATCH, LENGTH]:
-        return FLAT
-    if axes == [LENGTH, BATCH]:
-        return FLAT_SEQUENCE_FIRST
-    return axes[0] if len(set(axes)) == 1 else None
-
-
-def _split(axis: str | None, parts: int) -> list[str | None]:
-    if parts == 2 and axis == FLAT:
-        return [BATCH, LENGTH]
-    if parts == 2 and axis == FLAT_SEQUENCE_FIRST:
-        return [LENGTH, BATCH]
-    if parts > 1 and axis in (FLAT, FLAT_SEQUENCE_FIRST):
-        return [None] * parts
-    return [axis] * parts
-
-
-def _axes_of_part(args: list[Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
-    if args[0] is not source:  # a table, indexed by the tokens
-        return (*axes, *(FEATURES,) * (out.ndim - source.ndim))
-    indexed = _indexed(args[1], source)
-    if indexed is None:
-        return (None,) * out.ndim
-    return tuple(axes[axis] if axis is not None else None for axis, _ in indexed)
-
-
-def _indexed(index: Any, source: Tensor) -> list[tuple[int | None, slice | None]] | None:
-    """For each axis of ``source[index]``, which axis of ``source`` it was and its slice; None if tensors index it."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(not (item is None or item is Ellipsis or isinstance(item, (int, slice))) for item in items):
-        return None
-    used = sum(isinstance(item, (int, slice)) and not isinstance(item, bool) for item in items)
-    if Ellipsis not in items:
-        items.append(Ellipsis)
-    found: list[tuple[int | None, slice | None]] = []
-    axis = 0
-    for item in items:
-        if item is None:
-            found.append((None, None))
-        elif item is Ellipsis:
-            found += [(axis + i, None) for i in range(source.ndim - used)]
-            axis += source.ndim - used
-        else:
-            if isinstance(item, slice):
-                found.append((axis, item))
-            axis += 1
-    return found
-
-
-def _einsum(args: list[Any], source: Tensor, axes: Axes) -> Axes:
-    inputs, output = args[0].replace(" ", "").split("->")
-    operands = list(_tensors(args[1:]))
-    position = next(i for i, tensor in enumerate(operands) if tensor is source)
-    named = dict(zip(inputs.split(",")[position], axes, strict=True))
-    return tuple(named.get(letter, FEATURES if i == len(output) - 1 else None) for i, letter in enumerate(output))
+def _is_index(name: str, tensor: Tensor) -> bool:
+    """It says where rows go, and has none of its own."""
+    return name.startswith(("scatter", "index_")) and not tensor.is_floating_point()
 
 
 # Spans
@@ -400,7 +239,7 @@ def _spans(name: str, args: list[Any], source: Tensor, trace: Trace) -> Mapping[
     if name in _REORDERED:
         return dict.fromkeys(trace.spans)
     if name == "__getitem__" and args[0] is source:
-        indexed = _indexed(args[1], source)
+        indexed = indexed_axes(args[1], source)
         if indexed is None:
             return dict.fromkeys(trace.spans)
         for axis, part in indexed:
@@ -446,7 +285,11 @@ def _united(first: Trace | None, second: Trace, out: Tensor) -> Trace:
     """The trace of what two tensors made together: a span that fits counts before one that does not."""
     if first is None:
         return Trace(second.spans, _broadcast(second.axes, out.ndim))
-    axes = _merged(_broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim))
+    ours, theirs = _broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim)
+    if FEATURES in ours and FEATURES in theirs and (FEATURES, FEATURES) not in zip(ours, theirs, strict=True):
+        # They contradict each other: a convolution that mixes tokens, say, and the tokens that it is added to.
+        ours = theirs = tuple(a if a == b else None for a, b in zip(ours, theirs, strict=True))
+    axes = _merged(ours, theirs)
     length = out.shape[axes.index(LENGTH)] if LENGTH in axes else None
     spans = dict(first.spans)
     for source, span in second.spans.items():
@@ -461,8 +304,8 @@ def _broadcast(axes: Axes, ndim: int) -> Axes:
 
 
 def _merged(first: Axes, second: Axes) -> Axes:
-    """``second`` where ``first`` says nothing, and nothing that it says elsewhere."""
-    return tuple(a or (b if b not in first else None) for a, b in zip(first, second, strict=True))
+    """``second`` where ``first`` says nothing, and nothing but features that it says elsewhere."""
+    return tuple(a or (b if b == FEATURES or b not in first else None) for a, b in zip(first, second, strict=True))
 
 
 def compiled_within(model: torch.nn.Module) -> bool:

@@ -1,15 +1,36 @@
-"""The hidden tensor in a module's output."""
+"""The hidden tensor in a module's output, and what it means."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+
+class Reading(NamedTuple):
+    """What one output of a watched module means."""
+
+    h: Tensor
+    """The hidden tensor in it, as the module returned it."""
+    rows: Tensor
+    """(batch, length, features): a view of ``h`` where strides allow it. Rows without an order are one sequence."""
+    live: Tensor | None
+    """(batch, length) bool, true where a row counts; None where all do."""
+    segments: Tensor | None
+    """(batch, length) integers; where they change, another document begins. None for one document in each sequence."""
+    axes: str
+    """What the axes of ``h`` are, as ``layout=`` has them."""
+    why_axes: str
+    why_rows: str
+    guess: str | None
+    """What is only likely, and what to pass to say it; None where it is known."""
+    view: Any
+    """A callable, from a tensor of the shape of ``h`` to its rows."""
 
 
 def hidden_tensor(output: Any) -> Any:

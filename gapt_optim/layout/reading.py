@@ -14,8 +14,9 @@ from torch.overrides import _get_current_function_mode
 from .._tell import tell
 from . import axes as axes_
 from .axes import Kind, View, kind_of
-from .following import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes, Following, Trace, compiled_within
-from .outputs import checked_hidden, hidden_tensor, padded
+from .following import Following, Trace, compiled_within
+from .operations import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes
+from .outputs import Reading, checked_hidden, hidden_tensor, padded
 from .selection import by_layer
 from .tokens import (
     Call,
@@ -24,6 +25,7 @@ from .tokens import (
     axes_of,
     by_shape,
     callers_of,
+    counts_rows,
     documents,
     followed,
     has_ones,
@@ -39,27 +41,6 @@ Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 
 _MOST_LOOKS = 32
 """Forward passes under :class:`Following`, of one model: one for each kind of call that it gets."""
-
-
-class Reading(NamedTuple):
-    """What one output of a watched module means."""
-
-    h: Tensor
-    """The hidden tensor in it, as the module returned it."""
-    rows: Tensor
-    """(batch, length, features): a view of ``h`` where strides allow it. Rows without an order are one sequence."""
-    live: Tensor | None
-    """(batch, length) bool, true where a row counts; None where all do."""
-    segments: Tensor | None
-    """(batch, length) integers; where they change, another document begins. None for one document in each sequence."""
-    axes: str
-    """What the axes of ``h`` are, as ``layout=`` has them."""
-    why_axes: str
-    why_rows: str
-    guess: str | None
-    """What is only likely, and what to pass to say it; None where it is known."""
-    view: Any
-    """A callable, from a tensor of the shape of ``h`` to its rows."""
 
 
 class Decision(NamedTuple):
@@ -149,10 +130,17 @@ class Layout:
         """Under way, the innermost last."""
         self._following: Following | None = None
         self._decisions: dict[Any, Decision] = {}
+        self._refused: dict[Any, str] = {}
         self._plain: dict[Any, tuple[Any, ...]] = {}
         """How outputs are read of which every row counts, whatever their sizes are."""
+        self._repeated: set[str] = set()
+        """Layers that ran more than once in a pass."""
         self._situations: set[Any] = set()
         self._looks = 0
+        self.corrections = 0
+        """Times that a pass showed, at its end, that its arguments are laid out otherwise than assumed."""
+        self._looking_at: Any = None
+        self._read_in_look = False
         self._told: set[str] = set()
         self._checked: set[int] = set()
         """Functions of ``mask=`` whose values are known to be 0 and 1."""
@@ -163,8 +151,8 @@ class Layout:
 
     # Calls
 
-    def enter(self, call: Call) -> None:
-        """A call begins."""
+    def enter(self, call: Call, *, reads: bool) -> None:
+        """A call begins, in which watched modules are read or are not."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
             while self.calls and not is_on_stack(self.calls[-1].frame):  # it ended by an interrupt, which runs no hook
@@ -175,7 +163,7 @@ class Layout:
         self.calls.append(call)
         if compiling:
             return
-        if len(self.calls) == 1 and self._following is None and self._is_new(call):
+        if len(self.calls) == 1 and self._following is None and reads and self._is_new(call):
             self._following = Following()
             self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
@@ -197,6 +185,7 @@ class Layout:
         model = self._model()
         if model is None or compiled_within(model):
             return False
+        self._looking_at, self._read_in_look = call.situation, False
         self._situations.add(call.situation)
         self._looks += 1
         return True
@@ -205,13 +194,21 @@ class Layout:
         following, self._following = self._following, None
         if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
             following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if following is not None and turn_arguments(following.sequence_first):
-            wrong = list(dict.fromkeys(key[0] for key, decision in self._decisions.items() if decision.guess == TURN))
+        if following is None:
+            return
+        if not self._read_in_look:  # none of the watched modules ran, or was read: the next pass is looked at
+            self._situations.discard(self._looking_at)
+        comes_first = turn_arguments(following)
+        if comes_first is not None:
+            self.corrections += 1
+            assumed = [key[0] for key, each in self._decisions.items() if each.guess == TURN]
+            tokens = [key[0] for key, each in self._decisions.items() if {*each.axes[:2]} == {BATCH, LENGTH}]
+            wrong = list(dict.fromkeys(assumed if self._batch_second else tokens))
             if wrong:
-                self.tell_once(turned(wrong, self._batch_second))
-            for known in (self._decisions, self._plain, self._situations):  # read them anew
+                self.tell_once(turned(wrong, comes_first))
+            for known in (self._decisions, self._refused, self._plain, self._situations):  # read them anew
                 known.clear()
-        elif following is not None and following.batch_first:
+        elif following.batch_first:
             self._decisions = {
                 key: each._replace(guess=None) if each.guess == TURN else each for key, each in self._decisions.items()
             }
@@ -268,8 +265,7 @@ class Layout:
         """Outputs of this kind are always read so: nothing in the calls under way could mask them or cut them."""
         picked = self._picks_masks or watched.segments is not None or self._following is not None
         named = any(call.masks or call.knows_documents or any(map(may_mask, call.tensors)) for call in self.calls)
-        again = any(call.runs.get(name, 0) > 1 for call in self.calls[:1])
-        return not (picked or named or again) and decision.axes[0] not in (FLAT, FLAT_SEQUENCE_FIRST)
+        return not (picked or named or name in self._repeated) and decision.axes[0] not in (FLAT, FLAT_SEQUENCE_FIRST)
 
     def hidden(self, name: str, output: Any) -> Tensor:
         """The hidden tensor in an output of the watched module ``name``."""
@@ -282,13 +278,22 @@ class Layout:
         if self.calls and not compiling:
             turn = self.calls[0].runs.get(name, 0)
             self.calls[0].runs[name] = turn + 1
+            if turn:
+                self._repeated.add(name)
         key = self._key(name, h)
         if self._following is None:
             known = self._decisions.get((*key, turn), self._decisions.get((*key, 0)))
             if known is not None:
                 return known
+            if (*key, turn) in self._refused:
+                raise ValueError(self._refused[(*key, turn)])
             return self._decided(name, h, watched, None)
-        decision = self._decided(name, h, watched, self._following.of(own))
+        self._read_in_look = True
+        try:
+            decision = self._decided(name, h, watched, self._following.of(own))
+        except ValueError as error:
+            self._refused[(*key, turn)] = str(error)
+            raise
         if decision.followed:
             self._decisions[(*key, turn)] = decision
         return decision
@@ -449,9 +454,16 @@ class Layout:
             )
 
     def _tell_unknown(self, name: str, rows: tuple[int, int]) -> None:
-        """A call was given what may be a mask of these rows."""
+        """A call was given what may be a mask of these rows, or how many there are of each sequence."""
         for call in self.calls:
             for argument, value in call.tensors.items():
+                if counts_rows(argument) and value.shape == rows[:1] and rows[1] > 1 and not value.is_floating_point():
+                    self.tell_once(
+                        f'argument "{argument}" of shape {tuple(value.shape)} may say how many rows of each sequence '
+                        f'count in layer "{name}": all {rows[1]} do until mask= says otherwise, as mask=lambda call: '
+                        f'torch.arange({rows[1]}) < call["{argument}"][:, None], or lambda call: None',
+                        subject=f"argument {argument}",
+                    )
                 if may_mask(argument) and value.shape == rows and not value.is_floating_point():
                     self.tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may mask the rows of layer "{name}", but '
@@ -474,8 +486,8 @@ class Calls:
         self._layout = layout
         self.caller = Caller(module, number)
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._layout.enter(Call(self.caller, args, kwargs))
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, reads: bool) -> None:
+        self._layout.enter(Call(self.caller, args, kwargs), reads=reads)
 
     def leave(self) -> None:
         self._layout.leave(self.caller.number)

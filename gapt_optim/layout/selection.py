@@ -175,7 +175,9 @@ class Candidates:
         """
         self._last.clear()
         chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
-        chains = {glob: blocks for glob, blocks in chains.items() if not _counts_words(glob)} or chains
+        # A number at the end of a word, as in fc1, may count the parts of a block; but not where these have parts.
+        single = {glob for glob, (first, *_) in chains.items() if not any(self.modules[first].children())}
+        chains = {g: blocks for g, blocks in chains.items() if g not in single or not _counts_words(g)} or chains
         chains = {glob: inner for glob, inner in chains.items() if not self._is_inside_blocks(glob, inner, chains)}
         longest = max(map(len, chains.values()), default=0)
         chains = {glob: blocks for glob, blocks in chains.items() if len(blocks) == longest}
@@ -302,7 +304,7 @@ def _globs(name: str) -> list[str]:
 
 
 def _counts_words(glob: str) -> bool:
-    """A number ends a word in it, as in fc1, and may count the parts of a block."""
+    """A number ends a word in it, as in fc1."""
     return glob.rpartition(".")[2] not in ("*", glob.rpartition(".")[2].rstrip("*"))
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .following import BATCH, FEATURES, LENGTH, POOLED, Axes, Span, Trace
+from .following import POOLED, Span, Trace
+from .operations import BATCH, FEATURES, LENGTH, Axes
 
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
 """How arguments that mask tokens are called, or end."""
@@ -52,6 +53,8 @@ class Caller:
         self.sequence_first = sequence_first(module)
         self.turned: set[str] = set()
         """Arguments that a forward pass showed to have the sequence first."""
+        self.channels_first: set[str] = set()
+        """Those that it showed to have (batch, channels, length)."""
         self.masks = [name for name in self.parameters if is_mask(name)]
         self.decodes = "decoder_input_ids" in self.parameters
         self.reads_memory = "encoder_hidden_states" in self.parameters or "tgt_key_padding_mask" in self.parameters
@@ -164,6 +167,11 @@ def may_mask(name: str) -> bool:
     return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
 
 
+def counts_rows(name: str) -> bool:
+    """An argument whose name says that it has the lengths of sequences."""
+    return name.endswith(("lengths", "seq_lens", "_lens", "_len")) or name == "lens"
+
+
 def prefix_of(mask: str) -> str:
     """``"decoder_"`` of ``decoder_attention_mask``."""
     return mask[: -len(next(end for end in _MASKS if mask.endswith(end)))]
@@ -189,7 +197,8 @@ def fits_tokens(tensor: Tensor, batch: int, length: int) -> bool:
     if tensor.ndim < 2 or tensor.dtype == torch.bool:
         return False
     if tensor.shape[0] != batch:
-        return bool(tensor.ndim == 3 and tensor.shape[1] == batch and tensor.shape[0] == length)
+        floats = tensor.ndim == 2 and tensor.is_floating_point()
+        return bool(tensor.ndim < 4 and not floats and tensor.shape[1] == batch and tensor.shape[0] == length)
     return length in tensor.shape[1:] or (not tensor.is_floating_point() and tensor.shape[1] < length)
 
 
@@ -200,6 +209,8 @@ def axes_of(call: Call, name: str) -> tuple[Axes, bool]:
     if tensor.ndim not in (2, 3) or (tensor.ndim == 2 and tensor.is_floating_point()):
         return unknown, False
     features = (FEATURES,) * (tensor.ndim - 2)
+    if name in call.caller.channels_first and tensor.ndim == 3:
+        return (BATCH, FEATURES, LENGTH), True
     if call.caller.sequence_first or name in call.caller.turned:
         return (LENGTH, BATCH, *features), True
     shapes = [sizes_of_mask(call.tensors[mask]) for mask in call.masks if name in call.tokens(mask)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
-from .following import BATCH, LENGTH, Axes, Following, Source, Trace
+from .following import Following, Source, Trace
+from .operations import BATCH, LENGTH, Axes
 from .tokens import Call, axes_of
 
 TURN = 'layout="length batch features" if the model is called with the sequence first'
@@ -26,13 +25,18 @@ def may_turn(source: Source) -> bool:
     return not axes_of(call, name)[1]
 
 
-def turn_arguments(sources: Iterable[Source]) -> bool:
-    """From now on, those that may have the sequence first have it so; whether there are any."""
-    turning = [(call, name) for call, name in sources if may_turn((call, name))]
-    for call, name in turning:
-        assert isinstance(call, Call)
-        call.caller.turned.add(name)
-    return bool(turning)
+def turn_arguments(following: Following) -> str | None:
+    """From now on, read the arguments as modules took them that were followed; what comes first, if that is news."""
+    news = None
+    for sources, comes_first in ((following.sequence_first, "sequence"), (following.channels_first, "channels")):
+        for source in sources:
+            call, name = source
+            assert isinstance(call, Call)
+            if may_turn(source):
+                known = call.caller.turned if comes_first == "sequence" else call.caller.channels_first
+                known.add(name)
+                news = comes_first
+    return news
 
 
 def is_assumed(axes: Axes, trace: Trace | None, following: Following | None) -> bool:
@@ -43,10 +47,12 @@ def is_assumed(axes: Axes, trace: Trace | None, following: Following | None) -> 
     return any(source not in known and may_turn(source) for source in trace.spans)
 
 
-def turned(layers: list[str], batch_second: list[str]) -> str:
+def turned(layers: list[str], comes_first: str) -> str:
     """What to tell of ``layers``, which were read otherwise."""
+    sequence = comes_first == "sequence"
+    layout, read = ("length batch features", "the batch first") if sequence else ("batch channels length", "them last")
     return (
-        f"the model is called with the sequence first, as a module with batch_first=False gets it (of "
-        f"{', '.join(batch_second)}). This first forward pass of {', '.join(layers)} was read with the batch first, "
-        f'later ones are not; to say it from the start, pass layout={{"{layers[0]}": "length batch features"}}'
+        f"the model is called with the {comes_first} first, as a module in it takes them. This first forward pass of "
+        f"{', '.join(layers)} was read with {read}, later ones are not; to say it from the start, pass "
+        f'layout={{"{layers[0]}": "{layout}"}}'
     )
