@@ -58,7 +58,8 @@ class Capture:
         self.nodes: tuple[Any, ...] = ()
         """Of autograd's graph, that made the module's output; none above frozen layers, and in a compiled model."""
         self.saved: Any = None
-        """The Gram node, for the rows that it saved; None where nothing is differentiated."""
+        """A node behind the Gram node, for the rows that it saved, where an angle is due. It holds it: torch 2.6 frees
+        what a node of Python saved once no node and no tensor of C++ leads to it, as in memorization."""
         self.angled = False
         """The angle at this call is taken."""
         self.pressed = False

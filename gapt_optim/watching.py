@@ -235,9 +235,9 @@ class Watch(Unsaved):
         watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))
         if not differentiated:
             return None
-        capture.saved = gram.grad_fn
         if not plan.due:
             return None
+        capture.saved = gram.view_as(gram).grad_fn
         seen = reading.h.view_as(reading.h)  # where the loss's gradient arrives alone: the entropy's joins behind it
         result = replaced(output, reading.h, seen)
         if result is not None:
