@@ -819,7 +819,7 @@ def test_compiled_with_changing_lengths(counters: Any) -> None:
             each.step()
             each.zero_grad()
         counts.append(compilations(counters))
-    if not torch.__version__.startswith("2.6."):  # which compiles anew for more of the lengths
+    if not torch.__version__.startswith(("2.6.", "2.15.")):  # which compile anew for more of the lengths
         assert counts == [
             1,
             2,
