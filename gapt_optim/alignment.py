@@ -250,13 +250,14 @@ class Angles:
             factor, capture.factor = capture.factor, None
             if factor is None:  # the gradient of something else
                 return
+            node = capture.saved.next_functions[0][0]  # of Gram
             with torch.no_grad():
                 try:
-                    saved = saved_rows(capture.saved, None)
+                    saved = saved_rows(node, None)
                 except RuntimeError:  # changed in place since
                     return
                 if capture.pressed:  # the Gram node's own backward comes next
-                    capture.saved.unpacked = saved
+                    node.unpacked = saved
                 sums = _sums(view(g.detach()), gradient_of_rows(factor, saved, windows, order))
                 self._sums = sums if self._sums is None else self._sums + sums.to(self._sums)
 

@@ -111,7 +111,7 @@ def matrix_entropy(
     rows = z.reshape(math.prod(z.shape[:-2]), *shape)
     keep = None if mask is None else mask.reshape(rows.shape[:-1])
     order = Order(float(alpha), Kernel(kernel == "cosine", bool(center)), normalize)
-    gram, live = Gram.apply(rows, None, keep, shape[0], order.alpha, *order.kernel, None)  # type: ignore[no-untyped-call]
+    gram, live = gram_with_gradient(rows, Windows(shape[0], None, keep), order, None)
     value, _, _ = entropies(gram, live, order, shape, z.dtype)
     return value.reshape(z.shape[:-2]).to(single)
 
@@ -147,7 +147,7 @@ class Gram(torch.autograd.Function):
 
     ``apply(rows, places, keep, size, alpha, cosine, center, module)`` takes rows (batch, length, d), their windows
     (:class:`gapt_optim.windows.Windows`), and the name of the module that returned them, or None. It gives K
-    (windows, m, m) with m = min(n, d), and the rows that count (windows,), None where K or the shape tell.
+    (windows, m, m) with m = min(n, d), and the rows that count (windows,), or K alone where K or the shape tell them.
     """
 
     @staticmethod
@@ -161,19 +161,20 @@ class Gram(torch.autograd.Function):
         cosine: bool,
         center: bool,
         module: str | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.windows, ctx.order, ctx.module = Windows(size, places, keep), Order(alpha, Kernel(cosine, center)), module
         # Of a call that a checkpoint repeats, the rows are made again. Its windows are not: they may be of a mask that
         # the repeated call does not have.
         ctx.save_for_backward(rows.clone() if torch.compiler.is_compiling() else rows)
         ctx.set_materialize_grads(False)
         gram, live = gram_of(rows, ctx.windows, ctx.order)
-        if live is not None:
-            ctx.mark_non_differentiable(live)
+        if live is None:  # Dynamo of torch 2.6 takes no None among what a function returns
+            return gram
+        ctx.mark_non_differentiable(live)
         return gram, live
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 8
         module, compiling = ctx.module, torch.compiler.is_compiling()
@@ -184,7 +185,7 @@ class Gram(torch.autograd.Function):
                 "second derivatives inside `with hook.measuring():`, or keep the gate in memorization with "
                 "GateConfig(frozen=True)"
             )
-        rows = saved_rows(ctx, module)
+        rows = ctx.saved_tensors[0] if compiling else saved_rows(ctx, module)
         with torch.no_grad():
             d = gradient_of_rows(grad + grad.mT, rows, ctx.windows, ctx.order)
             if module is not None:
@@ -193,6 +194,16 @@ class Gram(torch.autograd.Function):
         if torch.is_grad_enabled() and not compiling:
             d = _Once.apply(d, rows)  # type: ignore[no-untyped-call]
         return (d, *[None] * 7)
+
+
+def gram_with_gradient(
+    rows: Tensor, windows: Windows, order: Order, module: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """What :class:`Gram` gives; the rows that count are None where K or the shape tell them."""
+    found = Gram.apply(  # type: ignore[no-untyped-call]
+        rows, windows.places, windows.keep, windows.size, order.alpha, *order.kernel, module
+    )
+    return found if isinstance(found, tuple) else (found, None)
 
 
 def saved_rows(node: Any, module: str | None) -> Tensor:

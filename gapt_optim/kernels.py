@@ -241,7 +241,7 @@ def full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:
     autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch.is_autocast_enabled(z.device.type):
         autocast = torch.autocast(z.device.type, enabled=False)
-    return _unrounded(autocast) if z.is_cuda and not torch.compiler.is_compiling() else autocast
+    return _unrounded(autocast) if z.device.type == "cuda" and not torch.compiler.is_compiling() else autocast
 
 
 class _Rounding:

@@ -11,6 +11,7 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ class Capture:
         self.nodes: tuple[Any, ...] = ()
         """Of autograd's graph, that made the module's output; none above frozen layers, and in a compiled model."""
         self.saved: Any = None
-        """The Gram node, for the rows that it saved; None where nothing is differentiated."""
+        """A node behind the Gram node, for the rows that it saved, where an angle is due. It holds it: torch 2.6 frees
+        what a node of Python saved once no node and no tensor of C++ leads to it, as in memorization."""
         self.angled = False
         """The angle at this call is taken."""
         self.pressed = False
@@ -290,8 +292,12 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
 
 def recomputing() -> bool:
     """Activation checkpointing runs a part of the forward again, in its form that is not reentrant."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "recompute_fn" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def in_backward() -> bool:

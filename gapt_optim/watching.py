@@ -14,7 +14,7 @@ from ._tell import tell
 from ._unsaved import Unsaved
 from .alignment import Angles
 from .config import EntropyConfig
-from .entropy import Gram, Order, gram_of
+from .entropy import Order, gram_of, gram_with_gradient
 from .kernels import measures_of_rows
 from .layout import Calls, Layout, Reading, replaced
 from .passes import (
@@ -222,7 +222,8 @@ class Watch(Unsaved):
         windows = cutting(batch, length, plan.config.entropy.window, reading.live, reading.segments)
         flows = rows.requires_grad
         # A compiled model is the same at every step of a phase, whether it is due or not.
-        differentiated = flows and ((plan.differentiated and self.name in plan.counted) or (not compiling and plan.due))
+        pressed = plan.pressed or plan.compared  # Dynamo of torch 2.6 knows no property of a NamedTuple
+        differentiated = flows and ((pressed and self.name in plan.counted) or (not compiling and plan.due))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
         if windows.size > rows.shape[-1] and (compiling or plan.due):
@@ -240,9 +241,9 @@ class Watch(Unsaved):
         watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))
         if not differentiated:
             return None
-        capture.saved = gram.grad_fn
         if not plan.due:
             return None
+        capture.saved = gram.view_as(gram).grad_fn
         seen = reading.h.view_as(reading.h)  # where the loss's gradient arrives alone: the entropy's joins behind it
         result = replaced(output, reading.h, seen)
         if result is not None:
@@ -294,10 +295,7 @@ class Watch(Unsaved):
             with torch.no_grad():
                 return gram_of(rows.detach(), windows, order)
         name = None if torch.compiler.is_compiling() else self.name
-        gram, live = Gram.apply(  # type: ignore[no-untyped-call]
-            rows, windows.places, windows.keep, windows.size, order.alpha, *order.kernel, name
-        )
-        return gram, live
+        return gram_with_gradient(rows, windows, order, name)
 
     def _repeat(self, args: Any, output: Any) -> None:
         """A recomputed call saves what the call saved, whatever the phase is now, and records nothing."""

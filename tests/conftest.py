@@ -41,6 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             for ignored in _OF_TORCH_2_6:
                 item.add_marker(pytest.mark.filterwarnings(ignored))
+            if "compiled" in item.name and "gpt2" in item.name:
+                reason = "transformers calls torch.compiler.is_exporting, which torch 2.6 lacks"
+                item.add_marker(pytest.mark.skip(reason))
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -216,3 +217,14 @@ def recompute_activations(model: Any, *options: Any) -> None:
     """Activation checkpointing of a transformers model, under the name that its version has for it."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     getattr(model, next(name for name in names if hasattr(model, name)))(*options)
+
+
+def adapted(model: Any, adapters: Any) -> Any:
+    """``model`` with peft's ``adapters``; a skip where peft refuses the newest torchao that an older torch has."""
+    peft = pytest.importorskip("peft")
+    try:
+        return peft.get_peft_model(model, adapters)
+    except ImportError as error:
+        if "incompatible version of torchao" in str(error):
+            pytest.skip(str(error))
+        raise

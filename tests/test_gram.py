@@ -20,7 +20,9 @@ from gapt_optim import (
     RepresentationHook,
     matrix_entropy,
 )
-from gapt_optim.entropy import Gram
+from gapt_optim.entropy import Order, gram_with_gradient
+from gapt_optim.kernels import LINEAR
+from gapt_optim.windows import Windows
 from tests.loops import assert_same
 from tests.memory import Live
 from tests.models import CASES, COMPILED, MLP, Block, Case, TiedLM, gpt2, masked_tokens, recompute_activations
@@ -263,7 +265,7 @@ def test_frozen_lower_layers_are_read_and_the_rest_is_pressed() -> None:
 @pytest.mark.parametrize("infinity", [math.inf, -math.inf, math.nan])
 def test_an_entropy_gradient_that_is_not_finite_is_left_out(infinity: float) -> None:
     h = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]], requires_grad=True)
-    gram, _ = Gram.apply(h, None, None, 2, 2.0, False, False, "layer")
+    gram, _ = gram_with_gradient(h, Windows(2), Order(2.0, LINEAR), "layer")
     (found,) = torch.autograd.grad(gram, h, torch.tensor([[[infinity, 0.0], [0.0, 0.5]]]))
     assert found.tolist() == [[[0.0, 0.0], [3.0, 4.0]]]
 
@@ -817,7 +819,7 @@ def test_compiled_with_changing_lengths(counters: Any) -> None:
             each.step()
             each.zero_grad()
         counts.append(compilations(counters))
-    if not torch.__version__.startswith("2.6."):  # which compiles anew for more of the lengths
+    if not torch.__version__.startswith(("2.6.", "2.15.")):  # which compile anew for more of the lengths
         assert counts == [
             1,
             2,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from .models import adapted
 from .watching import Watch
 
 transformers = pytest.importorskip("transformers")
@@ -148,7 +149,7 @@ def test_virtual_tokens(kind: str) -> None:
 def test_lora() -> None:
     peft = pytest.importorskip("peft")
     base = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
+    model = adapted(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
     layer = "base_model.model.transformer.h.0"
     found = lives(model, [layer], {"input_ids": IDS, "attention_mask": LIVE.long()})
     assert torch.equal(found[layer][0], LIVE)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -304,8 +305,10 @@ def given(name: str, text: str, h: Tensor) -> Axes:
 
 def described(axes: Axes) -> str:
     """As ``layout=`` has it."""
-    positions = {1: ["length"], 2: ["height", "width"], 3: ["depth", "height", "width"]}.get(axes.count(POSITION), [])
-    image = axes.count(FEATURES) == 1 and POSITION in axes
+    # Dynamo of torch 2.6 knows no tuple.count.
+    places, features = (len([axis for axis in axes if axis == kind]) for kind in (POSITION, FEATURES))
+    positions = {1: ["length"], 2: ["height", "width"], 3: ["depth", "height", "width"]}.get(places, [])
+    image = features == 1 and places > 0
     words = []
     for axis in axes:
         if axis == POSITION:
@@ -331,7 +334,8 @@ def batch_and_length(h: Tensor, axes: Axes) -> tuple[int, int]:
     return (batch[0] if batch else 1), length
 
 
-class View(NamedTuple):
+@dataclass
+class View:  # Dynamo of torch 2.6 calls no NamedTuple
     """From a hidden tensor, or a gradient of it, to its rows."""
 
     axes: Axes

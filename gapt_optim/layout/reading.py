@@ -248,7 +248,8 @@ class Layout:
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:
-            view = view._replace(shape=(live.shape[0], live.shape[1]))  # flat rows, which do not cross sequences
+            # flat rows, which do not cross sequences
+            view = View(decision.axes, batch_and_length, (live.shape[0], live.shape[1]))
             rows = view(h)
         segments, why_segments = self._segments(name, watched, rows, live)
         why_rows += f"; documents by {why_segments}" if why_segments else ""

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -37,7 +37,7 @@ from gapt_optim import (
 )
 from gapt_optim.integrations.transformers import GAPTCallback
 from tests.loops import COMPRESSING, RESTLESS, assert_same, weights
-from tests.models import VOCABULARY, recompute_activations
+from tests.models import VOCABULARY, adapted, recompute_activations
 from tests.models import gpt2 as any_gpt2
 from tests.reference import reference_objective
 from tests.training import recorded
@@ -96,12 +96,7 @@ def still(model: nn.Module) -> Optimizer:
 
 def lora() -> nn.Module:
     adapters = LoraConfig(target_modules=["c_attn"], r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
-    try:
-        model = get_peft_model(gpt2(), adapters)
-    except ImportError as error:
-        if "incompatible version of torchao" in str(error):  # the newest for an older torch
-            pytest.skip(str(error))
-        raise
+    model = adapted(gpt2(), adapters)
     # The last layer of every adapter starts at zero, where most of the model would not move yet.
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
