@@ -183,7 +183,6 @@ def _readings(first: Profile) -> list[_Reading]:
     features = sorted({layer.features for layer in first.layers})
     most = [(f"{d} features", float(d)) for d in features[-1:]]
     chance = [("independent tokens", 120.0), ("random walk", 90.0)]
-    views = "Of what tells samples apart, relative to what tells their views apart."
     rankme = partial(_field, "rankme", "rankme_without_first")
     return [
         *readings,
@@ -192,7 +191,6 @@ def _readings(first: Profile) -> list[_Reading]:
          partial(_field, "curvature", "curvature_without_first")),
         ("Share of the first token", "share of squared norm", "Of each sequence.", [],
          partial(_field, "first_token_share", None)),
-        ("LiDAR", "effective rank", views, most, partial(_field, "lidar", None)),
     ]  # fmt: skip
 
 

@@ -29,7 +29,6 @@ def profile(
     batch_size: int = 8,
     tokens: int = 100_000,
     rankme_rows: int | Literal["auto"] = "auto",
-    views: int = 1,
     revision: str | None = None,
     device: str | None = None,
     device_map: str | None = None,
@@ -56,7 +55,6 @@ def profile(
         batch_size: Sequences per batch.
         tokens: Tokens of the text to read.
         rankme_rows: Rows for RankMe; auto = 20 a feature.
-        views: Views per item, for LiDAR.
         revision: Of the hub; several, as step1000,step2000, give a heat map.
         device: Where to run, such as cuda.
         device_map: Of transformers, such as auto.
@@ -88,7 +86,7 @@ def profile(
         for title, each in models.items():
             try:
                 found[title] = profile_layers(
-                    each, batches, layers or None, orders=orders, windows=sizes, preset=preset, views=views,
+                    each, batches, layers or None, orders=orders, windows=sizes, preset=preset,
                     rankme_rows=rankme_rows, against=other,
                     tokenizer=tokenizer, device=on, dtype=weights if is_python(spec) else None,
                     progress=sys.stderr.isatty(), name=title, data=data if is_python(data) else Path(data).name,

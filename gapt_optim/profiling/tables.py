@@ -109,7 +109,6 @@ def figures(one: Profile) -> list[Figure]:
         Figure("curvature", "degrees", lambda layer: layer.curvature),
         *others,
         Figure("sequence RankMe", "effective rank", lambda layer: level_of(layer, None, "rankme")),
-        Figure("LiDAR", "effective rank", lambda layer: layer.lidar),
     ]
 
 
@@ -142,7 +141,7 @@ def _row(layer: LayerProfile) -> dict[str, object]:
         row |= {f"{said}, rows": level.rows, f"{said}, S": level.nats, f"{said}, S normalized": level.normalized}
         row[f"{said}, RankMe"] = level.rankme
     names = ("first_token_share", "curvature", "curvature_without_first", "rankme", "rankme_without_first")
-    return row | {name: getattr(layer, name) for name in (*names, "rankme_rows", "lidar")}
+    return row | {name: getattr(layer, name) for name in (*names, "rankme_rows")}
 
 
 def summary_line(one: Profile) -> str:
