@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .profiling.command import compare, explain, profile
+from .profiling.command import check_outputs, compare, explain, profile
 
 
 def report(
@@ -27,9 +27,7 @@ def report(
         baseline: The run that the others are compared with (plain, or the first).
         title: Heading of the page.
     """
-    # The suffix is checked first: a run or a script of the user's would be overwritten.
-    if out.suffix not in (".html", ".png", ".pdf", ".svg"):
-        raise ValueError(f"--out {out} must end in .html, .png, .pdf or .svg")
+    check_outputs([out], (".html", ".png", ".pdf", ".svg"))
     from .reporting import draw_runs, find_runs, write_report
 
     found = find_runs(runs)

@@ -1,7 +1,9 @@
 """One self-contained HTML page of plotly charts and tables. It opens without a network.
 
-A trace says in its ``meta`` what it belongs to: a ``run`` (a checkbox hides it), a ``view`` (a select beside the chart
-chooses it), the ``phases`` of a run (a select chooses whose are shaded).
+A chart is made of plotly's traces, which :mod:`gapt_optim._display.pictures` draws too. A trace says in its ``meta``
+what it belongs to: a ``run`` (a checkbox hides it), a ``view`` (a select beside the chart chooses it), the ``phases``
+of a run (a select chooses whose are shaded). With ``faint`` it is on the page alone, and ``end`` is what the legend of
+a picture says of it.
 """
 
 from __future__ import annotations
@@ -44,6 +46,12 @@ class Chart:
     run: int | None = None
     """The chart is of this run alone."""
 
+    def shows(self, trace: Trace, phases: int | None = None) -> bool:
+        """Whether a trace is there at first: that of the first view, and of the run whose phases are shaded."""
+        meta = trace.get("meta") or {}
+        other_view = bool(self.views) and meta.get("view", self.views[0][0]) != self.views[0][0]
+        return not other_view and meta.get("phases", phases) == phases
+
 
 @dataclass
 class Page:
@@ -51,7 +59,7 @@ class Page:
 
     title: str
     subtitle: str
-    runs: Sequence[tuple[str, str]]
+    runs: Sequence[tuple[str, str]] = ()
     """(name, colour) of what can be hidden."""
     phases: int | None = None
     """The run whose phases are shaded at first; None where nothing is shaded."""
@@ -59,7 +67,9 @@ class Page:
     """(heading, HTML, charts)"""
 
     def add(self, heading: str, content: str, charts: Iterable[Chart] = ()) -> None:
-        self.sections.append((heading, content, list(charts)))
+        """A section, where there is anything in it."""
+        if content or (charts := list(charts)):
+            self.sections.append((heading, content, list(charts)))
 
     def html(self) -> str:
         """Raises ImportError where plotly, which brings the drawing code, is not installed."""
@@ -109,7 +119,7 @@ class Page:
         import plotly.io
 
         for trace in chart.traces:
-            trace["visible"] = self._shown(chart, trace.get("meta") or {})
+            trace["visible"] = chart.shows(trace, self.phases)
         drawn = plotly.io.to_html(
             go.Figure({"data": chart.traces, "layout": chart.layout}),
             config=_CONFIG, include_plotlyjs=False, full_html=False, div_id=name, default_height="100%",
@@ -126,11 +136,6 @@ class Page:
             f'<div class="{kinds}" role="img" tabindex="0" aria-label="{html.escape(chart.alternative)}">{drawn}</div>'
             f"</figure>{_FIRST if name == 'chart0' else ''}"
         )
-
-    def _shown(self, chart: Chart, meta: dict[str, Any]) -> bool:
-        """What the selects show at first."""
-        other_view = bool(chart.views) and meta.get("view", chart.views[0][0]) != chart.views[0][0]
-        return not other_view and meta.get("phases", self.phases) == self.phases
 
 
 def label(text: object) -> str:

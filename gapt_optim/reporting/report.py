@@ -11,7 +11,7 @@ import numpy as np
 from pandas import DataFrame, Series
 
 from .._display.page import Page, bullets
-from .._display.pictures import color_of
+from .._display.pictures import color_of, draw_charts
 from .._display.tables import MISSING, html_table, number, with_minus
 from .charts import RunCharts
 from .doctor import diagnose, judged_by, verdict
@@ -48,6 +48,46 @@ def write_report(
         ImportError: plotly is not installed.
     """
     return report_page(runs, baseline=baseline, title=title).write(path)
+
+
+def draw_runs(
+    runs: Mapping[str, Run], path: str | os.PathLike[str], *, main: str | None = None, title: str = ""
+) -> Path:
+    """Loss, entropy, the angle between the gradients and the entropy by layer, each where a run has it.
+
+    >>> steps = [
+    ...     {"step": i, "phase": "compression" if i > 5 else "memorization", "loss": 3 - i / 10, "entropy": 1.5,
+    ...      "layer_entropy": {"h.0": 1.6, "h.1": 1.4}, "alignment": {"cosine": 0.1 * (-1) ** i}}
+    ...     for i in range(1, 11)
+    ... ]
+    >>> from gapt_optim.reporting import Run
+    >>> draw_runs({"gapt": Run.of(steps)}, "run.png").name
+    'run.png'
+
+    Args:
+        runs: by name.
+        path: of the picture; its suffix says in which format (``.png``, ``.pdf``, ``.svg``).
+        main: the run whose phases are shaded and whose layers are shown; by default the last that compressed.
+        title: of the picture.
+
+    Raises:
+        ValueError: ``runs`` is empty, or ``main`` is none of them.
+        ImportError: matplotlib is not installed.
+    """
+    if not runs:
+        raise ValueError("runs is empty; pass at least one run, for example {'gapt': read_run(folder)}")
+    main = main or of_interest(runs) or list(runs)[-1]
+    if main not in runs:
+        raise ValueError(f"main={main!r} is none of the runs {list(runs)}")
+    place = list(runs).index(main)
+    seeds = {name: [run] for name, run in runs.items()}
+    charts = RunCharts(seeds, [color_of(name, i) for i, name in enumerate(runs)], "plain")
+    shown = [*charts.over_steps(("loss", "entropy")), *charts.alignment()[:1]]
+    shown += [chart for chart in charts.layer_maps() if chart.run == place]
+    share = share_in_compression(runs[main].steps)
+    shaded = f"shaded: compression of {main}, {share:.0%} of its steps" if share > 0 else "no step in compression"
+    heading = f"{title or ', '.join(runs)} ({shaded})"
+    return draw_charts(shown or [charts.chart("loss")], path, title=heading, phases=place)
 
 
 def report_page(runs: Runs, *, baseline: str | None = None, title: str = "Training with phases") -> Page:

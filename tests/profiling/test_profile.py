@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gapt_optim import EntropyConfig, RepresentationHook
 from gapt_optim.layout import Reading
 from gapt_optim.profiling import LayerProfile, Profile, profile
-from gapt_optim.profiling.charts import entropy_panels, other_panels
+from gapt_optim.profiling.charts import ProfileCharts
 from gapt_optim.profiling.statistics import LayerSums, What
 from gapt_optim.profiling.tables import profile_table
 from gapt_optim.profiling.window_values import values_of_gram, values_of_order_2
@@ -379,7 +379,8 @@ def test_outputs_of_every_size_are_taken(tmp_path: Path) -> None:
         found = profile(nn.Sequential(nn.Identity()), batches, "0", name="<b>", data="a", layout=axes)
         assert Profile.load(found.save(tmp_path / "p.json")) == found
         assert len(profile_table(found))
-        assert [len(panel.layers) for panel in (*entropy_panels({"a": found}), *other_panels({"a": found}))]
+        charts = ProfileCharts({"a": found})
+        assert [chart.traces for chart in (*charts.entropies(), *charts.others())]
         assert all(value.nats is None or value.nats >= 0 for value in found.layers[0].entropies)
 
 
