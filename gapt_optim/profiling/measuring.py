@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -31,7 +32,7 @@ from .results import (
 )
 from .sequences import SimilaritySums
 from .statistics import LayerSums, RankMeRows, What, exp_entropy
-from .window_values import Kind, all_kinds
+from .window_values import Kind, all_kinds, clamped_entropy
 
 MOST_DEPTHS = 64
 """Calls of one module in a pass that are layers of their own."""
@@ -287,7 +288,7 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
             if not part or not (first or sums.tokens) or (what.centered_first and not first):
                 continue
             for kind, (nats, error), (share, _) in zip(what.kinds, part[:k], part[k : 2 * k], strict=True):
-                entropies.append(EntropyValue(*kind, window, first, nats, share, error))
+                entropies.append(EntropyValue(*kind[:3], window, first, nats, share, error))
             if not what.centered_first:  # of rows that are not as the layer gave them
                 shapes.append(Shape(window, first, part[2 * k][0], part[2 * k + 1][0]))
     (curvature, _), (straightened, _) = sums.curvature.means() or [(None, None)] * 2
@@ -319,11 +320,14 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
 def level_of(pooling: str, rows: Tensor, kind: Kind) -> SequenceLevel:
     """How many directions one row for each sequence, (sequences, d), uses."""
     rows = rows.double()
+    rankme = exp_entropy(torch.linalg.svdvals(rows)) if len(rows) else None
+    if kind.clamped:
+        nats, most = clamped_entropy(rows), min(rows.shape)
+        return SequenceLevel(pooling, len(rows), nats, nats / math.log(most) if most > 1 else 0.0, rankme)
     if kind.center == "first" and len(rows):
         rows = rows - rows.mean(0)
     options: dict[str, Any] = {"alpha": kind.alpha, "kernel": kind.kernel, "center": kind.center is True}
     nats, normalized = (float(matrix_entropy(rows, normalize=normalize, **options)) for normalize in (False, True))
-    rankme = exp_entropy(torch.linalg.svdvals(rows)) if len(rows) else None
     return SequenceLevel(pooling, len(rows), nats, normalized, rankme)
 
 

@@ -33,7 +33,7 @@ from ..windows import cut, windows_of
 from .batches import MOST_PROMPTS
 from .sequences import PooledRows
 from .where import Where, places
-from .window_values import Kind, all_kinds, by_products, values_of_windows
+from .window_values import Kind, all_kinds, by_products, unit, values_of_windows
 
 MeanAndError = tuple[float | None, float | None]
 RankMeRows = int | Literal["auto"] | None
@@ -163,6 +163,8 @@ class LayerSums:
         self.where.add_channels(squares.sum((0, 1)))
         self.ranks.add(rows, live, first)
         self.sequences += batch
+        if any(kind.clamped for kind in self.what.kinds):
+            rows = unit(centred(rows, live))
         self.pooled.add(rows, live, reading.axes)
 
     def _add_windows(
@@ -178,8 +180,7 @@ class LayerSums:
         if not all(by_products(order) for order in self.what.orders):
             z = z.double()
         if self.what.centered_first:
-            mean = z.sum(-2, keepdim=True) / live.sum(-1).clamp(min=1)[:, None, None]
-            z = (z - mean) * live.unsqueeze(-1)
+            z = centred(z, live)
         found = values_of_windows(z, live, first, self.what.kinds, rows.dtype)
         # Half of the windows are without their first tokens: columns of their own.
         values, weights = (each.reshape(len(each), 2, len(z)).transpose(0, 1).flatten(0, 1) for each in found)
@@ -272,6 +273,12 @@ def exp_entropy(weights: Tensor) -> float | None:
     if not total > 0 or not math.isfinite(total):
         return None
     return float(torch.special.entr(weights / total).sum().exp())
+
+
+def centred(rows: Tensor, live: Tensor) -> Tensor:
+    """Rows (..., n, d) less the mean of those that count, 0 where they do not."""
+    mean = rows.sum(-2, keepdim=True) / live.sum(-1).clamp(min=1)[..., None, None]
+    return (rows - mean) * live.unsqueeze(-1)
 
 
 def starts(every: Tensor, segments: Tensor | None) -> Tensor:

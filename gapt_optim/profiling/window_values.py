@@ -33,6 +33,13 @@ class Kind(NamedTuple):
     center: Center
     """"first": the mean is taken off before rows are scaled to unit length, and not again."""
     alpha: float
+    clamped: bool = False
+    """Negative products are taken for 0: :func:`clamped_entropy`."""
+
+    @property
+    def lost(self) -> int:
+        """Directions that centring takes away, for the largest entropy there can be."""
+        return int(bool(self.center) and not self.clamped)
 
     @property
     def order(self) -> Order:
@@ -70,7 +77,7 @@ def values_of_windows(
     windows, n, features = z.shape
     if all(kind.alpha == 2 for kind in kinds) and (n > features or windows <= n):
         return values_of_order_2(z, live, first, kinds)
-    if n > features:
+    if n > features or any(kind.clamped for kind in kinds):
         found = [values_of_rows(z, keep, kinds, dtype) for keep in (live, live & ~first)]
         return WindowValues(*(torch.cat(pair, 1) for pair in zip(*found, strict=True)))
     gram, at = z @ z.mT, first.any(-1)  # only a window that has a first token changes without it
@@ -101,6 +108,10 @@ def values_of_rows(z: Tensor, live: Tensor, kinds: tuple[Kind, ...], dtype: torc
     z = z * live.unsqueeze(-1)
     entropies = []
     for kind in kinds:
+        if kind.clamped:
+            of_each = [clamped_entropy(unit(rows[keep])) for rows, keep in zip(z, live, strict=True)]
+            entropies.append(z.new_tensor(of_each))
+            continue
         gram, rows = gram_of(z, Windows(z.shape[1], None, live), kind.order)
         entropies.append(entropy_of_gram(gram, rows, kind.order, z.shape[1:], dtype, with_factor=False)[0])
     norms, resultant = z.square().sum(-1), z.sum(-2).square().sum(-1)
@@ -190,7 +201,7 @@ def _gathered(
     nonzero = (norms > least(norms)).sum(-1)
     # Under all but the plain kernel, a row of zeros does not count.
     counts = torch.stack([live.sum(-1) if kind.order.kernel.plain else nonzero for kind in kinds])
-    lost = torch.tensor([int(bool(kind.center)) for kind in kinds], device=nats.device).unsqueeze(-1)
+    lost = torch.tensor([kind.lost for kind in kinds], device=nats.device).unsqueeze(-1)
     limits = (counts - lost).clamp(min=1, max=features).to(norms.dtype).log()
     last, there = nonzero.clamp(min=1), nonzero > 0
     ordered = norms.sort(-1, descending=True).values
@@ -202,6 +213,20 @@ def _gathered(
     return WindowValues(
         torch.cat([nats, normalized, torch.stack([ratio, share])]), torch.cat([weights, weights, both]).to(nats.dtype)
     )
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (..., n, d) of length 1, or of zeros."""
+    return torch.nn.functional.normalize(rows, dim=-1, eps=least(rows))
+
+
+def clamped_entropy(rows: Tensor) -> float:
+    """The von Neumann entropy of the products of rows (n, d), or of features where these are fewer, the negative ones
+    taken for 0, and so their negative eigenvalues."""
+    n, d = rows.shape
+    products = (rows.mT @ rows if n > d else rows @ rows.mT).double().clamp(min=0)
+    p = torch.linalg.eigvalsh(products).clamp(min=0)
+    return float(torch.special.entr(p / p.sum()).sum()) if p.any() else 0.0
 
 
 def by_products(order: float) -> bool:
