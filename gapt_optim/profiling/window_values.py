@@ -129,52 +129,48 @@ def values_of_order_2(z: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind,
     rest = (alive & ~first).to(z.dtype)
     count = rest.sum(-1)
     share, rows = count / (count + 1), count.clamp(min=1)
-    noise = 16 * torch.finfo(z.dtype).eps
-    entropies: dict[tuple[bool, bool], Tensor] = {}
-    """(2 windows,) by cosine and centred; with the first rows, and without."""
-    resultants = []
-    for cosine in (False, True):
-        # Scaled first, so that squares of entries stay in range.
-        sizes = squares if cosine else total.unsqueeze(-1)
-        scale = torch.where(sizes > least(z), sizes, math.inf).rsqrt().expand_as(squares)
-        y = z * (scale * rest).unsqueeze(-1)
-        mean = y.sum(-2) / rows.unsqueeze(-1)
-        y.addcmul_(rest.unsqueeze(-1), mean.unsqueeze(-2), value=-1)
-        products = symmetric_products(y.mT if n > features else y)
-        head = z[window, at] * (scale[window, at] * there).unsqueeze(-1)
-        vectors = torch.stack([mean, (head - mean) * there.unsqueeze(-1), head], -1)
-        m, a, h = vectors.square().sum(-2).unbind(-1)
-        of_mean, of_apart, of_head = (y @ vectors).square().sum(-2).unbind(-1)
-        norm = torch.linalg.vector_norm(products, dim=(-2, -1)).square()
-        left = products.diagonal(dim1=-2, dim2=-1).sum(-1)
-        trace = left + rows * m
-        around = norm + 2 * share * of_apart + (share * a).square()
-        entropies[cosine, True] = torch.cat(
-            [_entropy(around, left + share * a, noise * (trace + h)), _entropy(norm, left, noise * trace)]
-        )
-        plain = norm + 2 * rows * of_mean + (rows * m).square()
-        whole = plain + 2 * of_head + 2 * rows * (mean * head).sum(-1).square() + h.square()
-        entropies[cosine, False] = torch.cat([_entropy(whole, trace + h), _entropy(plain, trace)])
-        if not cosine:
-            sums = rows.unsqueeze(-1) * mean
-            resultants = [each.square().sum(-1) * total for each in (sums + head, sums)]
-    nats = torch.stack([entropies[kind.kernel == "cosine", kind.center is True] for kind in kinds])
+    # Of both kernels from here on, (2, windows, ...). Scaled first, so that squares of entries stay in range.
+    sizes = torch.stack([total.unsqueeze(-1).expand_as(squares), squares])
+    scale = torch.where(sizes > least(z), sizes, math.inf).rsqrt()
+    y = z * (scale * rest).unsqueeze(-1)
+    mean = y.sum(-2) / rows.unsqueeze(-1)
+    y.addcmul_(rest.unsqueeze(-1), mean.unsqueeze(-2), value=-1)
+    products = symmetric_products(y.mT if n > features else y)
+    head = z[window, at] * (scale[:, window, at] * there).unsqueeze(-1)
+    vectors = torch.stack([mean, (head - mean) * there.unsqueeze(-1), head], -1)
+    m, a, h = vectors.square().sum(-2).unbind(-1)
+    through = (vectors * (products @ vectors)).sum(-2).clamp(min=0) if n > features else (y @ vectors).square().sum(-2)
+    of_mean, of_apart, of_head = through.unbind(-1)
+    norm = torch.linalg.vector_norm(products, dim=(-2, -1)).square()
+    left = products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    trace, noise = left + rows * m, 16 * torch.finfo(z.dtype).eps
+    around = norm + 2 * share * of_apart + (share * a).square()
+    plain = norm + 2 * rows * of_mean + (rows * m).square()
+    whole = plain + 2 * of_head + 2 * rows * (mean * head).sum(-1).square() + h.square()
+    # (2 kernels, 2 windows): with the first rows, and without.
+    centred = torch.cat(
+        [_entropy(around, left + share * a, noise * (trace + h)), _entropy(norm, left, noise * trace)], 1
+    )
+    uncentred = torch.cat([_entropy(whole, trace + h), _entropy(plain, trace)], 1)
+    nats = [(centred if kind.center is True else uncentred)[int(kind.kernel == "cosine")] for kind in kinds]
+    sums = rows.unsqueeze(-1) * mean[0]
+    resultant = torch.cat([each.square().sum(-1) * total for each in (sums + head[0], sums)])
     keep = torch.cat([live, live & ~first])
-    return _gathered(nats, kinds, squares.repeat(2, 1) * keep, keep, torch.cat(resultants), features)
+    return _gathered(torch.stack(nats), kinds, squares.repeat(2, 1) * keep, keep, resultant, features)
 
 
 def symmetric_products(rows: Tensor) -> Tensor:
-    """``rows @ rows.mT`` of (windows, n, d), in four strips below the diagonal: 10 of 16 parts of the work."""
-    windows, n, _ = rows.shape
+    """``rows @ rows.mT`` of (..., n, d), in four strips below the diagonal: 10 of 16 parts of the work."""
+    n = rows.shape[-2]
     if n < 64:  # too small for strips to pay
         return rows @ rows.mT
-    products = rows.new_empty(windows, n, n)
+    products = rows.new_empty(*rows.shape[:-1], n)
     strip = -(-n // 4)
     for start in range(0, n, strip):
         end = min(n, start + strip)
-        part = rows[:, start:end] @ rows[:, :end].mT
-        products[:, start:end, :end] = part
-        products[:, :start, start:end] = part[:, :, :start].mT
+        part = rows[..., start:end, :] @ rows[..., :end, :].mT
+        products[..., start:end, :end] = part
+        products[..., :start, start:end] = part[..., :start].mT
     return products
 
 
