@@ -138,6 +138,20 @@ class Page:
         )
 
 
+def line_trace(x: Any, y: Any, name: str, color: str, *, width: float = 2, dash: str = "solid", **more: Any) -> Trace:
+    """A line of plotly's, whose values show on hover; ``more`` of it replaces what is so."""
+    trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "y": y,
+        "name": label(name),
+        "line": {"color": color, "width": width, "dash": dash},
+        "hovertemplate": "%{y:.4g}<extra>" + label(name) + "</extra>",
+    }
+    return trace | more
+
+
 def label(text: object) -> str:
     """A text for plotly, which reads some HTML tags in labels; long ones are cut."""
     text = shortened(text)

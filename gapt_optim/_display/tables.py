@@ -60,8 +60,7 @@ def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    prefix = common_prefix([str(name) for name in frame.index])
-    names = [str(name).removeprefix(prefix) for name in frame.index]
+    prefix, names = common_prefix([str(name) for name in frame.index]), short_names(frame.index)
     corner = f"{prefix}*" if prefix else ""
     first = min(max(map(len, [corner, *names])), _LONGEST_NAME)
     cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
@@ -126,6 +125,12 @@ def common_prefix(names: Sequence[str]) -> str:
             break
         shared.append(f"{here[0]}.")
     return "".join(shared)
+
+
+def short_names(names: Sequence[object]) -> list[str]:
+    """Dotted names without what all of them begin with."""
+    texts = [str(name) for name in names]
+    return [text.removeprefix(common_prefix(texts)) for text in texts]
 
 
 def shared_start(names: Sequence[str]) -> str:

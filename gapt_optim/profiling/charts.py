@@ -9,9 +9,9 @@ from typing import Any
 
 from pandas import DataFrame
 
-from .._display.page import Chart, Trace, base_layout, label
+from .._display.page import Chart, Trace, base_layout, label, line_trace
 from .._display.pictures import OTHER_COLORS
-from .._display.tables import number, shared_start
+from .._display.tables import number, shared_start, short_names
 from .comparison import Comparison
 from .results import Profile
 from .tables import (
@@ -145,17 +145,12 @@ class ProfileCharts:
         traces = [_trace(line) for line in lines]
         dashed = any(line.dashed for line in lines)
         if dashed:
-            grey = {"color": GREY, "width": 2, "dash": "dash"}
-            traces.append({"type": "scatter", "mode": "lines", "x": [0], "y": [None], "name": DASHED, "line": grey})
+            traces.append(line_trace([0], [None], DASHED, GREY, dash="dash"))
         low, high = _bounds([value for line in lines for value in line.values if math.isfinite(value)], limits)
         across = [-0.3, len(names) - 0.7]
         for name, limit in limits if lines else ():
             if low <= limit <= high:
-                dotted = {"color": GREY, "width": 1.2, "dash": "dot"}
-                traces.append(
-                    {"type": "scatter", "mode": "lines", "x": across, "y": [limit, limit], "name": label(name),
-                     "line": dotted, "hoverinfo": "skip"}
-                )  # fmt: skip
+                traces.append(line_trace(across, [limit, limit], name, GREY, width=1.2, dash="dot", hoverinfo="skip"))
         layout = base_layout(
             showlegend=len(traces) > 1,
             legend={"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}},
@@ -211,30 +206,14 @@ def over_profiles(found: Comparison) -> Chart:
     return _heat("Layers over profiles", "", "A column for each profile.", frames, axis)
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """The ends of modules' names that tell them from their neighbours."""
-    found = []
-    for name in names:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.split(" ")[0].isdigit()]
-        found.append(".".join(parts[numbers[0] :]) if numbers else name)
-    return found
-
-
 def _trace(line: Line) -> Trace:
     meta = {"run": line.run, "view": line.view}
-    trace: Trace = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": list(range(len(line.values))),
-        "y": line.values,
-        "name": label(line.name),
-        "showlegend": not line.dashed and line.run is None,  # the page's head has the colours of several
-        "line": {"color": line.color, "width": 2, "dash": "dash" if line.dashed else "solid"},
-        "marker": {"size": 5, "color": line.color},
-        "hovertemplate": "%{y:.4g}<extra>" + label(line.name) + "</extra>",
-        "meta": {key: value for key, value in meta.items() if value is not None},
-    }
+    trace = line_trace(
+        list(range(len(line.values))), line.values, line.name, line.color, dash="dash" if line.dashed else "solid",
+        mode="lines+markers", marker={"size": 5, "color": line.color},
+        showlegend=not line.dashed and line.run is None,  # the page's head has the colours of several
+        meta={key: value for key, value in meta.items() if value is not None},
+    )  # fmt: skip
     if line.errors is not None:
         trace["error_y"] = {"type": "data", "array": line.errors, "thickness": 1, "width": 2}
     return trace

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..hook import RepresentationHook
 from ..kernels import full_precision
 from ..layout import Layers, Pick, Reading
 from .batches import MOST_PROMPTS, DataSeen, batch_of_texts, caller, device_of, moved
-from .presets import PRESETS
 from .results import (
     DEFAULT_WINDOWS,
     EntropyValue,
@@ -32,7 +32,7 @@ from .results import (
 )
 from .sequences import SimilaritySums
 from .statistics import LayerSums, RankMeRows, What, exp_entropy
-from .window_values import Kind, all_kinds, clamped_entropy
+from .window_values import PRESETS, Kind, all_kinds, clamped_entropy
 
 MOST_DEPTHS = 64
 """Calls of one module in a pass that are layers of their own."""
@@ -85,7 +85,7 @@ def profile(
             for whole sequences.
         windows: tokens per window, each at least 2; None = whole sequences. 8 is what training measures.
         preset: "layer-by-layer" or "diff-erank": one entropy, as that paper takes it, in place of ``orders`` and
-            ``windows`` (:mod:`gapt_optim.profiling.presets`).
+            ``windows`` (docs/layers.md).
         rankme_rows: RankMe is taken over the first so many rows; "auto" is 20 for each feature, at most 25,600 as in
             its paper. 0 leaves it out, None takes all. It is what costs most: a (d, d) product in float64.
         against: another model, called with the same batches, whose layers are compared with these by CKA.
@@ -253,7 +253,7 @@ class Collector:
             windows=self.what.windows,
             notes=tuple(self._notes(names, keys)),
             cka_names=tuple(self.similarity.names),
-            cka=_frozen(self.similarity.value()),
+            cka=self.similarity.value(),
             **about,
         )
 
@@ -310,7 +310,7 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
         sequence_level=tuple(
             level_of(pooling, rows, what.kinds[what.main]) for pooling, rows in sums.pooled.joined().items()
         ),
-        longest=tuple(Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0),
+        longest=tuple(_with_text(found, tokenizer) for found in sums.where.longest if found.ratio > 0),
         channels=tuple(sums.where.channels()),
         norm_by_position=tuple(sums.where.by_position()),
         by_sequence=tuple(None if value != value else value for value in sums.by_sequence[:MOST_PROMPTS]),
@@ -350,12 +350,10 @@ def _what(orders: Sequence[float], windows: Sequence[int | None], preset: str | 
     return What(all_kinds(orders), windows, rankme_rows)
 
 
-def _text(tokenizer: Any, token: int | None) -> str | None:
-    return None if tokenizer is None or token is None else str(tokenizer.decode([token]))
-
-
-def _frozen(matrix: list[list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
-    return None if matrix is None else tuple(tuple(row) for row in matrix)
+def _with_text(found: Token, tokenizer: Any) -> Token:
+    if tokenizer is None or found.token is None:
+        return found
+    return replace(found, text=str(tokenizer.decode([found.token])))
 
 
 def _counted(batches: Iterable[Any], progress: bool) -> Iterator[Any]:

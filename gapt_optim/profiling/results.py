@@ -73,9 +73,12 @@ class Token:
     ratio: float
     """Its norm over the median norm of its sequence."""
     sequence: int
+    """Which one of the data, from 0."""
     position: int
+    """In its sequence, padding included, from 0."""
     token: int | None
-    text: str | None
+    """Its id, where the batch has ids of this shape."""
+    text: str | None = None
 
 
 @dataclass(frozen=True)

@@ -98,15 +98,14 @@ class SimilaritySums:
         stacked = torch.stack([column.to(device) for column in columns]).double()
         self.hsic = _plus(self.hsic, stacked @ stacked.mT)
 
-    def value(self) -> list[list[float]] | None:
+    def value(self) -> tuple[tuple[float, ...], ...] | None:
         """(layers, layers), 1 on the diagonal; None where there are too few rows for it."""
         if self.hsic is None:
             return None
         own = self.hsic.diagonal()
         if not bool((own > 0).all()):
             return None
-        matrix: list[list[float]] = (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()
-        return matrix
+        return tuple(map(tuple, (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()))
 
 
 def _vector(rows: Tensor, keep: Tensor) -> Tensor:

@@ -53,6 +53,15 @@ def all_kinds(orders: tuple[float, ...]) -> tuple[Kind, ...]:
     return tuple(Kind(*kind) for kind in product(kernels, (False, True), orders))
 
 
+PRESETS = {
+    "layer-by-layer": Kind("cosine", "first", 1.0, clamped=True),
+    "diff-erank": Kind("cosine", "first", 1.0),
+}
+"""The entropies of two papers, over whole sequences: Skean et al., "Layer by layer: uncovering hidden representations
+in language models", 2025, as its code has it, and Wei et al., "Diff-eRank: a novel rank-based metric for evaluating
+large language models", 2024."""
+
+
 class WindowValues(NamedTuple):
     """What some windows show: of k kinds, k entropies in nats, these over their limits, norm ratio and mean share."""
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
-from .._display.page import Chart, Trace, base_layout, label, shortened
-from .._display.tables import common_prefix, number, with_minus
+from .._display.page import Chart, Trace, base_layout, label, line_trace, shortened
+from .._display.tables import common_prefix, number, short_names, with_minus
 from .records import MEASURES
 from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
 
@@ -142,16 +142,10 @@ class RunCharts:
     def _line(self, place: int, name: str, values: Series) -> Trace:
         wide = list(self.runs)[place] == self.baseline and len(self.runs) > 1
         color = self.colors[place]
-        return {
-            "type": "scatter",
-            "mode": "lines",
-            "x": values.index.to_numpy(),
-            "y": values.to_numpy(dtype=np.float32),
-            "name": label(name),
-            "line": {"color": clear(color, 0.5) if wide else color, "width": 5 if wide else 2},
-            "hovertemplate": "%{y:.4g}<extra>" + label(name) + "</extra>",
-            "meta": {"run": place},
-        }
+        return line_trace(
+            values.index.to_numpy(), values.to_numpy(dtype=np.float32), name, clear(color, 0.5) if wide else color,
+            width=5 if wide else 2, meta={"run": place},
+        )  # fmt: skip
 
     def _layout(self, unit: str) -> dict[str, Any]:
         return base_layout(
@@ -309,12 +303,6 @@ def clear(color: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
-def short_names(layers: DataFrame) -> list[str]:
-    """The layers' names without what all of them begin with."""
-    names = [str(name) for name in layers.columns]
-    return [name.removeprefix(common_prefix(names)) for name in names]
-
-
 def _of_layers(run: Run) -> str:
     prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values())).columns]))
     return f"A row per layer {prefix}*." if prefix else "A row per layer."
@@ -330,7 +318,7 @@ def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[
     return {
         "type": "heatmap",
         "x": shown.index.to_numpy(),
-        "y": [label(name) for name in short_names(shown)],
+        "y": [label(name) for name in short_names(shown.columns)],
         "z": shown.to_numpy(dtype=np.float32).T,
         "zmin": low,
         "zmax": high if high > low else low + 1,

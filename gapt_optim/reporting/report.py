@@ -15,7 +15,7 @@ from .._display.pictures import color_of, draw_charts
 from .._display.tables import MISSING, html_table, number, with_minus
 from .charts import RunCharts
 from .doctor import diagnose, judged_by, verdict
-from .run import Run, flat, is_again, last_value, of_interest, share_in_compression, switches
+from .run import Run, each_seed, flat, is_again, last_value, of_interest, share_in_compression, switches
 
 Runs = Mapping[str, Run | Sequence[Run]]
 
@@ -173,30 +173,27 @@ def _subtitle(runs: Mapping[str, Sequence[Run]]) -> str:
 
 def _notes(runs: Mapping[str, Sequence[Run]]) -> list[str]:
     return [
-        f"<b>{html.escape(name)}</b>{f', seed {i + 1}' if len(seeds) > 1 else ''}: {html.escape(note)}"
-        for name, seeds in runs.items()
-        for i, run in enumerate(seeds)
+        f"<b>{html.escape(name)}</b>{seed}: {html.escape(note)}"
+        for name, seed, run in each_seed(runs)
         for note in (run.notes or (() if len(run.steps) else ("no step is there yet",)))
     ]
 
 
 def _first_aid(runs: Mapping[str, Sequence[Run]]) -> str:
     parts = []
-    for name, seeds in runs.items():
-        for i, run in enumerate(seeds):
-            found = diagnose(run)
-            if i and not found:
-                continue
-            items = []
-            for one in found:
-                title, what, why, change = map(
-                    html.escape, (one.finding.title, one.what, one.finding.why, one.finding.change)
-                )
-                items.append(f"<b>{title}.</b> {what} {why}<br><b>Change:</b> {change}")
-            text = bullets(items) or f"<p>{html.escape(verdict(run))}</p>"
-            basis = "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in judged_by(run))
-            of_seed = f", seed {i + 1}" if len(seeds) > 1 else ""
-            parts.append(f"<h3>{html.escape(name)}{of_seed}</h3>{basis}{text}")
+    for name, seed, run in each_seed(runs):
+        found = diagnose(run)
+        if not found and run is not runs[name][0]:
+            continue
+        items = []
+        for one in found:
+            title, what, why, change = map(
+                html.escape, (one.finding.title, one.what, one.finding.why, one.finding.change)
+            )
+            items.append(f"<b>{title}.</b> {what} {why}<br><b>Change:</b> {change}")
+        basis = "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in judged_by(run))
+        text = bullets(items) or f"<p>{html.escape(verdict(run))}</p>"
+        parts.append(f"<h3>{html.escape(name)}{seed}</h3>{basis}{text}")
     return "".join(parts)
 
 
