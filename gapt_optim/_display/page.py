@@ -14,9 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Trace = dict[str, Any]
 
@@ -149,6 +152,22 @@ def line_trace(x: Any, y: Any, name: str, color: str, *, width: float = 2, dash:
         "line": {"color": color, "width": width, "dash": dash},
         "hovertemplate": "%{y:.4g}<extra>" + label(name) + "</extra>",
     }
+    return trace | more
+
+
+def heat_trace(frame: DataFrame, unit: str, limits: tuple[float, float] | None, **more: Any) -> Trace:
+    """A heat map of plotly's, whose values show on hover; ``more`` of it replaces what is so."""
+    trace: Trace = {
+        "type": "heatmap",
+        "x": [label(name) for name in frame.columns],
+        "y": [label(name) for name in frame.index],
+        "z": frame.to_numpy(dtype="float32"),
+        "colorscale": "Viridis",
+        "colorbar": {"thickness": 10, "title": {"text": label(unit)}},
+        "hovertemplate": "%{y}<br>%{x}: %{z:.4g}<extra></extra>",
+    }
+    if limits is not None:
+        trace |= {"zmin": limits[0], "zmax": limits[1]}
     return trace | more
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 MOST_PROMPTS = 64
 """Sequences whose own beginnings and entropies are kept."""
@@ -67,11 +68,10 @@ def batch_of_texts(batch: Any, tokenizer: Any) -> Any:
 
 def padded(sequences: list[list[int]], pad: int | None) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` of sequences of ids, padded on the right."""
-    length = max(map(len, sequences))
     fill = 0 if pad is None else pad  # masked: which token stands there does not matter
-    ids = [sequence + [fill] * (length - len(sequence)) for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
 
 
 def token_ids(batch: Any) -> Tensor | None:

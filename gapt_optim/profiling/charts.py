@@ -9,7 +9,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from .._display.page import Chart, Trace, base_layout, label, line_trace
+from .._display.page import Chart, Trace, base_layout, heat_trace, label, line_trace
 from .._display.pictures import OTHER_COLORS
 from .._display.tables import number, shared_start, short_names
 from .comparison import Comparison
@@ -239,21 +239,8 @@ def _heat(
     bounds: tuple[float, float] | None = None,
 ) -> Chart:
     """A heat map with a row for each layer; of several frames, a select chooses one."""
-    traces: list[Trace] = []
-    for name, frame in frames.items():
-        trace: dict[str, Any] = {
-            "type": "heatmap",
-            "x": [label(text) for text in frame.columns],
-            "y": [label(text) for text in frame.index],
-            "z": frame.to_numpy(dtype=float).tolist(),
-            "colorscale": "Viridis",
-            "colorbar": {"thickness": 10, "title": {"text": label(unit)}},
-            "hovertemplate": "%{y}<br>%{x}: %{z:.4g}<extra></extra>",
-            "meta": {"view": name} if name else {},
-        }
-        if bounds is not None:
-            trace |= {"zmin": bounds[0], "zmax": bounds[1]}
-        traces.append(trace)
+    traces = [heat_trace(frame, unit, bounds, meta={"view": name} if name else {}) for name, frame in frames.items()]
+    frame = next(iter(frames.values()))
     x, y = list(frame.columns), short_names(list(frame.index))
     layout = base_layout(
         hovermode="closest",

@@ -96,7 +96,7 @@ class SimilaritySums:
             return
         device = columns[0].device
         stacked = torch.stack([column.to(device) for column in columns]).double()
-        self.hsic = _plus(self.hsic, stacked @ stacked.mT)
+        self.hsic = plus(self.hsic, stacked @ stacked.mT)
 
     def value(self) -> tuple[tuple[float, ...], ...] | None:
         """(layers, layers), 1 on the diagonal; None where there are too few rows for it."""
@@ -131,5 +131,5 @@ def centered_without_diagonal(gram: Tensor, keep: Tensor) -> Tensor:
     return torch.where(count >= 4, centered / (count * (count - 3)).clamp(min=1).sqrt(), 0)
 
 
-def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+def plus(total: Tensor | None, value: Tensor) -> Tensor:
     return value if total is None else total.add_(value)

@@ -31,9 +31,9 @@ from torch import Tensor
 from ..layout import Reading
 from ..windows import cut, windows_of
 from .batches import MOST_PROMPTS
-from .sequences import PooledRows
+from .sequences import PooledRows, plus
 from .where import Where, places
-from .window_values import Kind, all_kinds, by_products, unit, values_of_windows
+from .window_values import Kind, all_kinds, by_products, symmetric_products, unit, values_of_windows
 
 MeanAndError = tuple[float | None, float | None]
 RankMeRows = int | Literal["auto"] | None
@@ -213,7 +213,7 @@ class RankSums:
     def __init__(self, wanted: RankMeRows) -> None:
         self._wanted = wanted
         self.gram: Tensor | None = None
-        """Of all rows but the first tokens, its lower triangle."""
+        """Of all rows but the first tokens."""
         self.first_gram: Tensor | None = None
         """Of the first tokens, whose norms may dwarf all others'."""
         self.rows = 0
@@ -237,9 +237,9 @@ class RankSums:
             part = rows[: stop - self.rows].to(torch.float64, copy=True)
             head = heads[: stop - self.rows]
             if head.any():
-                self.first_gram = _plus_products(self.first_gram, part[head])
+                self.first_gram = plus(self.first_gram, symmetric_products(part[head].mT))
                 part = part.masked_fill_(head.unsqueeze(1), 0)
-            self.gram = _plus_products(self.gram, part)
+            self.gram = plus(self.gram, symmetric_products(part.mT))
             self.rows += len(part)
             rows, heads = rows[len(part) :], heads[len(part) :]
             if self.rows == stop:
@@ -252,7 +252,7 @@ class RankSums:
         if self.gram is None:
             return None
         gram = self.gram if not first or self.first_gram is None else self.gram + self.first_gram
-        eigenvalues = torch.linalg.eigvalsh(gram)  # of the lower triangle
+        eigenvalues = torch.linalg.eigvalsh(gram)
         tolerance = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
         sigma = torch.where(eigenvalues > tolerance * eigenvalues[-1], eigenvalues, 0).clamp(min=0).sqrt()
         return exp_entropy(sigma)
@@ -304,18 +304,6 @@ def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:
     step = max(1, limit // max(1, per_row * length))
     for start in range(0, len(rows), step):
         yield slice(start, start + step)
-
-
-def _plus_products(total: Tensor | None, rows: Tensor) -> Tensor:
-    """``rows.mT @ rows`` added to the lower triangle of ``total``: in four strips, 10 of 16 parts of the work."""
-    d = rows.shape[1]
-    if total is None:
-        total = rows.new_zeros(d, d)
-    strip = -(-d // 4)
-    for start in range(0, d, strip):
-        end = min(d, start + strip)
-        total[start:end, :end].addmm_(rows[:, start:end].mT, rows[:, :end])
-    return total
 
 
 def wide_type(values: Tensor) -> torch.dtype:

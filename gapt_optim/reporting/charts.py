@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
-from .._display.page import Chart, Trace, base_layout, label, line_trace, shortened
+from .._display.page import Chart, Trace, base_layout, heat_trace, label, line_trace, shortened
 from .._display.tables import common_prefix, number, short_names, with_minus
 from .records import MEASURES
 from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
@@ -315,18 +315,12 @@ def _dot(color: str, size: int) -> dict[str, Any]:
 def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[str, Any]) -> Trace:
     shown = blocks(values, max(60, min(500, MOST_CELLS // max(1, values.shape[1]))))
     low, high = limits
-    return {
-        "type": "heatmap",
-        "x": shown.index.to_numpy(),
-        "y": [label(name) for name in short_names(shown.columns)],
-        "z": shown.to_numpy(dtype=np.float32).T,
-        "zmin": low,
-        "zmax": high if high > low else low + 1,
-        "colorscale": "Viridis",
-        "colorbar": {"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
-        "hovertemplate": "%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
-        "meta": meta,
-    }
+    return heat_trace(
+        shown.set_axis(short_names(shown.columns), axis=1).T, "", (low, high if high > low else low + 1),
+        x=shown.index.to_numpy(), meta=meta,
+        colorbar={"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
+        hovertemplate="%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
+    )  # fmt: skip
 
 
 def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> Trace:
