@@ -128,44 +128,91 @@ def values_of_rows(z: Tensor, live: Tensor, kinds: tuple[Kind, ...], dtype: torc
 
 
 def values_of_order_2(z: Tensor, live: Tensor, first: Tensor, kinds: tuple[Kind, ...]) -> WindowValues:
-    """What large windows show, for order 2 alone, from one product for each kernel."""
-    windows, n, features = z.shape
+    """What large windows show, for order 2 alone. Each has at most one first row."""
     squares = z.square().sum(-1)
     alive = squares > least(z)
     total = squares.sum(-1)
-    window, at = torch.arange(windows, device=z.device), (alive & first).long().argmax(-1)
+    window, at = torch.arange(len(z), device=z.device), (alive & first).long().argmax(-1)
     there = (alive & first)[window, at].to(z.dtype)  # a window need not have a first row
     rest = (alive & ~first).to(z.dtype)
     count = rest.sum(-1)
-    share, rows = count / (count + 1), count.clamp(min=1)
+    share, n = count / (count + 1), count.clamp(min=1)
     # Of both kernels from here on, (2, windows, ...). Scaled first, so that squares of entries stay in range.
     sizes = torch.stack([total.unsqueeze(-1).expand_as(squares), squares])
     scale = torch.where(sizes > least(z), sizes, math.inf).rsqrt()
-    y = z * (scale * rest).unsqueeze(-1)
-    mean = y.sum(-2) / rows.unsqueeze(-1)
-    y.addcmul_(rest.unsqueeze(-1), mean.unsqueeze(-2), value=-1)
-    products = symmetric_products(y.mT if n > features else y)
-    head = z[window, at] * (scale[:, window, at] * there).unsqueeze(-1)
-    vectors = torch.stack([mean, (head - mean) * there.unsqueeze(-1), head], -1)
-    m, a, h = vectors.square().sum(-2).unbind(-1)
-    through = (vectors * (products @ vectors)).sum(-2).clamp(min=0) if n > features else (y @ vectors).square().sum(-2)
-    of_mean, of_apart, of_head = through.unbind(-1)
-    norm = torch.linalg.vector_norm(products, dim=(-2, -1)).square()
-    left = products.diagonal(dim1=-2, dim2=-1).sum(-1)
-    trace, noise = left + rows * m, 16 * torch.finfo(z.dtype).eps
-    around = norm + 2 * share * of_apart + (share * a).square()
-    plain = norm + 2 * rows * of_mean + (rows * m).square()
-    whole = plain + 2 * of_head + 2 * rows * (mean * head).sum(-1).square() + h.square()
-    # (2 kernels, 2 windows): with the first rows, and without.
-    centred = torch.cat(
-        [_entropy(around, left + share * a, noise * (trace + h)), _entropy(norm, left, noise * trace)], 1
+    of = (_scatter_of_rows if z.shape[-2] > z.shape[-1] else _scatter_of_gram)(
+        z, scale * rest, scale[:, window, at] * there, window, at, n
     )
-    uncentred = torch.cat([_entropy(whole, trace + h), _entropy(plain, trace)], 1)
-    nats = [(centred if kind.center is True else uncentred)[int(kind.kernel == "cosine")] for kind in kinds]
-    sums = rows.unsqueeze(-1) * mean[0]
-    resultant = torch.cat([each.square().sum(-1) * total for each in (sums + head[0], sums)])
+    apart = of.apart * there
+    trace, noise = of.left + n * of.mean, 16 * torch.finfo(z.dtype).eps
+    around = of.norm + 2 * share * of.through_apart * there + (share * apart).square()
+    plain = of.norm + 2 * n * of.through_mean + (n * of.mean).square()
+    whole = plain + 2 * of.through_head + 2 * n * of.mean_head.square() + of.head.square()
+    # (2 kernels, 2 windows): with the first rows, and without.
+    centred = [
+        _entropy(around, of.left + share * apart, noise * (trace + of.head)),
+        _entropy(of.norm, of.left, noise * trace),
+    ]
+    uncentred = [_entropy(whole, trace + of.head), _entropy(plain, trace)]
+    both = [torch.cat(uncentred, 1), torch.cat(centred, 1)]
+    nats = torch.stack([both[kind.center is True][int(kind.kernel == "cosine")] for kind in kinds])
+    resultant = n.square() * of.mean[0]
+    resultants = [(resultant + 2 * n * of.mean_head[0] + of.head[0]) * total, resultant * total]
     keep = torch.cat([live, live & ~first])
-    return _gathered(torch.stack(nats), kinds, squares.repeat(2, 1) * keep, keep, resultant, features)
+    return _gathered(nats, kinds, squares.repeat(2, 1) * keep, keep, torch.cat(resultants), z.shape[-1])
+
+
+class _Scatter(NamedTuple):
+    """Of the rows besides the first, each (2, windows): C and its trace, and products with m, h and a = h - m."""
+
+    norm: Tensor
+    """|C|^2"""
+    left: Tensor
+    mean: Tensor
+    """|m|^2, and so on."""
+    apart: Tensor
+    head: Tensor
+    mean_head: Tensor
+    """m'h"""
+    through_mean: Tensor
+    """|Zm|^2, and so on."""
+    through_apart: Tensor
+    through_head: Tensor
+
+
+def _scatter_of_rows(z: Tensor, weight: Tensor, of_head: Tensor, window: Tensor, at: Tensor, n: Tensor) -> _Scatter:
+    """From a product of features for each kernel, for more rows than features."""
+    y = z * weight.unsqueeze(-1)
+    mean = y.sum(-2) / n.unsqueeze(-1)
+    y.addcmul_((weight > 0).to(z.dtype).unsqueeze(-1), mean.unsqueeze(-2), value=-1)
+    products = symmetric_products(y.mT)
+    head = z[window, at] * of_head.unsqueeze(-1)
+    vectors = torch.stack([mean, head - mean, head], -1)
+    m, a, h = vectors.square().sum(-2).unbind(-1)
+    zm, za, zh = (vectors * (products @ vectors)).sum(-2).clamp(min=0).unbind(-1)
+    return _Scatter(*_size_and_trace(products), m, a, h, (mean * head).sum(-1), zm, za, zh)
+
+
+def _scatter_of_gram(z: Tensor, weight: Tensor, of_head: Tensor, window: Tensor, at: Tensor, n: Tensor) -> _Scatter:
+    """From one product of rows, for fewer of them."""
+    gram = symmetric_products(z)
+    rest = (weight > 0).to(z.dtype)
+    row, own = gram[window, at], gram[window, at, at]
+    u, h = row * weight * of_head.unsqueeze(-1), own * of_head.square()
+    means = weight * (gram @ weight.permute(1, 2, 0)).permute(2, 0, 1) / n.unsqueeze(-1)
+    m, mh = means.sum(-1) / n, u.sum(-1) / n
+    products = (gram * weight.unsqueeze(-1)).mul_(weight.unsqueeze(-2))
+    half = (means - m.unsqueeze(-1) / 2) * rest
+    left, right = torch.stack([half, rest], -1), torch.stack([rest, half], -2)
+    products.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1), alpha=-1)
+    zm, zh = (means - m.unsqueeze(-1)) * rest, (u - mh.unsqueeze(-1)) * rest
+    through = (each.square().sum(-1) for each in (zm, zh - zm, zh))
+    return _Scatter(*_size_and_trace(products), m, (h - 2 * mh + m).clamp(min=0), h, mh, *through)
+
+
+def _size_and_trace(products: Tensor) -> tuple[Tensor, Tensor]:
+    norms: Tensor = torch.linalg.vector_norm(products, dim=(-2, -1))
+    return norms.square(), products.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def symmetric_products(rows: Tensor) -> Tensor:
