@@ -59,14 +59,14 @@ def draw_charts(
     import matplotlib as mpl
     from matplotlib.figure import Figure  # without pyplot: needs no display, and leaves the caller's backend alone
 
-    columns = min(columns, len(charts))
+    beside = columns == 1
     heights = [max(map(_height, charts[i : i + columns])) for i in range(0, len(charts), columns)]
     with mpl.rc_context(STYLE):
-        size = (9.6 if columns == 1 else 5.4 * columns, sum(heights) + 0.6)
+        size = (9.6 if beside else 5.4 * columns, sum(heights) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(heights), columns, sharex=columns == 1, squeeze=False, height_ratios=heights).ravel()
+        grid = figure.subplots(len(heights), columns, sharex=beside, squeeze=False, height_ratios=heights).ravel()
         for axes, chart in zip(grid, charts, strict=False):
-            _draw(figure, axes, chart, phases, beside=columns == 1)
+            _draw(figure, axes, chart, phases, beside=beside)
         for axes in grid[len(charts) :]:
             axes.set_visible(False)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
@@ -85,13 +85,31 @@ def _height(chart: Chart) -> float:
 
 
 def _draw(figure: Any, axes: Any, chart: Chart, phases: int | None, *, beside: bool) -> None:
-    x, y = chart.layout["xaxis"], chart.layout["yaxis"]
-    before: Any = None
     shown = [trace for trace in chart.traces if chart.shows(trace, phases) and "faint" not in trace.get("meta", {})]
     heat = next((trace for trace in shown if trace["type"] == "heatmap"), None)
-    if heat is not None:
+    x, y = chart.layout["xaxis"], chart.layout["yaxis"]
+    if "range" in x:
+        axes.set_xlim(*x["range"])
+    if heat is None:
+        _draw_lines(axes, shown, y)
+        _add_legend(axes, chart.note, beside=beside)
+    else:
         _draw_heat(figure, axes, heat, beside=beside)
-    for trace in shown if heat is None else ():
+        if y.get("autorange") == "reversed":
+            axes.invert_yaxis()
+    for axis, layout in ((axes.xaxis, x), (axes.yaxis, y)):
+        if "tickvals" in layout:
+            axis.set_ticks(layout["tickvals"], [html.unescape(text) for text in layout["ticktext"]], fontsize=8)
+        axis.set_label_text(html.unescape(layout.get("title", {}).get("text", "layer")))
+    if beside:
+        axes.label_outer()
+    view = f": {chart.views[0][1]}" if chart.views else ""
+    axes.set_title(f"{chart.title}{view}", loc="left", fontsize=10, fontweight="bold")
+
+
+def _draw_lines(axes: Any, traces: Sequence[Trace], y: dict[str, Any]) -> None:
+    before: Any = None
+    for trace in traces:
         if trace.get("fill") == "toself":
             for first, last in zip(trace["x"][::6], trace["x"][2::6], strict=True):
                 axes.axvspan(first, last, color=_color(trace["fillcolor"]), lw=0)
@@ -102,31 +120,24 @@ def _draw(figure: Any, axes: Any, chart: Chart, phases: int | None, *, beside: b
             elif trace["line"]["width"]:
                 _draw_line(axes, trace, values)
             before = values
-    if "range" in x:
-        axes.set_xlim(*x["range"])
-    if heat is None:
-        axes.grid(axis="y")
-        axes.set_ylim(*y["range"]) if "range" in y else axes.set_ylim(bottom=0 if "rangemode" in y else None)
-        if y.get("zeroline"):
-            axes.axhline(0.0, color=FAINT, lw=0.8)
-    elif y.get("autorange") == "reversed":
-        axes.invert_yaxis()
-    for axis, layout in ((axes.xaxis, x), (axes.yaxis, y)):
-        if "tickvals" in layout:
-            axis.set_ticks(layout["tickvals"], [html.unescape(text) for text in layout["ticktext"]], fontsize=8)
-        axis.set_label_text(html.unescape(layout.get("title", {}).get("text", "layer")))
-    axes.label_outer() if beside else None
-    view = f": {chart.views[0][1]}" if chart.views else ""
-    axes.set_title(f"{chart.title}{view}", loc="left", fontsize=10, fontweight="bold")
-    if axes.get_legend_handles_labels()[1]:
-        if not beside:
-            axes.legend(loc="best", framealpha=0.8)
-            return
-        note = textwrap.fill(chart.note, 34)
-        legend = axes.legend(
-            loc="upper left", bbox_to_anchor=(1.0, 1.0), title=note, title_fontsize=8, alignment="left"
-        )
-        legend.get_title().set_color(FAINT)
+    axes.grid(axis="y")
+    if "range" in y:
+        axes.set_ylim(*y["range"])
+    elif "rangemode" in y:
+        axes.set_ylim(bottom=0)
+    if y.get("zeroline"):
+        axes.axhline(0.0, color=FAINT, lw=0.8)
+
+
+def _add_legend(axes: Any, note: str, *, beside: bool) -> None:
+    if not axes.get_legend_handles_labels()[1]:
+        return
+    if not beside:
+        axes.legend(loc="best", framealpha=0.8)
+        return
+    title = textwrap.fill(note, 34)
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, title_fontsize=8, alignment="left")
+    legend.get_title().set_color(FAINT)
 
 
 def _draw_line(axes: Any, trace: Trace, values: Any) -> None:
