@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .profiling.command import compare, explain, profile
+from .profiling.command import check_outputs, compare, explain, profile
 
 
 def report(
@@ -27,9 +28,7 @@ def report(
         baseline: The run that the others are compared with (plain, or the first).
         title: Heading of the page.
     """
-    # The suffix is checked first: a run or a script of the user's would be overwritten.
-    if out.suffix not in (".html", ".png", ".pdf", ".svg"):
-        raise ValueError(f"--out {out} must end in .html, .png, .pdf or .svg")
+    check_outputs([out], (".html", ".png", ".pdf", ".svg"))
     from .reporting import draw_runs, find_runs, write_report
 
     found = find_runs(runs)
@@ -87,30 +86,28 @@ def doctor(runs: list[str], /) -> None:
         runs: Folders of runs.
     """
     from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
 
     from .reporting import diagnose, find_runs
     from .reporting.doctor import judged_by, verdict
+    from .reporting.run import each_seed
 
-    console = Console()
-    width = min(console.width, 100)
+    width = min(Console().width, 100)
 
     def say(text: str, indent: int) -> None:
-        console.print(Padding(Text(text), (0, 0, 0, indent)), width=width)
+        room = " " * indent
+        print(textwrap.fill(text, width, initial_indent=room, subsequent_indent=room, break_on_hyphens=False))
 
-    for name, seeds in find_runs(runs).items():
-        for i, run in enumerate(seeds):
-            say(f"{name}{f', seed {i + 1}' if len(seeds) > 1 else ''}", 0)
-            for note in (*judged_by(run), *run.notes):
-                say(f"note: {note}", 2)
-            found = diagnose(run)
-            if not found:
-                say(verdict(run), 2)
-            for one in found:
-                say(f"{one.finding.title}.", 2)
-                say(f"{one.what} {one.finding.why}", 4)
-                say(f"Change: {one.finding.change}", 4)
+    for name, seed, run in each_seed(find_runs(runs)):
+        say(f"{name}{seed}", 0)
+        for note in (*judged_by(run), *run.notes):
+            say(f"note: {note}", 2)
+        found = diagnose(run)
+        if not found:
+            say(verdict(run), 2)
+        for one in found:
+            say(f"{one.finding.title}.", 2)
+            say(f"{one.what} {one.finding.why}", 4)
+            say(f"Change: {one.finding.change}", 4)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

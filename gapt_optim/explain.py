@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +141,7 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
         found.append(_explained(name, call, reading, window, fewest))
 
     reads: RepresentationHook | None = hook
-    with as_it_was(model), torch.no_grad():
-        model.eval()
+    with in_evaluation(model), _randomness_kept(model), torch.no_grad():
         while reads is not None:
             try:
                 with reads.reading(read):
@@ -190,16 +189,21 @@ def _explained(name: str, call: int, reading: Reading, window: int | None, fewes
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Afterwards, modules are in the modes and random states are those of before."""
-    modes = [(module, module.training) for module in model.modules()]
+def in_evaluation(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode; afterwards each of their modules is in the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _randomness_kept(model: nn.Module) -> AbstractContextManager[None]:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng([device.index or 0 for device in devices]):
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    return torch.random.fork_rng([device.index or 0 for device in devices])
 
 
 def modules_of(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, str, str]]:
@@ -210,8 +214,7 @@ def modules_of(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, str,
         if name:
             handles.append(module.register_forward_hook(_keeper(name, shapes)))
     try:
-        with as_it_was(model), torch.no_grad():
-            model.eval()
+        with in_evaluation(model), _randomness_kept(model), torch.no_grad():
             run()
     finally:
         for handle in handles:

@@ -1,7 +1,9 @@
 """One self-contained HTML page of plotly charts and tables. It opens without a network.
 
-A trace says in its ``meta`` what it belongs to: a ``run`` (a checkbox hides it), a ``view`` (a select beside the chart
-chooses it), the ``phases`` of a run (a select chooses whose are shaded).
+A chart is made of plotly's traces, which :mod:`gapt_optim._display.pictures` draws too. A trace says in its ``meta``
+what it belongs to: a ``run`` (a checkbox hides it), a ``view`` (a select beside the chart chooses it), the ``phases``
+of a run (a select chooses whose are shaded). With ``faint`` it is on the page alone, and ``end`` is what the legend of
+a picture says of it.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Trace = dict[str, Any]
 
@@ -44,6 +49,12 @@ class Chart:
     run: int | None = None
     """The chart is of this run alone."""
 
+    def shows(self, trace: Trace, phases: int | None = None) -> bool:
+        """Whether a trace is there at first: that of the first view, and of the run whose phases are shaded."""
+        meta = trace.get("meta") or {}
+        other_view = bool(self.views) and meta.get("view", self.views[0][0]) != self.views[0][0]
+        return not other_view and meta.get("phases", phases) == phases
+
 
 @dataclass
 class Page:
@@ -51,7 +62,7 @@ class Page:
 
     title: str
     subtitle: str
-    runs: Sequence[tuple[str, str]]
+    runs: Sequence[tuple[str, str]] = ()
     """(name, colour) of what can be hidden."""
     phases: int | None = None
     """The run whose phases are shaded at first; None where nothing is shaded."""
@@ -59,7 +70,9 @@ class Page:
     """(heading, HTML, charts)"""
 
     def add(self, heading: str, content: str, charts: Iterable[Chart] = ()) -> None:
-        self.sections.append((heading, content, list(charts)))
+        """A section, where there is anything in it."""
+        if content or (charts := list(charts)):
+            self.sections.append((heading, content, list(charts)))
 
     def html(self) -> str:
         """Raises ImportError where plotly, which brings the drawing code, is not installed."""
@@ -109,7 +122,7 @@ class Page:
         import plotly.io
 
         for trace in chart.traces:
-            trace["visible"] = self._shown(chart, trace.get("meta") or {})
+            trace["visible"] = chart.shows(trace, self.phases)
         drawn = plotly.io.to_html(
             go.Figure({"data": chart.traces, "layout": chart.layout}),
             config=_CONFIG, include_plotlyjs=False, full_html=False, div_id=name, default_height="100%",
@@ -127,10 +140,35 @@ class Page:
             f"</figure>{_FIRST if name == 'chart0' else ''}"
         )
 
-    def _shown(self, chart: Chart, meta: dict[str, Any]) -> bool:
-        """What the selects show at first."""
-        other_view = bool(chart.views) and meta.get("view", chart.views[0][0]) != chart.views[0][0]
-        return not other_view and meta.get("phases", self.phases) == self.phases
+
+def line_trace(x: Any, y: Any, name: str, color: str, *, width: float = 2, dash: str = "solid", **more: Any) -> Trace:
+    """A line of plotly's, whose values show on hover; ``more`` of it replaces what is so."""
+    trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "y": y,
+        "name": label(name),
+        "line": {"color": color, "width": width, "dash": dash},
+        "hovertemplate": "%{y:.4g}<extra>" + label(name) + "</extra>",
+    }
+    return trace | more
+
+
+def heat_trace(frame: DataFrame, unit: str, limits: tuple[float, float] | None, **more: Any) -> Trace:
+    """A heat map of plotly's, whose values show on hover; ``more`` of it replaces what is so."""
+    trace: Trace = {
+        "type": "heatmap",
+        "x": [label(name) for name in frame.columns],
+        "y": [label(name) for name in frame.index],
+        "z": frame.to_numpy(dtype="float32"),
+        "colorscale": "Viridis",
+        "colorbar": {"thickness": 10, "title": {"text": label(unit)}},
+        "hovertemplate": "%{y}<br>%{x}: %{z:.4g}<extra></extra>",
+    }
+    if limits is not None:
+        trace |= {"zmin": limits[0], "zmax": limits[1]}
+    return trace | more
 
 
 def label(text: object) -> str:

@@ -58,29 +58,58 @@ def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
         wide: print all columns, however narrow the terminal is.
     """
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    prefix = common_prefix([str(name) for name in frame.index])
-    names = [str(name).removeprefix(prefix) for name in frame.index]
-    first = min(max(map(len, [f"{prefix}*" if prefix else "", *names])), _LONGEST_NAME)
+    prefix, names = common_prefix([str(name) for name in frame.index]), short_names(frame.index)
+    corner = f"{prefix}*" if prefix else ""
+    first = min(max(map(len, [corner, *names])), _LONGEST_NAME)
     cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     headers = [str(column) for column in frame.columns]
     widths = [max(map(len, (*header.split(), *(row[i] for row in cells)))) for i, header in enumerate(headers)]
-    limited = console.is_terminal or "COLUMNS" in os.environ  # a file takes any width
-    shown = len(headers) if wide or not limited else _fitting(widths, console.width - first)
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-    table.add_column(Text(f"{prefix}*" if prefix else ""), overflow="fold", width=first)
+    room = _room(wide)
+    shown = _fitting(widths, room - first)
+    table = _bare_table()
+    table.add_column(Text(corner), overflow="fold", width=first)
     for header, width in zip(headers[:shown], widths, strict=False):
         table.add_column(Text(header), justify="right", width=width)
     for name, row in zip(names, cells, strict=True):
         table.add_row(Text(name), *map(Text, row[:shown]))
-    needed = first + sum(width + _GAP for width in widths[:shown])
+    console = Console()
     console.print(Text(title))
-    Console(width=max(console.width, needed)).print(table)
+    Console(width=max(console.width, first + sum(width + _GAP for width in widths[:shown]))).print(table)
     if shown < len(headers):
         console.print(Text(f"Not shown for want of room: {'; '.join(headers[shown:])} (--wide shows all)"))
+
+
+def print_texts(rows: Sequence[Sequence[str]], *, wide: bool = False) -> None:
+    """Print texts in columns. Where they do not fit, dotted names in the first are shown as a tree, and all fold."""
+    from rich.console import Console
+    from rich.text import Text
+
+    needed = sum(max(map(len, column)) + _GAP for column in zip(*rows, strict=True)) - _GAP
+    if needed > _room(wide):
+        rows = [("  " * name.count(".") + name.rpartition(".")[2], *rest) for name, *rest in rows]
+    table = _bare_table()
+    table.show_header = False
+    for _ in rows[0]:
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(width=min(needed, _room(wide))).print(table)
+
+
+def _bare_table() -> Any:
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+
+
+def _room(wide: bool) -> int:
+    """Columns that a table may take: those of a terminal, unless it is to be wide. A file takes any width."""
+    from rich.console import Console
+
+    console = Console()
+    return console.width if not wide and (console.is_terminal or "COLUMNS" in os.environ) else 1 << 20
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -96,6 +125,12 @@ def common_prefix(names: Sequence[str]) -> str:
             break
         shared.append(f"{here[0]}.")
     return "".join(shared)
+
+
+def short_names(names: Sequence[object]) -> list[str]:
+    """Dotted names without what all of them begin with."""
+    texts = [str(name) for name in names]
+    return [text.removeprefix(common_prefix(texts)) for text in texts]
 
 
 def shared_start(names: Sequence[str]) -> str:

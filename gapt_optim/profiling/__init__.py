@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from .loading import untrained
     from .measuring import profile
     from .monitoring import Monitor, monitor
-    from .page import write_profile
-    from .picture import draw_profile
+    from .page import draw_profile, write_profile
     from .results import LayerProfile, Profile, load_profiles, save_profiles
 
 _HOMES = {
@@ -25,7 +24,7 @@ _HOMES = {
     "Monitor": "monitoring",
     "Profile": "results",
     "compare": "comparison",
-    "draw_profile": "picture",
+    "draw_profile": "page",
     "load_profiles": "results",
     "monitor": "monitoring",
     "profile": "measuring",

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+MOST_PROMPTS = 64
+"""Sequences whose own beginnings and entropies are kept."""
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -64,11 +68,10 @@ def batch_of_texts(batch: Any, tokenizer: Any) -> Any:
 
 def padded(sequences: list[list[int]], pad: int | None) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` of sequences of ids, padded on the right."""
-    length = max(map(len, sequences))
     fill = 0 if pad is None else pad  # masked: which token stands there does not matter
-    ids = [sequence + [fill] * (length - len(sequence)) for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
 
 
 def token_ids(batch: Any) -> Tensor | None:
@@ -91,29 +94,36 @@ def moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     return value
 
 
-class Digest:
-    """Of samples without their padding: how they are batched and padded changes nothing."""
+class DataSeen:
+    """The batches so far: their number, a digest of their samples, and how the first ones begin."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self._hash = hashlib.blake2b(digest_size=12)
-        self.batch_size = 0
+        self.batches = self.batch_size = 0
         self.length: int | None = None
+        self.prompts: list[str] = []
 
-    def add(self, batch: Any) -> None:
-        """The samples of a batch."""
+    def add(self, batch: Any) -> Tensor | None:
+        """One batch; returns its token ids (batch, length), where it has them."""
+        self.batches += 1
+        self._add_samples(batch)
+        ids = token_ids(batch)
+        if ids is not None:
+            self.length = max(self.length or 0, ids.shape[1])
+            if self.tokenizer is not None and len(self.prompts) < MOST_PROMPTS:
+                self.prompts += [self.tokenizer.decode(row[:24], skip_special_tokens=True)[:80] for row in ids]
+        return ids
+
+    def _add_samples(self, batch: Any) -> None:
         named = dict(batch) if isinstance(batch, Mapping) else {"": batch}
         if isinstance(batch, tuple | list):
             named = {"": batch[0] if batch else None}
         tensors = {key: value.detach().cpu() for key, value in sorted(named.items()) if isinstance(value, Tensor)}
         tensors = {key: value for key, value in tensors.items() if value.ndim}
-        if not tensors:
-            return
         mask = tensors.pop("attention_mask", None)
         size = len(next(iter(tensors.values()), torch.zeros(0)))
         self.batch_size = max(self.batch_size, size)
-        ids = token_ids(batch)
-        if ids is not None:
-            self.length = max(self.length or 0, ids.shape[1])
         for i in range(size):
             for key, value in tensors.items():
                 sample = value[i] if len(value) == size else value
@@ -122,5 +132,6 @@ class Digest:
                 self._hash.update(f"{key} {sample.dtype} {list(sample.shape)}".encode())
                 self._hash.update(sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
-    def hexdigest(self) -> str:
+    def digest(self) -> str:
+        """Of the samples without their padding: how they are batched and padded changes nothing."""
         return self._hash.hexdigest()

@@ -1,30 +1,34 @@
-"""What there is to see of profiles, for pages and pictures alike: lines over the layers, and heat maps."""
+"""What there is to see of profiles: lines over the layers, and heat maps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from pandas import DataFrame
+
+from .._display.page import Chart, Trace, base_layout, heat_trace, label, line_trace
 from .._display.pictures import OTHER_COLORS
-from .._display.tables import number, shared_start
+from .._display.tables import number, shared_start, short_names
 from .comparison import Comparison
-from .results import LayerProfile, Profile
+from .results import Profile
 from .tables import (
     KINDS,
-    entropy_of,
+    WITHOUT_FIRST,
+    entropy_column,
+    every_number,
     figures,
     kinds_of,
-    level_of,
     main_order,
-    shape_of,
+    poolings,
     window_name,
 )
 
 COLORS = ("#1f6feb", "#d9822b", *OTHER_COLORS, "#8250df")
-WITHOUT_FIRST = "dashed: without first tokens"
-_POOLINGS = ("mean", "last", "first", "sample")
+GREY = "#7d8590"
+DASHED = "dashed: without first tokens"
 
 
 @dataclass
@@ -32,259 +36,224 @@ class Line:
     """One line over the layers."""
 
     name: str
-    values: list[float | None]
+    values: list[float]
     color: str
     dashed: bool = False
-    errors: list[float | None] | None = None
+    errors: list[float] | None = None
     """Standard errors."""
     run: int | None = None
     """Number of the profile it belongs to, where there are several."""
     view: str | None = None
 
 
-@dataclass
-class Panel:
-    """One chart over the layers."""
+class ProfileCharts:
+    """Charts of one profile, or of several with the same layers."""
 
-    title: str
-    unit: str
-    note: str
-    lines: list[Line]
-    layers: list[str]
-    limits: list[tuple[str, float]] = field(default_factory=list)
-    """What the values cannot exceed, or would be by chance."""
-    views: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(self, profiles: Mapping[str, Profile]) -> None:
+        self.profiles = profiles
+        self.first = next(iter(profiles.values()))
+        self.numbers = {name: every_number(one) for name, one in profiles.items()}
+        self.several = len(profiles) > 1
 
-    def bounds(self) -> tuple[float, float]:
-        """The axis, fitted to the data; a limit that is near is shown too."""
-        values = [v for line in self.lines for v in line.values if v is not None and math.isfinite(v)]
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        room = (high - low) or abs(high) or 1.0
-        for _, limit in self.limits:
-            if low - 0.5 * room <= limit <= high + 0.5 * room:
-                low, high = min(low, limit), max(high, limit)
-        edge = 0.06 * ((high - low) or abs(high) or 1.0)
-        return low - edge, high + edge
+    def entropies(self) -> list[Chart]:
+        """Entropies by window: of one profile a line for each kernel, of several a view for each."""
+        alpha, found = main_order(self.first), []
+        for window in self.first.windows:
+            lines = []
+            for place, kind in enumerate(kinds_of(self.first)):
+                column, name = entropy_column(kind, alpha, window), KINDS[kind]
+                lines += self._lines(column, column + WITHOUT_FIRST, name=name, place=place, errors=f"{column}, error")
+            views = [(KINDS[kind], f"{KINDS[kind]} kernel") for kind in kinds_of(self.first)] if self.several else []
+            order = "" if alpha == 2 else f", order {alpha:g}"
+            note, limits = "Bars are standard errors over sequences.", self._entropy_limits(window)
+            found.append(self._chart(f"Entropy, {window_name(window)}{order}", "nats", note, lines, limits, views))
+        return found
 
-
-@dataclass
-class Heat:
-    """One heat map."""
-
-    title: str
-    unit: str
-    note: str
-    x: list[str]
-    y: list[str]
-    values: dict[str, list[list[float | None]]]
-    """Rows of y by what a select chooses; one entry where there is nothing to choose."""
-    x_title: str = ""
-    bounds: tuple[float, float] | None = None
-
-
-def entropy_panels(profiles: Mapping[str, Profile]) -> list[Panel]:
-    """Entropies by window: of one profile a line for each kernel, of several a view for each."""
-    several = len(profiles) > 1
-    first = next(iter(profiles.values()))
-    alpha = main_order(first)
-    found = []
-    for window in first.windows:
-        panel = Panel(_titled("Entropy", window, alpha), "nats", "", [], first.names)
-        for place, kind in enumerate(kinds_of(first)):
-            name = KINDS[kind]
-            if several:
-                panel.views.append((name, f"{name} kernel"))
-            for i, (profile_name, one) in enumerate(profiles.items()):
-                for first_token in (True, False):
-                    values = [entropy_of(layer, kind, alpha, window, first_token) for layer in one.layers]
-                    if all(value is None for value in values):
-                        continue
-                    said = "" if first_token else ", without first token"
-                    line = Line(
-                        f"{profile_name if several else name}{said}",
-                        [getattr(value, "nats", None) for value in values],
-                        COLORS[(i if several else place) % len(COLORS)],
-                        dashed=not first_token,
-                        errors=[getattr(value, "error", None) for value in values] if first_token else None,
-                    )
-                    if several:
-                        line.run, line.view = i, name
-                    panel.lines.append(line)
-        panel.limits = _entropy_limits(first, window)
-        panel.note = _note(panel, "Bars are standard errors over sequences.")
-        found.append(panel)
-    return found
-
-
-def other_panels(profiles: Mapping[str, Profile]) -> list[Panel]:
-    """What can hide in an entropy, ranks, and one row for each sequence."""
-    several = len(profiles) > 1
-    first = next(iter(profiles.values()))
-    found = []
-    for title, unit, note, limits, read in _readings(first):
-        panel = Panel(title, unit, note, [], first.names, limits)
-        for i, (name, one) in enumerate(profiles.items()):
-            for first_token in (True, False):
-                values = [read(layer, first_token) for layer in one.layers]
-                if any(value is not None for value in values):
-                    said = "all tokens" if first_token else "without first token"
-                    text = f"{name}{'' if first_token else f', {said}'}" if several else said
-                    panel.lines.append(Line(text, values, COLORS[i % len(COLORS)], not first_token))
-                    panel.lines[-1].run = i if several else None
-        if panel.lines:
-            panel.note = _note(panel, note)
-            found.append(panel)
-    return [*found, *_sequence_panels(profiles)]
-
-
-def _sequence_panels(profiles: Mapping[str, Profile]) -> list[Panel]:
-    several = len(profiles) > 1
-    first = next(iter(profiles.values()))
-    found = []
-    for title, unit, name in (
-        ("Sequence level: entropy", "nats", "nats"),
-        ("Sequence level: RankMe", "effective rank", "rankme"),
-    ):
-        panel = Panel(title, unit, "", [], first.names)
-        for i, (profile_name, one) in enumerate(profiles.items()):
-            for place, pooling in enumerate(_POOLINGS):
-                values = [level_of(layer, pooling, name) for layer in one.layers]
-                if all(value is None for value in values):
-                    continue
+    def others(self) -> list[Chart]:
+        """What can hide in an entropy, ranks, and one row for each sequence."""
+        long = "A few long tokens lower the linear entropy by themselves."
+        common = "One vector that all tokens share lowers what is not centred."
+        found = []
+        for window in self.first.windows:
+            where = window_name(window)
+            for title, unit, note, column in (
+                ("Norm ratio", "largest / median norm", long, f"norm ratio, {where}"),
+                ("Share of the mean token", "share of squared norm", common, f"mean share, {where}"),
+            ):
+                found.append(self._chart(f"{title}, {where}", unit, note, self._lines(column, column + WITHOUT_FIRST)))
+        few = " Fewer than ten rows per feature: more rows alone would raise it."
+        ranked = "Of all rows together, not of windows." + few * any(layer.few_rows for layer in self.first.layers)
+        features = max(layer.features for layer in self.first.layers)
+        chance = [("independent tokens", 120.0), ("random walk", 90.0)]
+        bent = "Mean angle between successive steps from token to token."
+        found += [
+            self._chart("RankMe", "effective rank", ranked, self._lines("rankme", "rankme_without_first"),
+                        [(f"{features} features", float(features))]),
+            self._chart("Curvature", "degrees", bent, self._lines("curvature", "curvature_without_first"), chance),
+            self._chart("Share of the first token", "share of squared norm", "Of each sequence.",
+                        self._lines("first_token_share")),
+        ]  # fmt: skip
+        rows = max((level.rows for layer in self.first.layers for level in layer.sequence_level), default=0)
+        note = f"One row for each of {rows:,} sequences: how many directions the sequences of the data use."
+        for title, unit, column in (("entropy", "nats", "S"), ("RankMe", "effective rank", "RankMe")):
+            lines, views = [], []
+            for place, pooling in enumerate(poolings(self.first)):
                 said = "samples" if pooling == "sample" else f"{pooling} token"
-                color = COLORS[(i if several else place) % len(COLORS)]
-                line = Line(profile_name if several else said, values, color)
-                if several:
-                    line.run, line.view = i, said
-                    panel.views = list(dict.fromkeys([*panel.views, (said, said)]))
-                panel.lines.append(line)
-        if panel.lines:
-            rows = max(level.rows for layer in first.layers for level in layer.sequence_level)
-            panel.note = f"One row for each of {rows:,} sequences: how many directions the sequences of the data use."
-            found.append(panel)
-    return found
+                lines += self._lines(f"sequence level, {pooling}, {column}", name=said, place=place)
+                views.append((said, said))
+            found.append(self._chart(f"Sequence level: {title}", unit, note, lines, (), views if self.several else ()))
+        return [chart for chart in found if chart.traces]
+
+    def _lines(
+        self, column: str, without: str = "", *, name: str | None = None, place: int = 0, errors: str = ""
+    ) -> list[Line]:
+        """A column of each profile, and another one dashed; ``name`` is that of a view where there are several."""
+        found = []
+        for i, (profile, numbers) in enumerate(self.numbers.items()):
+            for each, dashed in ((column, False), (without, True)):
+                if each not in numbers or numbers[each].isna().all():
+                    continue
+                said = profile if self.several else name or ("without first token" if dashed else "all tokens")
+                said += WITHOUT_FIRST if dashed and (self.several or name) else ""
+                color = COLORS[(i if self.several else place) % len(COLORS)]
+                line = Line(said, numbers[each].astype(float).tolist(), color, dashed)
+                if errors in numbers and not dashed and numbers[errors].notna().any():
+                    line.errors = numbers[errors].astype(float).tolist()
+                if self.several:
+                    line.run, line.view = i, name
+                found.append(line)
+        return found
+
+    def _entropy_limits(self, window: int | None) -> list[tuple[str, float]]:
+        if window is None:
+            return []
+        most = min(window, max(layer.features for layer in self.first.layers))
+        centered = any(kind[1] for kind in kinds_of(self.first))
+        return [(f"centred at most log {most - 1}", math.log(most - 1))] if centered and most > 2 else []
+
+    def _chart(
+        self,
+        title: str,
+        unit: str,
+        note: str,
+        lines: list[Line],
+        limits: Sequence[tuple[str, float]] = (),
+        views: Sequence[tuple[str, str]] = (),
+    ) -> Chart:
+        """Lines over the layers. The axis is fitted to them; of the limits, those that are near are shown too."""
+        names = self.first.names
+        traces = [_trace(line) for line in lines]
+        dashed = any(line.dashed for line in lines)
+        if dashed:
+            traces.append(line_trace([0], [None], DASHED, GREY, dash="dash"))
+        low, high = _bounds([value for line in lines for value in line.values if math.isfinite(value)], limits)
+        across = [-0.3, len(names) - 0.7]
+        for name, limit in limits if lines else ():
+            if low <= limit <= high:
+                traces.append(line_trace(across, [limit, limit], name, GREY, width=1.2, dash="dot", hoverinfo="skip"))
+        layout = base_layout(
+            showlegend=len(traces) > 1,
+            legend={"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}},
+            hovermode="x unified",
+            margin={"b": 30},
+            xaxis={"range": across, "title": {"text": "layer", "standoff": 6}, **_ticks(short_names(names), 12)},
+            yaxis={"title": {"text": label(unit), "standoff": 4}, "range": [low, high]},
+        )
+        ends = "; ".join(f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in lines)
+        near = "; ".join(f"{name}: {number(value)}" for name, value in limits)
+        said = [note, f"{DASHED.capitalize()}." if dashed else "", f"Dotted where near: {near}." if limits else ""]
+        alternative = f"{title} over {len(names)} layers, in {unit}: {ends}."
+        return Chart(title, " ".join(filter(None, said)), alternative, traces, layout, views, tall=True)
 
 
-_Reading = tuple[str, str, str, list[tuple[str, float]], Callable[[LayerProfile, bool], float | None]]
-
-
-def _readings(first: Profile) -> list[_Reading]:
-    """Title, unit, note, limits and reader (of a layer, with the first token or without) of each chart."""
-    long = "A few long tokens lower the linear entropy by themselves."
-    common = "One vector that all tokens share lowers what is not centred."
-    readings: list[_Reading] = []
-    for window in first.windows:
-        where = window_name(window)
-        ratio, share = (partial(_shape, window, name) for name in ("norm_ratio", "mean_share"))
-        readings.append((f"Norm ratio, {where}", "largest / median norm", long, [], ratio))
-        readings.append((f"Share of the mean token, {where}", "share of squared norm", common, [], share))
-    few = " Fewer than ten rows per feature: more rows alone would raise it."
-    ranked = "Of all rows together, not of windows." + few * any(layer.few_rows for layer in first.layers)
-    features = sorted({layer.features for layer in first.layers})
-    most = [(f"{d} features", float(d)) for d in features[-1:]]
-    chance = [("independent tokens", 120.0), ("random walk", 90.0)]
-    views = "Of what tells samples apart, relative to what tells their views apart."
-    rankme = partial(_field, "rankme", "rankme_without_first")
-    return [
-        *readings,
-        ("RankMe", "effective rank", ranked, most, rankme),
-        ("Curvature", "degrees", "Mean angle between successive steps from token to token.", chance,
-         partial(_field, "curvature", "curvature_without_first")),
-        ("Share of the first token", "share of squared norm", "Of each sequence.", [],
-         partial(_field, "first_token_share", None)),
-        ("LiDAR", "effective rank", views, most, partial(_field, "lidar", None)),
-    ]  # fmt: skip
-
-
-def similarity(one: Profile) -> Heat | None:
-    """CKA between the layers of a model, and with those of the model it was compared against."""
+def similarity(one: Profile) -> list[Chart]:
+    """CKA between the layers of a model, or with those of the model it was compared against."""
     if one.cka is None:
-        return None
-    names = list(one.cka_names)
-    other = [i for i, name in enumerate(names) if name.startswith("against: ")]
-    own = [i for i in range(len(names)) if i not in other]
-    columns = other or own
-    rows: list[list[float | None]] = [[one.cka[i][j] for j in columns] for i in own]
-    note = "1 where two layers hold the same up to rotation and one scale, 0 where they share nothing. Linear kernel."
-    x = [names[j].removeprefix("against: ") for j in columns]
-    title = "CKA with the other model" if other else "CKA between layers"
-    return Heat(
-        title,
-        "CKA",
-        note,
-        x,
-        [names[i] for i in own],
-        {"": rows},
-        "layer of the other" if other else "layer",
-        (0.0, 1.0),
-    )
-
-
-def norms_by_position(one: Profile) -> Heat | None:
-    """Mean norms by layer and position, relative to the layer's mean over positions."""
-    edges = sorted({edge for layer in one.layers for edge, _ in layer.norm_by_position})
-    if not edges:
-        return None
-    rows: list[list[float | None]] = []
-    for layer in one.layers:
-        norms = dict(layer.norm_by_position)
-        usual = norms[max(norms)] if norms else 0
-        rows.append([norms[edge] / usual if edge in norms and usual else None for edge in edges])
-    names = [
-        f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in zip(edges, [*edges[1:], edges[-1] + 1], strict=True)
-    ]
-    names[-1] = f"{edges[-1]} on" if edges[-1] >= 4 else names[-1]
-    note = "Mean norm of the tokens at a position over that of the last ones. First tokens that are long are sinks."
-    return Heat("Norm by position", "ratio", note, names, one.names, {"": rows}, "position in the sequence")
-
-
-def over_profiles(found: Comparison) -> Heat:
-    """Each number of the tables by layer and profile: how layers develop over the checkpoints of a run."""
-    values: dict[str, list[list[float | None]]] = {}
-    for figure in figures(next(iter(found.profiles.values()))):
-        rows = [[figure.read(one.layers[i]) for one in found.profiles.values()] for i in range(len(found.names))]
-        if figure.title != "±" and any(value is not None for row in rows for value in row):
-            values[f"{figure.title} ({figure.unit})"] = rows
-    start = shared_start(list(found.profiles))
-    names = [name.removeprefix(start) for name in found.profiles]
-    title = f"profile {start}*" if start else "profile"
-    return Heat("Layers over profiles", "", "A column for each profile.", names, found.names, values, title)
-
-
-def _titled(text: str, window: int | None, alpha: float) -> str:
-    return f"{text}, {window_name(window)}{'' if alpha == 2 else f', order {alpha:g}'}"
-
-
-def _note(panel: Panel, note: str) -> str:
-    """With what a line's style means, and the limits."""
-    limits = "; ".join(f"{name}: {number(value)}" for name, value in panel.limits)
-    said = [note, f"{WITHOUT_FIRST.capitalize()}." if any(line.dashed for line in panel.lines) else ""]
-    return " ".join(part for part in (*said, f"Dotted where near: {limits}." if limits else "") if part)
-
-
-def _entropy_limits(one: Profile, window: int | None) -> list[tuple[str, float]]:
-    if window is None:
         return []
-    most = min(window, max(layer.features for layer in one.layers))
-    centered = any(kind[1] for kind in kinds_of(one))
-    return [(f"centred at most log {most - 1}", math.log(most - 1))] if centered and most > 2 else []
+    mark = "against: "
+    matrix = DataFrame(one.cka, index=one.cka_names, columns=one.cka_names)
+    other = [name for name in one.cka_names if name.startswith(mark)]
+    shown = matrix.drop(index=other)[other or list(one.cka_names)].rename(columns=lambda name: name.removeprefix(mark))
+    note = "1 where two layers hold the same up to rotation and one scale, 0 where they share nothing. Linear kernel."
+    title = "CKA with the other model" if other else "CKA between layers"
+    return [_heat(title, "CKA", note, {"": shown}, "layer of the other" if other else "layer", (0.0, 1.0))]
 
 
-def _shape(window: int | None, name: str, layer: LayerProfile, first_token: bool) -> float | None:
-    return shape_of(layer, window, name, first_token)
+def norms_by_position(one: Profile) -> list[Chart]:
+    """Mean norms by layer and position, relative to those of the last positions."""
+    frame = DataFrame([dict(layer.norm_by_position) for layer in one.layers], index=one.names).sort_index(axis=1)
+    if frame.empty:
+        return []
+    edges = list(frame)
+    frame = frame.div(frame.ffill(axis=1).iloc[:, -1], axis=0)
+    ends = [*edges[1:], edges[-1] + 1]
+    frame.columns = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in zip(edges, ends, strict=True)]
+    if edges[-1] >= 4:
+        frame.columns = [*frame.columns[:-1], f"{edges[-1]} on"]
+    note = "Mean norm of the tokens at a position over that of the last ones. First tokens that are long are sinks."
+    return [_heat("Norm by position", "ratio", note, {"": frame}, "position in the sequence")]
 
 
-def _field(name: str, without_first: str | None, layer: LayerProfile, first_token: bool) -> float | None:
-    field_name = name if first_token else without_first
-    value: float | None = None if field_name is None else getattr(layer, field_name)
-    return value
+def over_profiles(found: Comparison) -> Chart:
+    """Each number of the tables by layer and profile: how layers develop over the checkpoints of a run."""
+    units = {figure.title: figure.unit for figure in figures(next(iter(found.profiles.values())))}
+    start = shared_start(list(found.profiles))
+    frames = {
+        f"{title} ({units[title]})": frame.rename(columns=lambda name: name.removeprefix(start))
+        for title, frame in found.over_profiles().items()
+    }
+    axis = f"profile {start}*" if start else "profile"
+    return _heat("Layers over profiles", "", "A column for each profile.", frames, axis)
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """The ends of modules' names that tell them from their neighbours."""
-    found = []
-    for name in names:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.split(" ")[0].isdigit()]
-        found.append(".".join(parts[numbers[0] :]) if numbers else name)
-    return found
+def _trace(line: Line) -> Trace:
+    meta = {"run": line.run, "view": line.view}
+    trace = line_trace(
+        list(range(len(line.values))), line.values, line.name, line.color, dash="dash" if line.dashed else "solid",
+        mode="lines+markers", marker={"size": 5, "color": line.color},
+        showlegend=not line.dashed and line.run is None,  # the page's head has the colours of several
+        meta={key: value for key, value in meta.items() if value is not None},
+    )  # fmt: skip
+    if line.errors is not None:
+        trace["error_y"] = {"type": "data", "array": line.errors, "thickness": 1, "width": 2}
+    return trace
+
+
+def _bounds(values: list[float], limits: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    """An axis fitted to the data; a limit that is near is on it too."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    room = (high - low) or abs(high) or 1.0
+    for _, limit in limits:
+        if low - 0.5 * room <= limit <= high + 0.5 * room:
+            low, high = min(low, limit), max(high, limit)
+    edge = 0.06 * ((high - low) or abs(high) or 1.0)
+    return low - edge, high + edge
+
+
+def _heat(
+    title: str,
+    unit: str,
+    note: str,
+    frames: Mapping[str, DataFrame],
+    x_title: str,
+    bounds: tuple[float, float] | None = None,
+) -> Chart:
+    """A heat map with a row for each layer; of several frames, a select chooses one."""
+    traces = [heat_trace(frame, unit, bounds, meta={"view": name} if name else {}) for name, frame in frames.items()]
+    frame = next(iter(frames.values()))
+    x, y = list(frame.columns), short_names(list(frame.index))
+    layout = base_layout(
+        hovermode="closest",
+        xaxis={"title": {"text": x_title, "standoff": 6}, "type": "category", "showgrid": False,
+               **_ticks(short_names(x) if "layer" in x_title else x, 14)},
+        yaxis={"title": {"text": "layer", "standoff": 4}, "type": "category", "showgrid": False, **_ticks(y, 14)},
+    )  # fmt: skip
+    alternative = f"{title}: {len(y)} layers by {len(x)}. The table has the numbers."
+    views = [(name, name) for name in frames] if len(frames) > 1 else []
+    return Chart(title, note, alternative, traces, layout, views, tall=True)
+
+
+def _ticks(names: Sequence[str], most: int) -> dict[str, Any]:
+    every = max(1, -(-len(names) // most))
+    places = list(range(len(names)))[::every]
+    return {"tickmode": "array", "tickvals": places, "ticktext": [label(names[i]) for i in places]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,6 @@ def profile(
     batch_size: int = 8,
     tokens: int = 100_000,
     rankme_rows: int | Literal["auto"] = "auto",
-    views: int = 1,
     revision: str | None = None,
     device: str | None = None,
     device_map: str | None = None,
@@ -56,7 +56,6 @@ def profile(
         batch_size: Sequences per batch.
         tokens: Tokens of the text to read.
         rankme_rows: Rows for RankMe; auto = 20 a feature.
-        views: Views per item, for LiDAR.
         revision: Of the hub; several, as step1000,step2000, give a heat map.
         device: Where to run, such as cuda.
         device_map: Of transformers, such as auto.
@@ -65,30 +64,25 @@ def profile(
         trust_remote_code: Run code that comes with the model.
         wide: Print all columns.
     """
-    check_outputs(out)
+    check_outputs(out, SUFFIXES)
     sizes = [_window(text) for text in windows]
-    from .loading import checked_device, checkpoints, is_python, load_model, load_tokenizer, untrained
+    from .loading import checked_device, checkpoints, is_python, load_model, untrained
     from .measuring import profile as profile_layers
-    from .texts import load_batches
 
     on = checked_device(device)
     weights = None if dtype == "auto" else _dtype(dtype)
     found: dict[str, Profile] = {}
     other = None if against is None else load_model(against, dtype=weights, trust_remote_code=trust_remote_code)
     for name, spec, at in checkpoints(model, revision):
-        loaded = load_model(
-            spec, revision=at, dtype=weights, device_map=device_map, quantize=quantize,
-            trust_remote_code=trust_remote_code,
+        loaded, tokenizer, batches = _loaded(
+            spec, data, {"length": length, "batch_size": batch_size, "tokens": tokens}, revision=at, dtype=weights,
+            device_map=device_map, quantize=quantize, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        tokenizer = None
-        if not is_python(spec) and not is_python(data):
-            tokenizer = load_tokenizer(spec, revision=at, trust_remote_code=trust_remote_code)
-        batches = load_batches(data, tokenizer, model=loaded, length=length, batch_size=batch_size, tokens=tokens)
         models = {name: loaded} | ({"random": untrained(loaded)} if baseline == "random" else {})
         for title, each in models.items():
             try:
                 found[title] = profile_layers(
-                    each, batches, layers or None, orders=orders, windows=sizes, preset=preset, views=views,
+                    each, batches, layers or None, orders=orders, windows=sizes, preset=preset,
                     rankme_rows=rankme_rows, against=other,
                     tokenizer=tokenizer, device=on, dtype=weights if is_python(spec) else None,
                     progress=sys.stderr.isatty(), name=title, data=data if is_python(data) else Path(data).name,
@@ -117,7 +111,7 @@ def compare(
         anyway: Compare profiles of other data too.
         wide: Print all columns.
     """
-    check_outputs(out)
+    check_outputs(out, SUFFIXES)
     for path in out:
         if path.resolve() in [each.resolve() for each in profiles]:
             raise ValueError(f"--out {path} is one of the profiles to compare; choose another name")
@@ -141,6 +135,7 @@ def explain(
     data: str,
     layers: tuple[str, ...] = (),
     trust_remote_code: bool = False,
+    wide: bool = False,
 ) -> None:
     """How each layer's output is read, and the names and shapes of all modules.
 
@@ -151,25 +146,22 @@ def explain(
         data: Text (.txt, .jsonl, .parquet, a prompt, a data set of the hub) or module:batches; the first batch is read.
         layers: Globs over modules; default: the longest list.
         trust_remote_code: Run code that comes with the model.
+        wide: Break no line.
     """
+    from .._display.tables import print_texts
     from ..explain import explain as explained
     from ..explain import modules_of
     from ..hook import RepresentationHook
     from .batches import batch_of_texts, caller, device_of, moved
-    from .loading import is_python, load_model, load_tokenizer
-    from .texts import load_batches
 
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    tokenizer = None
-    if not is_python(model) and not is_python(data):
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    batches = load_batches(data, tokenizer, model=loaded, length=None, batch_size=4, tokens=4096)
+    loaded, tokenizer, batches = _loaded(
+        model, data, {"length": None, "batch_size": 4, "tokens": 4096}, trust_remote_code=trust_remote_code
+    )
     batch = moved(batch_of_texts(next(iter(batches), None), tokenizer), device_of(loaded), None)
     if batch is None:
         raise ValueError(f"the data {data!r} has no batch")
     run = caller(loaded, None)
-    for line in _listed(modules_of(loaded, lambda: run(loaded, batch))):
-        print(line)
+    print_texts(_listed(modules_of(loaded, lambda: run(loaded, batch))), wide=wide)
     print()
     with RepresentationHook(loaded, layers or None) as hook:
         arguments = batch if isinstance(batch, Mapping) else {}
@@ -177,24 +169,30 @@ def explain(
         print(explained(hook, **arguments) if arguments else explained(hook, first))
 
 
-def _listed(modules: list[tuple[str, str, str]]) -> list[str]:
+def _loaded(spec: str, data: str, text: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
+    """A model, its tokenizer where texts need one, and batches of the data."""
+    from .loading import is_python, load_model, load_tokenizer
+    from .texts import load_batches
+
+    model, tokenizer = load_model(spec, **options), None
+    if not is_python(spec) and not is_python(data):
+        of_both = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        tokenizer = load_tokenizer(spec, **of_both)
+    return model, tokenizer, load_batches(data, tokenizer, model=model, **text)
+
+
+def _listed(modules: list[tuple[str, str, str]]) -> list[tuple[str, ...]]:
     """One line for each kind of module: those of a list's blocks, whose numbers alone differ, share one."""
-    kinds: dict[tuple[str, str, str], int] = {}
-    for name, kind, shape in modules:
-        parts = ["*" if part.isdigit() else part for part in name.split(".")]
-        kinds[".".join(parts), kind, shape] = kinds.get((".".join(parts), kind, shape), 0) + 1
-    first, second = (max(len(key[i]) for key in kinds) for i in (0, 1))
-    return [
-        f"{name:{first}}  {kind:{second}}  {shape}{f'  ({count} alike)' if count > 1 else ''}"
-        for (name, kind, shape), count in kinds.items()
-    ]
+    names = [".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _, _ in modules]
+    counts = Counter((name, *rest) for name, (_, *rest) in zip(names, modules, strict=True))
+    return [(*module, f"({count} alike)" if count > 1 else "") for module, count in counts.items()]
 
 
-def check_outputs(paths: Sequence[Path]) -> None:
-    """Raises ValueError where a file is of no kind that can be written."""
+def check_outputs(paths: Sequence[Path], suffixes: Sequence[str]) -> None:
+    """Raises ValueError where a file is of no kind that can be written: a run or a script would be overwritten."""
     for path in paths:
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"--out {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        if path.suffix not in suffixes:
+            raise ValueError(f"--out {path} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
 
 
 def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: bool, anyway: bool) -> None:
@@ -203,26 +201,23 @@ def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: b
     from .tables import figures, profile_table, summary_line, what_is_shown
 
     result: Profile | Comparison
-    if len(found) == 1:
-        (result,) = found.values()
-        table, said = profile_table(result), summary_line(result)
-        notes = what_is_shown(result)
+    first, *others = found
+    said, start = summary_line(found[first]), ""
+    notes = [what_is_shown(found[first])]
+    if not others:
+        result = found[first]
+        table = profile_table(result)
+        notes += [f"note: {note}" for note in result.notes]
     else:
         result = compared(found, anyway=anyway)
-        first, *others = found
         table = result.to_pandas()
-        one = found[first]
-        said = (
-            f"{figures(one)[0].title} by layer" if len(found) > 2 else f"{others[0]}, and its change (Δ) from {first}"
-        )
-        notes = [*what_is_shown(one)[:1], *(f"warning: {warning}" for warning in result.warnings)]
+        said = f"{others[0]}, and its change (Δ) from {first}"
+        if len(others) > 1:
+            start = shared_start(list(found))
+            said = f"{figures(found[first])[0].title} by layer{f', of {start}*' if start else ''}"
+        notes += [f"warning: {warning}" for warning in result.warnings]
         notes += [f"note: {name}: {note}" for name, each in found.items() for note in each.notes]
-    printed = table
-    if len(found) > 2:
-        start = shared_start(list(found))
-        said += f", of {start}*" if start else ""
-        printed = table.rename(columns=lambda name: name.removeprefix(start))
-    print_table(printed, said, wide=wide)
+    print_table(table.rename(columns=lambda name: name.removeprefix(start)), said, wide=wide)
     for note in notes:
         print(note)
     for path in out:
@@ -231,6 +226,7 @@ def _show(found: dict[str, Profile], title: str, out: Sequence[Path], *, wide: b
 
 
 def _write(found: dict[str, Profile], result: Profile | Comparison, table: Any, path: Path, title: str) -> None:
+    from .page import draw_profile, write_profile
     from .results import save_profiles
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,14 +235,8 @@ def _write(found: dict[str, Profile], result: Profile | Comparison, table: Any, 
     elif path.suffix == ".csv":
         frame = next(iter(found.values())).to_pandas() if len(found) == 1 else table
         frame.to_csv(path, index_label="layer")
-    elif path.suffix == ".html":
-        from .page import write_profile
-
-        write_profile(result, path, title=title)
     else:
-        from .picture import draw_profile
-
-        draw_profile(result, path, title=title)
+        (write_profile if path.suffix == ".html" else draw_profile)(result, path, title=title)
 
 
 def _window(text: str) -> int | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from math import hypot
 from typing import Any
 
 from .results import LayerProfile, Profile
@@ -38,41 +37,41 @@ class Comparison:
     def to_pandas(self) -> Any:
         """A DataFrame: of two profiles, the second's numbers and their changes; of more, the first number of each."""
         if len(self.profiles) > 2:
-            return self.over_profiles()
+            return next(iter(self.over_profiles().values()))
         from pandas import DataFrame
-
-        from .tables import figures
 
         first, second = self.profiles.values()
-        pairs = list(zip(first.layers, second.layers, strict=True))
-        columns: dict[str, list[float | None]] = {}
-        for figure in figures(_common(first, second)):
-            before, after = ([figure.read(pair[i]) for pair in pairs] for i in (0, 1))
-            if figure.title == "±":
-                columns["± of Δ"] = [
-                    None if a is None or b is None else hypot(a, b) for a, b in zip(before, after, strict=True)
-                ]
-                continue
-            if figure.title == "RankMe":
-                both = [rankme_at_equal_rows(*pair) for pair in pairs]
-                before, after = [found[0] for found in both], [found[1] for found in both]
-            changes = [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
-            if any(change is not None for change in changes):
-                columns |= {figure.title: after, f"Δ {figure.title}": changes}
-        order = [name for name in columns if name != "± of Δ"]
-        order.insert(2, "± of Δ")
-        return DataFrame({name: columns[name] for name in order if name in columns}, index=self.names)
+        before, after = self._tables().values()
+        ranks = [rankme_at_equal_rows(*pair) for pair in zip(first.layers, second.layers, strict=True)]
+        before["RankMe"], after["RankMe"] = (DataFrame(ranks, index=self.names, dtype=float)[i] for i in (0, 1))
+        changes, columns = after - before, {}
+        for name in before:
+            if name == "±":
+                columns["± of Δ"] = (before[name] ** 2 + after[name] ** 2) ** 0.5
+            elif name in after and changes[name].notna().any():
+                columns |= {name: after[name], f"Δ {name}": changes[name]}
+        return DataFrame(columns)
 
-    def over_profiles(self, title: str | None = None) -> Any:
-        """A DataFrame of one number of the tables, by default the first: a row per layer, a column per profile."""
+    def over_profiles(self) -> dict[str, Any]:
+        """By number of the tables, a DataFrame with a row per layer and a column per profile."""
         from pandas import DataFrame
 
-        from .tables import figures
+        tables = self._tables()
+        return {
+            title: DataFrame({name: table.get(title) for name, table in tables.items()}, self.names, dtype=float)
+            for title in next(iter(tables.values()))
+            if title != "±"
+        }
 
-        one = next(iter(self.profiles.values()))
-        figure = next(found for found in figures(one) if title in (None, found.title))
-        columns = {name: [figure.read(layer) for layer in each.layers] for name, each in self.profiles.items()}
-        return DataFrame(columns, index=self.names, dtype=float)
+    def _tables(self) -> dict[str, Any]:
+        """The numbers of each, of windows and orders that all have where there are such, else of the first's."""
+        from .tables import figure_table
+
+        first, *others = self.profiles.values()
+        windows = tuple(window for window in first.windows if all(window in one.windows for one in others))
+        orders = tuple(order for order in first.orders if all(order in one.orders for one in others))
+        like = replace(first, windows=windows or first.windows, orders=orders or first.orders)
+        return {name: figure_table(one, like).set_axis(self.names) for name, one in self.profiles.items()}
 
 
 def compare(profiles: Mapping[str, Profile], *, anyway: bool = False) -> Comparison:
@@ -139,17 +138,6 @@ def _check_settings(named: str, first: Profile, other: Profile) -> None:
             f"{named} have no window and order in common; profile both with the same windows and orders (--windows, "
             "--orders)"
         )
-
-
-def _common(first: Profile, second: Profile) -> Profile:
-    """The first profile with the windows and orders that both have."""
-    from dataclasses import replace
-
-    return replace(
-        first,
-        windows=tuple(window for window in first.windows if window in second.windows),
-        orders=tuple(order for order in first.orders if order in second.orders),
-    )
 
 
 def _differences(named: str, first: Profile, other: Profile) -> list[str]:

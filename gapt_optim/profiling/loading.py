@@ -74,18 +74,14 @@ def load_model(
         raise ValueError("a model's folder needs transformers: pip install transformers") from error
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
-    if device_map is not None:
-        options["device_map"] = device_map
+    options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "device_map": device_map}
     try:
         if quantize is not None:
-            options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-                **{f"load_in_{quantize}": True}
-            )
+            bits = BitsAndBytesConfig(**{f"load_in_{quantize}": True})  # type: ignore[no-untyped-call]
+            options["quantization_config"] = bits
+        options = {name: value for name, value in options.items() if value is not None}
         # The layers are all that is looked at; a head would only cost time and memory.
-        model = AutoModel.from_pretrained(spec, **options)
+        model = AutoModel.from_pretrained(spec, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise _not_loaded("model", spec, error) from error
     assert isinstance(model, nn.Module)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..entropy import matrix_entropy
+from ..explain import in_evaluation
 from ..hook import RepresentationHook
 from ..kernels import full_precision
 from ..layout import Layers, Pick, Reading
-from .batches import Digest, batch_of_texts, caller, device_of, moved, token_ids
-from .presets import PRESETS
+from .batches import MOST_PROMPTS, DataSeen, batch_of_texts, caller, device_of, moved
 from .results import (
     DEFAULT_WINDOWS,
     EntropyValue,
@@ -29,8 +31,8 @@ from .results import (
     Token,
 )
 from .sequences import SimilaritySums
-from .statistics import MOST_PROMPTS, LayerSums, RankMeRows, What, exp_entropy
-from .window_values import Kind, all_kinds
+from .statistics import LayerSums, RankMeRows, What, exp_entropy
+from .window_values import PRESETS, Kind, all_kinds, clamped_entropy
 
 MOST_DEPTHS = 64
 """Calls of one module in a pass that are layers of their own."""
@@ -44,7 +46,6 @@ def profile(
     orders: Sequence[float] = (2.0,),
     windows: Sequence[int | None] = DEFAULT_WINDOWS,
     preset: str | None = None,
-    views: int = 1,
     rankme_rows: RankMeRows = "auto",
     against: nn.Module | None = None,
     tokenizer: Any = None,
@@ -84,9 +85,7 @@ def profile(
             for whole sequences.
         windows: tokens per window, each at least 2; None = whole sequences. 8 is what training measures.
         preset: "layer-by-layer" or "diff-erank": one entropy, as that paper takes it, in place of ``orders`` and
-            ``windows`` (:mod:`gapt_optim.profiling.presets`).
-        views: with more than 1, each item of ``batches`` is a sequence of so many batches that hold the same samples
-            in the same order in different views, and LiDAR is measured too.
+            ``windows`` (docs/layers.md).
         rankme_rows: RankMe is taken over the first so many rows; "auto" is 20 for each feature, at most 25,600 as in
             its paper. 0 leaves it out, None takes all. It is what costs most: a (d, d) product in float64.
         against: another model, called with the same batches, whose layers are compared with these by CKA.
@@ -113,95 +112,65 @@ def profile(
             "the model is one of TorchScript, which runs no hooks inside; pass the module that it was made from, or, "
             'for its output alone, profile(nn.Sequential(model, nn.Identity()), batches, "1")'
         )
-    what = _what(orders, windows, preset, rankme_rows, views)
+    what = _what(orders, windows, preset, rankme_rows)
     if isinstance(batches, Tensor | Mapping | str):
         batches = [batches]
     if device is not None or dtype is not None:
         model = model.to(device=device, dtype=dtype)
     started = time.perf_counter()
+    collector, data_seen = Collector(what, model), DataSeen(tokenizer)
     with ExitStack() as stack:
         hook = stack.enter_context(
             RepresentationHook(model, layers, output=output, mask=mask, layout=layout, segments=segments)
         )
-        collector = Collector(what, model)
         stack.enter_context(hook.reading(collector.read))
-        runs = [Run(model, hook, call, device, dtype)]
+        runs = [_runner(model, hook, call, device, dtype)]
         if against is not None:
             other = stack.enter_context(RepresentationHook(against))
             stack.enter_context(other.reading(collector.read_other))
-            runs.append(Run(against, other, call, device, dtype))
-        stack.enter_context(evaluating([each.model for each in runs]))
-        pass_over = _Passes(runs, collector, tokenizer, views)
+            runs.append(_runner(against, other, call, device, dtype))
+        stack.enter_context(in_evaluation(*([model] if against is None else [model, against])))
+        stack.enter_context(torch.no_grad())
         for item in _counted(batches, progress):
-            pass_over.run(item)
+            batch = batch_of_texts(item, tokenizer)
+            collector.ids = data_seen.add(batch)
+            for run in runs:
+                run(batch)
+            collector.end_of_pass()
         names = hook.names
-    if pass_over.count == 0:
+    if data_seen.batches == 0:
         raise ValueError("batches is empty; pass at least one batch (an iterator that was used up gives none)")
+    versions = {"gapt_optim": __version__, "torch": torch.__version__}
     return collector.result(
         model=type(model).__name__ if name is None else name,
         data=data,
-        batches=pass_over.count,
+        batches=data_seen.batches,
         seconds=time.perf_counter() - started,
         tokenizer=tokenizer,
         names=names,
-        origin=pass_over.origin(collector.dtype, preset),
-        prompts=tuple(pass_over.prompts),
+        origin=Origin(data_seen.digest(), data_seen.batch_size, data_seen.length, collector.dtype, preset, versions),
+        prompts=tuple(data_seen.prompts),
     )
 
 
-class Run:
-    """A model that is called on batches."""
+def _runner(
+    model: nn.Module,
+    hook: RepresentationHook,
+    call: Callable[[nn.Module, Any], Any] | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> Callable[[Any], None]:
+    """What runs a model on a batch."""
+    run = caller(model, call)
+    place = device_of(model) if device is None else torch.device(device)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        hook: RepresentationHook,
-        call: Callable[[nn.Module, Any], Any] | None,
-        device: str | torch.device | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.model, self.hook, self.call, self.dtype = model, hook, caller(model, call), dtype
-        self.device = device_of(model) if device is None else torch.device(device)
+    def runner(batch: Any) -> None:
+        batch = moved(batch, place, dtype)
+        if not hook.names:  # a first pass shows which modules are the model's blocks, and is not read
+            run(model, batch)
+        run(model, batch)
 
-    def __call__(self, batch: Any) -> None:
-        batch = moved(batch, self.device, self.dtype)
-        with torch.no_grad():
-            if not self.hook.names:  # a first pass shows which modules are the model's blocks, and is not read
-                self.call(self.model, batch)
-            self.call(self.model, batch)
-
-
-class _Passes:
-    """Runs the models on one item of the data after the other."""
-
-    def __init__(self, runs: list[Run], collector: Collector, tokenizer: Any, views: int) -> None:
-        self.runs, self.collector, self.tokenizer, self.views = runs, collector, tokenizer, views
-        self.digest = Digest()
-        self.prompts: list[str] = []
-        self.count = 0
-
-    def run(self, item: Any) -> None:
-        """One item: a batch, or one batch for each view."""
-        if self.views > 1 and (not isinstance(item, Sequence) or len(item) != self.views):
-            raise ValueError(f"views={self.views}: each item of batches must be a sequence of {self.views} batches")
-        for part in item if self.views > 1 else (item,):
-            batch = batch_of_texts(part, self.tokenizer)
-            self.digest.add(batch)
-            ids = token_ids(batch)
-            if self.tokenizer is not None and ids is not None and len(self.prompts) < MOST_PROMPTS:
-                self.prompts += [self.tokenizer.decode(row[:24], skip_special_tokens=True)[:80] for row in ids]
-            self.collector.ids = ids
-            for run in self.runs:
-                run(batch)
-            self.collector.end_of_pass()
-        self.collector.end_of_views()
-        self.count += 1
-
-    def origin(self, dtype: str, preset: str | None) -> Origin:
-        """What the data was."""
-        versions = {"gapt_optim": __version__, "torch": torch.__version__}
-        digest = self.digest
-        return Origin(digest.hexdigest(), digest.batch_size, digest.length, dtype, preset, versions)
+    return runner
 
 
 class Collector:
@@ -222,8 +191,6 @@ class Collector:
         self.similarity = SimilaritySums()
         self.ids: Tensor | None = None
         self.notes: dict[str, None] = {}
-        self._views: dict[tuple[str, int], list[Tensor]] = {}
-        self._latest: dict[tuple[str, int], Tensor] = {}
         self._outputs: dict[tuple[str, int], tuple[int, int]] = {}
 
     def read(self, name: str, reading: Reading) -> None:
@@ -246,9 +213,7 @@ class Collector:
         sums = self.sums.setdefault(key, LayerSums(self.what))
         ids = self.ids if self.ids is not None and self.ids.shape == reading.rows.shape[:2] else None
         with full_precision(reading.rows):
-            embedding = sums.add(reading, ids)
-        if sums.lidar is not None:
-            self._latest[key] = embedding
+            sums.add(reading, ids)
         self.similarity.add(self.title(key), reading)
 
     def read_other(self, name: str, reading: Reading) -> None:
@@ -265,20 +230,6 @@ class Collector:
         self.most_calls |= self.calls
         self.calls = Counter()
         self.similarity.end_of_pass()
-        for key, embedding in self._latest.items():
-            self._views.setdefault(key, []).append(embedding)
-        self._latest = {}
-
-    def end_of_views(self) -> None:
-        """All views of an item were seen."""
-        for key, embeddings in self._views.items():
-            shapes = {tuple(embedding.shape) for embedding in embeddings}
-            if len(shapes) > 1:
-                raise ValueError(f'the views of a batch differ in shape at layer "{self.title(key)}": {sorted(shapes)}')
-            lidar = self.sums[key].lidar
-            if lidar is not None and len(embeddings) == self.what.views:
-                lidar.add(torch.stack(embeddings))
-        self._views = {}
 
     @property
     def dtype(self) -> str:
@@ -298,12 +249,11 @@ class Collector:
             layers,
             sequences=sums[0].sequences,
             rows=sums[0].rows,
-            views=self.what.views,
             orders=self.what.orders,
             windows=self.what.windows,
             notes=tuple(self._notes(names, keys)),
             cka_names=tuple(self.similarity.names),
-            cka=_frozen(self.similarity.value()),
+            cka=self.similarity.value(),
             **about,
         )
 
@@ -330,16 +280,19 @@ class Collector:
 
 def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
     """The numbers of a layer from its sums."""
+    what, k = sums.what, len(sums.what.kinds)
     entropies, shapes = [], []
-    for (window, first), one in sums.windows.items():
-        nats, normalized, shape = one.means()
-        if not nats:
-            continue
-        for kind, (value, error), (share, _) in zip(sums.what.kinds, nats, normalized, strict=True):
-            entropies.append(EntropyValue(*kind, window, first, value, share, error))
-        if not sums.what.centered_first:  # of rows that are not as the layer gave them
-            shapes.append(Shape(window, first, shape[0][0], shape[1][0]))
-    curved = {first: _only(mean.means()) for first, mean in sums.curvature.items()}
+    for window, mean in sums.windows.items():
+        columns = mean.means()
+        for first, part in ((True, columns[: 2 * k + 2]), (False, columns[2 * k + 2 :])):
+            if not part or not (first or sums.tokens) or (what.centered_first and not first):
+                continue
+            for kind, (nats, error), (share, _) in zip(what.kinds, part[:k], part[k : 2 * k], strict=True):
+                entropies.append(EntropyValue(*kind[:3], window, first, nats, share, error))
+            if not what.centered_first:  # of rows that are not as the layer gave them
+                shapes.append(Shape(window, first, part[2 * k][0], part[2 * k + 1][0]))
+    (curvature, _), (straightened, _) = sums.curvature.means() or [(None, None)] * 2
+    ((first_share, _),) = sums.first_share.means() or [(None, None)]
     return LayerProfile(
         name,
         sums.features,
@@ -347,18 +300,17 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
         sums.axes,
         tuple(entropies),
         tuple(shapes),
-        first_token_share=_only(sums.first_share.means()),
-        curvature=curved[True],
-        curvature_without_first=curved[False],
+        first_token_share=first_share,
+        curvature=curvature,
+        curvature_without_first=straightened,
         rankme=sums.ranks.rankme(True),
         rankme_without_first=sums.ranks.rankme(False) if sums.tokens else None,
         rankme_rows=sums.ranks.rows,
         rankme_at=sums.ranks.at,
-        lidar=None if sums.lidar is None else sums.lidar.value(),
         sequence_level=tuple(
-            level_of(pooling, rows, sums.what.kinds[sums.what.main]) for pooling, rows in sums.pooled.joined().items()
+            level_of(pooling, rows, what.kinds[what.main]) for pooling, rows in sums.pooled.joined().items()
         ),
-        longest=tuple(Token(*found, _text(tokenizer, found.token)) for found in sums.where.longest if found.ratio > 0),
+        longest=tuple(_with_text(found, tokenizer) for found in sums.where.longest if found.ratio > 0),
         channels=tuple(sums.where.channels()),
         norm_by_position=tuple(sums.where.by_position()),
         by_sequence=tuple(None if value != value else value for value in sums.by_sequence[:MOST_PROMPTS]),
@@ -368,33 +320,18 @@ def layer_of(name: str, sums: LayerSums, tokenizer: Any) -> LayerProfile:
 def level_of(pooling: str, rows: Tensor, kind: Kind) -> SequenceLevel:
     """How many directions one row for each sequence, (sequences, d), uses."""
     rows = rows.double()
+    rankme = exp_entropy(torch.linalg.svdvals(rows)) if len(rows) else None
+    if kind.clamped:
+        nats, most = clamped_entropy(rows), min(rows.shape)
+        return SequenceLevel(pooling, len(rows), nats, nats / math.log(most) if most > 1 else 0.0, rankme)
     if kind.center == "first" and len(rows):
         rows = rows - rows.mean(0)
     options: dict[str, Any] = {"alpha": kind.alpha, "kernel": kind.kernel, "center": kind.center is True}
     nats, normalized = (float(matrix_entropy(rows, normalize=normalize, **options)) for normalize in (False, True))
-    rankme = exp_entropy(torch.linalg.svdvals(rows)) if len(rows) else None
     return SequenceLevel(pooling, len(rows), nats, normalized, rankme)
 
 
-class evaluating:  # noqa: N801
-    """Models in evaluation mode inside the ``with`` block; afterwards each module is in the mode it had."""
-
-    def __init__(self, models: Iterable[nn.Module]) -> None:
-        self.models = list(models)
-
-    def __enter__(self) -> None:
-        self.modes = [(module, module.training) for model in self.models for module in model.modules()]
-        for model in self.models:
-            model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
-
-
-def _what(
-    orders: Sequence[float], windows: Sequence[int | None], preset: str | None, rankme_rows: RankMeRows, views: int
-) -> What:
+def _what(orders: Sequence[float], windows: Sequence[int | None], preset: str | None, rankme_rows: RankMeRows) -> What:
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
     orders, windows = tuple(float(order) for order in orders), tuple(windows)
@@ -407,24 +344,16 @@ def _what(
         raise ValueError("orders and windows must not name a value twice")
     if rankme_rows not in (None, "auto") and not (isinstance(rankme_rows, int) and rankme_rows >= 0):
         raise ValueError(f'rankme_rows must be at least 0, "auto", or None for all, found {rankme_rows!r}')
-    if views < 1:
-        raise ValueError(f"views must be at least 1, found {views}")
     windows = tuple(sorted(windows, key=lambda window: (window is None, window)))
     if preset is not None:
-        return What((PRESETS[preset],), (None,), rankme_rows, views)
-    return What(all_kinds(orders), windows, rankme_rows, views)
+        return What((PRESETS[preset],), (None,), rankme_rows)
+    return What(all_kinds(orders), windows, rankme_rows)
 
 
-def _only(means: list[tuple[float | None, float | None]]) -> float | None:
-    return means[0][0] if means else None
-
-
-def _text(tokenizer: Any, token: int | None) -> str | None:
-    return None if tokenizer is None or token is None else str(tokenizer.decode([token]))
-
-
-def _frozen(matrix: list[list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
-    return None if matrix is None else tuple(tuple(row) for row in matrix)
+def _with_text(found: Token, tokenizer: Any) -> Token:
+    if tokenizer is None or found.token is None:
+        return found
+    return replace(found, text=str(tokenizer.decode([found.token])))
 
 
 def _counted(batches: Iterable[Any], progress: bool) -> Iterator[Any]:

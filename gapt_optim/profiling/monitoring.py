@@ -21,15 +21,7 @@ from ..passes import in_backward
 from ..ranks import group_of
 
 
-def monitor(
-    model: nn.Module,
-    layers: Layers = None,
-    *,
-    every: int = 50,
-    observers: Iterable[Observer] = (),
-    entropy: EntropyConfig | None = None,
-    **reading: Any,
-) -> Monitor:
+class Monitor:
     """Report how the layers of a training develop. It touches neither the optimizer nor the backward pass.
 
     >>> from gapt_optim import monitor
@@ -46,8 +38,7 @@ def monitor(
     On the first training step and each whose number is a multiple of ``every``, the forward passes in training mode
     with gradients on are read, micro-batches together. A step ends with the step of an optimizer that has a parameter
     of the model; of several that step after the same backward pass, the first one's. Where no such optimizer steps (an
-    engine with copies of its own), call :meth:`Monitor.step`. A step that a GradScaler skips goes on until one is
-    taken.
+    engine with copies of its own), call :meth:`step`. A step that a GradScaler skips goes on until one is taken.
 
     Over ranks, enter it on all of them: at each report, sums are taken over the default process group.
 
@@ -63,20 +54,6 @@ def monitor(
 
     Raises:
         ValueError: ``every`` is below 1, or no layer matches.
-    """
-    return Monitor(model, layers, every=every, observers=observers, entropy=entropy, **reading)
-
-
-class Monitor:
-    """Made by :func:`monitor`; a context manager.
-
-    >>> from gapt_optim import monitor
-    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
-    >>> with monitor(model, "1") as watched:
-    ...     model(torch.randn(16, 4)).square().mean().backward()
-    ...     watched.step()
-    >>> watched.metrics.step
-    1
     """
 
     def __init__(
@@ -191,6 +168,9 @@ class Monitor:
                 tell(
                     f"{type(observer).__name__} raised {type(error).__name__}: {error}; the monitor goes on without it"
                 )
+
+
+monitor = Monitor
 
 
 class _Passes:

@@ -73,14 +73,17 @@ class Token:
     ratio: float
     """Its norm over the median norm of its sequence."""
     sequence: int
+    """Which one of the data, from 0."""
     position: int
+    """In its sequence, padding included, from 0."""
     token: int | None
-    text: str | None
+    """Its id, where the batch has ids of this shape."""
+    text: str | None = None
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer. What its outputs do not have (a first token, successive tokens, two views) is None.
+    """One layer. What its outputs do not have (a first token, successive tokens) is None.
 
     >>> import torch
     >>> from gapt_optim import profile
@@ -108,7 +111,6 @@ class LayerProfile:
     rankme_rows: int = 0
     rankme_at: dict[int, float] = field(default_factory=dict)
     """RankMe of the first so many rows: it grows with rows alone."""
-    lidar: float | None = None
     sequence_level: tuple[SequenceLevel, ...] = ()
     longest: tuple[Token, ...] = ()
     channels: tuple[tuple[int, float], ...] = ()
@@ -194,7 +196,6 @@ class Profile:
     rows: int = 0
     """Rows of the first layer that counted: tokens, samples or positions."""
     batches: int = 0
-    views: int = 1
     orders: tuple[float, ...] = (2.0,)
     windows: tuple[int | None, ...] = DEFAULT_WINDOWS
     seconds: float = 0.0

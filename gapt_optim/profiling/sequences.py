@@ -1,9 +1,7 @@
 """A row for each sequence instead of one for each token, and layers compared with layers.
 
-- LiDAR: exp of the entropy of the eigenvalues of Sw^(-1/2) Sb Sw^(-1/2), with Sb the covariance of the samples' mean
-  embeddings and Sw that of their views around them, plus 1e-4 I (Thilak et al., 2023).
-- CKA: the linear kernel, by an unbiased estimate of HSIC (Song et al., 2012) summed over sequences or batches (Nguyen,
-  Raghu and Kornblith, "Do wide and deep networks learn the same things?", 2021).
+CKA is of the linear kernel, by an unbiased estimate of HSIC (Song et al., 2012) summed over sequences or batches
+(Nguyen, Raghu and Kornblith, "Do wide and deep networks learn the same things?", 2021).
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from ..layout import Reading
 
-LIDAR_REGULARIZATION = 1e-4
 MOST_SEQUENCES = 1024
 MOST_ROWS = 128
 """Of a sequence, for CKA."""
@@ -26,68 +23,29 @@ class PooledRows:
         self.count = 0
         self.rows: dict[str, list[Tensor]] = {}
 
-    def add(self, rows: Tensor, live: Tensor, axes: str) -> Tensor:
-        """Rows (batch, length, d), 0 where they do not count. Returns the means (batch, d), or the samples (n, d)."""
+    def add(self, rows: Tensor, live: Tensor, axes: str) -> None:
+        """Rows (batch, length, d), 0 where they do not count."""
+        left = MOST_SEQUENCES - self.count
+        if left <= 0:
+            return
         if axes == "batch features":
-            mean = rows[0]
-            found = {"sample": mean[live[0]]}
+            found = {"sample": rows[0][live[0]]}
         else:
-            number = live.sum(1, keepdim=True)
-            mean = rows.sum(1) / number.clamp(min=1)
-            there = number.squeeze(1) > 0
-            found = {"mean": mean[there]}
+            number = live.sum(1)
+            there = number > 0
+            found = {"mean": (rows.sum(1) / number.clamp(min=1).unsqueeze(1))[there]}
             if "length" in axes:
                 places = torch.arange(live.shape[1], device=rows.device)
                 ends = {"last": torch.where(live, places, -1).argmax(1), "first": live.to(torch.int32).argmax(1)}
                 for name, place in ends.items():
                     found[name] = rows[torch.arange(len(rows), device=rows.device), place][there]
-        left = MOST_SEQUENCES - self.count
         for name, pooled in found.items():
-            if left > 0:
-                self.rows.setdefault(name, []).append(pooled[:left].cpu())
+            self.rows.setdefault(name, []).append(pooled[:left].cpu())
         self.count += len(next(iter(found.values())))
-        return mean
 
     def joined(self) -> dict[str, Tensor]:
         """(sequences, d) by how they are pooled."""
         return {name: torch.cat(parts) for name, parts in self.rows.items()}
-
-
-class LidarSums:
-    """Sums over samples of which each has several views: embeddings e_xv, (d,) each."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.views = 0
-        self.squares: Tensor | None = None
-        """Sum of e e' over samples and views."""
-        self.mean_squares: Tensor | None = None
-        """Sum of m m' over samples, m the mean of a sample's views."""
-        self.mean_sum: Tensor | None = None
-
-    def add(self, embeddings: Tensor) -> None:
-        """(views, samples, d)."""
-        e = (embeddings.cpu() if embeddings.device.type == "mps" else embeddings).double()
-        mean = e.mean(0)
-        flat = e.flatten(0, 1)
-        self.views, self.samples = len(e), self.samples + e.shape[1]
-        self.squares = _plus(self.squares, flat.mT @ flat)
-        self.mean_squares = _plus(self.mean_squares, mean.mT @ mean)
-        self.mean_sum = _plus(self.mean_sum, mean.sum(0))
-
-    def value(self) -> float | None:
-        """LiDAR; None for fewer than two samples."""
-        if self.samples < 2 or self.squares is None or self.mean_squares is None or self.mean_sum is None:
-            return None
-        center = self.mean_sum / self.samples
-        between = self.mean_squares / self.samples - torch.outer(center, center)
-        within = self.squares / (self.samples * self.views) - self.mean_squares / self.samples
-        within = within + LIDAR_REGULARIZATION * torch.eye(len(within), dtype=within.dtype, device=within.device)
-        scales, vectors = torch.linalg.eigh(within)
-        whiten = (vectors * scales.clamp(min=LIDAR_REGULARIZATION).rsqrt()) @ vectors.mT
-        values = torch.linalg.eigvalsh(whiten @ between @ whiten).clamp(min=0)
-        total = float(values.sum())
-        return float(torch.special.entr(values / total).sum().exp()) if total > 0 else None
 
 
 class SimilaritySums:
@@ -138,17 +96,16 @@ class SimilaritySums:
             return
         device = columns[0].device
         stacked = torch.stack([column.to(device) for column in columns]).double()
-        self.hsic = _plus(self.hsic, stacked @ stacked.mT)
+        self.hsic = plus(self.hsic, stacked @ stacked.mT)
 
-    def value(self) -> list[list[float]] | None:
+    def value(self) -> tuple[tuple[float, ...], ...] | None:
         """(layers, layers), 1 on the diagonal; None where there are too few rows for it."""
         if self.hsic is None:
             return None
         own = self.hsic.diagonal()
         if not bool((own > 0).all()):
             return None
-        matrix: list[list[float]] = (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()
-        return matrix
+        return tuple(map(tuple, (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()))
 
 
 def _vector(rows: Tensor, keep: Tensor) -> Tensor:
@@ -174,5 +131,5 @@ def centered_without_diagonal(gram: Tensor, keep: Tensor) -> Tensor:
     return torch.where(count >= 4, centered / (count * (count - 3)).clamp(min=1).sqrt(), 0)
 
 
-def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+def plus(total: Tensor | None, value: Tensor) -> Tensor:
     return value if total is None else total.add_(value)

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from ..layout import Reading
 from ..windows import cut, windows_of
-from .sequences import LidarSums, PooledRows
+from .batches import MOST_PROMPTS
+from .sequences import PooledRows, plus
 from .where import Where, places
-from .window_values import Kind, WindowValues, all_kinds, by_products, values_of_windows
+from .window_values import Kind, all_kinds, by_products, symmetric_products, unit, values_of_windows
 
 MeanAndError = tuple[float | None, float | None]
 RankMeRows = int | Literal["auto"] | None
@@ -48,7 +49,6 @@ class What:
     kinds: tuple[Kind, ...] = field(default_factory=lambda: all_kinds((2.0,)))
     windows: tuple[int | None, ...] = (8, None)
     rankme_rows: RankMeRows = "auto"
-    views: int = 1
 
     @property
     def orders(self) -> tuple[float, ...]:
@@ -66,36 +66,31 @@ class What:
 
 
 class Mean:
-    """Means over windows with their standard errors over sequences, per column, on the device of what is added."""
+    """Means with their standard errors over sequences, per column, on the device of what is added."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
         """(6, columns): of v, w, v², v w, w² over sequences and the number of them, with v a sequence's sum of values
         and w that of their weights."""
-        self.latest: Tensor | None = None
-        """(columns, sequences) means of what was added last, nan where nothing counts."""
 
-    def add(self, values: Tensor, weights: Tensor, sequence: Tensor, sequences: int) -> None:
-        """Values (columns, items) with weights (items) or (columns, items), of so many sequences.
+    def add(self, values: Tensor, weights: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+        """Values and weights (columns, items), of so many sequences. Values that are not finite are left out.
 
-        Values that are not finite are left out.
+        Returns the means (columns, sequences), nan where nothing counts.
         """
         wide = wide_type(values)
         weights = torch.where(values.isfinite(), weights, 0).to(wide)
         weighted = torch.where(weights > 0, values, 0) * weights
         zeros = weights.new_zeros(len(values), sequences)
         v, w = (zeros.index_add(1, sequence, each) for each in (weighted, weights))
-        there = (w > 0).to(wide)
-        sums = torch.stack([each.sum(-1) for each in (v, w, v * v, v * w, w * w, there)])
+        sums = torch.stack([v, w, v * v, v * w, w * w, (w > 0).to(wide)]).sum(-1)
         self.sums = sums if self.sums is None else self.sums + sums
-        self.latest = torch.where(w > 0, v / torch.where(w > 0, w, 1), math.nan)
+        return v / w
 
     def means(self) -> list[MeanAndError]:
         """Mean and standard error of each column; None where nothing, or a single sequence, counts."""
-        if self.sums is None:
-            return []
         found: list[MeanAndError] = []
-        for v, w, vv, vw, ww, count in self.sums.T.tolist():
+        for v, w, vv, vw, ww, count in () if self.sums is None else self.sums.T.tolist():
             mean = v / w if w else None
             error = None
             if mean is not None and count >= 2:
@@ -105,26 +100,6 @@ class Mean:
         return found
 
 
-class WindowSums:
-    """Entropies, norm ratio and mean share over windows of one length, with or without the first token."""
-
-    def __init__(self, kinds: int) -> None:
-        self.kinds = kinds
-        self.mean = Mean()
-        """Of the entropies, these over their limits, the norm ratio and the mean share."""
-
-    def add(self, found: WindowValues, sequence: Tensor, sequences: int) -> None:
-        share = torch.where(found.limits > 0, found.entropies / found.limits, 0)
-        values = torch.cat([found.entropies, share, torch.stack([found.norm_ratio, found.mean_share])])
-        weights = torch.cat([found.weights, found.weights, found.shape_weights.expand(2, -1)])
-        self.mean.add(values, weights, sequence, sequences)
-
-    def means(self) -> tuple[list[MeanAndError], list[MeanAndError], list[MeanAndError]]:
-        """Of the entropies, of these over their limits, and of norm ratio and mean share; empty where nothing is."""
-        found = self.mean.means()
-        return found[: self.kinds], found[self.kinds : 2 * self.kinds], found[2 * self.kinds :]
-
-
 class LayerSums:
     """Everything that is kept of one layer."""
 
@@ -132,30 +107,29 @@ class LayerSums:
         self.what = what
         self.features = 0
         self.rows = 0
-        self.masked = 0
         self.sequences = 0
         self.nonfinite = 0
         self.dtype: torch.dtype | None = None
         self.axes = ""
         self.tokens = False
         """Rows are in order, so that the first one and curvature mean something."""
-        keys = [(window, first) for window in what.windows for first in (True, False)]
-        self.windows: dict[tuple[int | None, bool], WindowSums] = {key: WindowSums(len(what.kinds)) for key in keys}
-        self.curvature = {True: Mean(), False: Mean()}
+        self.windows = {window: Mean() for window in what.windows}
+        """Of what :class:`WindowValues` has, with first tokens and then without."""
+        self.curvature = Mean()
+        """With first tokens, and without them."""
         self.first_share = Mean()
         self.by_sequence: list[float] = []
         """The main entropy of the longest windows, of the first sequences alone."""
         self.ranks = RankSums(what.rankme_rows)
         self.pooled = PooledRows()
         self.where = Where()
-        self.lidar: LidarSums | None = LidarSums() if what.views > 1 else None
 
     @torch.no_grad()
-    def add(self, reading: Reading, ids: Tensor | None = None) -> Tensor:
-        """One output. ``ids`` (batch, length) are its tokens. Returns the mean live row of each sequence, (batch, d);
-        where rows are samples, these."""
+    def add(self, reading: Reading, ids: Tensor | None = None) -> None:
+        """One output. ``ids`` (batch, length) are its tokens."""
         self.axes, self.dtype = reading.axes, reading.h.dtype
-        self.tokens = "length" in reading.axes
+        tokens = "length" in reading.axes
+        self.tokens |= tokens
         rows = reading.rows.to(torch.promote_types(reading.rows.dtype, torch.float32))
         batch, length, self.features = rows.shape
         every = torch.ones(batch, length, dtype=torch.bool, device=rows.device)
@@ -164,7 +138,6 @@ class LayerSums:
         norms = squares.sum(-1)
         finite = norms.isfinite()  # one pass instead of three; a norm that overflows could be used nowhere
         self.nonfinite += int((live & ~finite).sum())
-        self.masked += int((~live).sum())
         live = live & finite
         count = int(live.sum())
         if count < live.numel():
@@ -172,15 +145,17 @@ class LayerSums:
             rows, norms = rows.masked_fill(~keep, 0), norms.masked_fill(~live, 0)
             squares = squares.masked_fill_(~keep, 0)
         begins = starts(every, reading.segments)
-        first = first_of_documents(live, begins) if self.tokens else torch.zeros_like(live)
+        first = first_of_documents(live, begins) if tokens else torch.zeros_like(live)
         self.rows += count
         if rows.numel() == 0:
-            return rows.new_zeros(batch, self.features)
+            return
         for window in self.what.windows:
             for part in _parts(rows, window):
                 segments = None if reading.segments is None else reading.segments[part]
-                self._add_windows(window, rows[part], live[part], first[part], segments)
-        if self.tokens:
+                means = self._add_windows(window, rows[part], live[part], first[part], segments)
+                if window == self.what.windows[-1] and len(self.by_sequence) < MOST_PROMPTS:
+                    self.by_sequence += means.tolist()
+        if tokens:
             self._add_shares(norms, first)
             for part in _parts(rows, 8):
                 self._add_curvature(rows[part], live[part], first[part], begins[part])
@@ -188,35 +163,28 @@ class LayerSums:
         self.where.add_channels(squares.sum((0, 1)))
         self.ranks.add(rows, live, first)
         self.sequences += batch
-        return self.pooled.add(rows, live, reading.axes)
+        if any(kind.clamped for kind in self.what.kinds):
+            rows = unit(centred(rows, live))
+        self.pooled.add(rows, live, reading.axes)
 
     def _add_windows(
         self, window: int | None, rows: Tensor, live: Tensor, first: Tensor, segments: Tensor | None
-    ) -> None:
-        batch, length, features = rows.shape
-        masked = None if bool(live.all()) else live
-        windows = windows_of(batch, length, window, masked, segments)
-        z, size, dtype = cut(rows, windows), windows.size, rows.dtype
+    ) -> Tensor:
+        """Returns the main entropy of each sequence."""
+        batch, length, _ = rows.shape
+        windows = windows_of(batch, length, window, None if bool(live.all()) else live, segments)
+        z = cut(rows, windows)
         flags = torch.stack([live, first, torch.arange(1, batch + 1, device=rows.device)[:, None].expand_as(live)], -1)
         flags = cut(flags.to(torch.float32), windows)
         live, first, sequence = flags[..., 0] > 0, flags[..., 1] > 0, flags[..., 2].amax(-1).long().clamp(min=1) - 1
         if not all(by_products(order) for order in self.what.orders):
             z = z.double()
         if self.what.centered_first:
-            mean = z.sum(-2, keepdim=True) / live.sum(-1).clamp(min=1)[:, None, None]
-            z = (z - mean) * live.unsqueeze(-1)
-        everything, rest = self.windows[window, True], self.windows[window, False]
-        whole, without, changed = values_of_windows(z, live, first, self.what.kinds, (size, features), dtype)
-        everything.add(whole, sequence, batch)
-        if window == self.what.windows[-1] and len(self.by_sequence) < MOST_PROMPTS:
-            latest = everything.mean.latest
-            assert latest is not None
-            self.by_sequence += latest[self.what.main].tolist()
-        if self.tokens and not self.what.centered_first:
-            if changed is not None:  # only a window that has a first token changes without it
-                rest.add(whole.of(~changed), sequence[~changed], batch)
-                sequence = sequence[changed]
-            rest.add(without, sequence, batch)
+            z = centred(z, live)
+        found = values_of_windows(z, live, first, self.what.kinds, rows.dtype)
+        # Half of the windows are without their first tokens: columns of their own.
+        values, weights = (each.reshape(len(each), 2, len(z)).transpose(0, 1).flatten(0, 1) for each in found)
+        return self.windows[window].add(values, weights, sequence, batch)[self.what.main]
 
     def _add_shares(self, norms: Tensor, first: Tensor) -> None:
         total = norms.sum(-1)
@@ -229,19 +197,14 @@ class LayerSums:
         if length < 3:
             return
         steps = rows[:, 1:] - rows[:, :-1]
-        sizes = steps.square().sum(-1).sqrt()
+        sizes = torch.linalg.vector_norm(steps, dim=-1)
         products = (steps[:, 1:] * steps[:, :-1]).sum(-1)
         sizes = sizes[:, 1:] * sizes[:, :-1]
-        angle = torch.rad2deg(torch.acos((products / sizes).clamp(-1, 1))).reshape(1, -1)
-        whole = live[:, 2:] & live[:, 1:-1] & live[:, :-2] & ~begins[:, 2:] & ~begins[:, 1:-1]
-        there = (whole & (sizes > 0)).reshape(1, -1)
-        sequence = torch.arange(batch, device=rows.device)[:, None].expand(batch, length - 2).reshape(-1)
-        self.curvature[True].add(angle, there, sequence, batch)
-        self.curvature[False].add(angle, there & ~first[:, :-2].reshape(1, -1), sequence, batch)
-
-
-MOST_PROMPTS = 64
-"""Sequences whose own entropies are kept."""
+        angle = torch.rad2deg(torch.acos((products / sizes).clamp(-1, 1)))
+        there = live[:, 2:] & live[:, 1:-1] & live[:, :-2] & ~begins[:, 2:] & ~begins[:, 1:-1] & (sizes > 0)
+        weights = torch.stack([there, there & ~first[:, :-2]])
+        sequence = torch.arange(batch, device=rows.device).repeat_interleave(length - 2)
+        self.curvature.add(angle.expand_as(weights).flatten(1), weights.flatten(1), sequence, batch)
 
 
 class RankSums:
@@ -250,7 +213,7 @@ class RankSums:
     def __init__(self, wanted: RankMeRows) -> None:
         self._wanted = wanted
         self.gram: Tensor | None = None
-        """Of all rows but the first tokens, its lower triangle."""
+        """Of all rows but the first tokens."""
         self.first_gram: Tensor | None = None
         """Of the first tokens, whose norms may dwarf all others'."""
         self.rows = 0
@@ -274,9 +237,9 @@ class RankSums:
             part = rows[: stop - self.rows].to(torch.float64, copy=True)
             head = heads[: stop - self.rows]
             if head.any():
-                self.first_gram = _plus_products(self.first_gram, part[head])
+                self.first_gram = plus(self.first_gram, symmetric_products(part[head].mT))
                 part = part.masked_fill_(head.unsqueeze(1), 0)
-            self.gram = _plus_products(self.gram, part)
+            self.gram = plus(self.gram, symmetric_products(part.mT))
             self.rows += len(part)
             rows, heads = rows[len(part) :], heads[len(part) :]
             if self.rows == stop:
@@ -289,7 +252,7 @@ class RankSums:
         if self.gram is None:
             return None
         gram = self.gram if not first or self.first_gram is None else self.gram + self.first_gram
-        eigenvalues = torch.linalg.eigvalsh(gram)  # of the lower triangle
+        eigenvalues = torch.linalg.eigvalsh(gram)
         tolerance = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
         sigma = torch.where(eigenvalues > tolerance * eigenvalues[-1], eigenvalues, 0).clamp(min=0).sqrt()
         return exp_entropy(sigma)
@@ -310,6 +273,12 @@ def exp_entropy(weights: Tensor) -> float | None:
     if not total > 0 or not math.isfinite(total):
         return None
     return float(torch.special.entr(weights / total).sum().exp())
+
+
+def centred(rows: Tensor, live: Tensor) -> Tensor:
+    """Rows (..., n, d) less the mean of those that count, 0 where they do not."""
+    mean = rows.sum(-2, keepdim=True) / live.sum(-1).clamp(min=1)[..., None, None]
+    return (rows - mean) * live.unsqueeze(-1)
 
 
 def starts(every: Tensor, segments: Tensor | None) -> Tensor:
@@ -335,18 +304,6 @@ def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:
     step = max(1, limit // max(1, per_row * length))
     for start in range(0, len(rows), step):
         yield slice(start, start + step)
-
-
-def _plus_products(total: Tensor | None, rows: Tensor) -> Tensor:
-    """``rows.mT @ rows`` added to the lower triangle of ``total``: in four strips, 10 of 16 parts of the work."""
-    d = rows.shape[1]
-    if total is None:
-        total = rows.new_zeros(d, d)
-    strip = -(-d // 4)
-    for start in range(0, d, strip):
-        end = min(d, start + strip)
-        total[start:end, :end].addmm_(rows[:, start:end].mT, rows[:, :end])
-    return total
 
 
 def wide_type(values: Tensor) -> torch.dtype:

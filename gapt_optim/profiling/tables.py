@@ -1,14 +1,15 @@
-"""A profile as tables: what a terminal shows, and every number."""
+"""A profile as tables: every number, and what a terminal shows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 from pandas import DataFrame
 
 from .._display.tables import number
-from .results import EntropyValue, LayerProfile, Profile, Token
+from .results import LayerProfile, Profile, Token
 
 KINDS: dict[tuple[str, object], str] = {
     ("cosine", True): "cosine, centred",
@@ -17,6 +18,7 @@ KINDS: dict[tuple[str, object], str] = {
     ("linear", False): "linear",
     ("cosine", "first"): "centred, then cosine",
 }
+WITHOUT_FIRST = ", without first token"
 FEW_ROWS = "*"
 """Marks a RankMe of fewer than ten rows per feature."""
 
@@ -26,7 +28,8 @@ class Figure(NamedTuple):
 
     title: str
     unit: str
-    read: Callable[[LayerProfile], float | None]
+    column: str
+    """Of :func:`every_number`."""
 
 
 def window_name(window: int | None) -> str:
@@ -47,102 +50,78 @@ def main_order(one: Profile) -> float:
     return 2.0 if 2.0 in one.orders else one.orders[0]
 
 
-def entropy_of(
-    layer: LayerProfile, kind: tuple[str, object], alpha: float, window: int | None, first_token: bool = True
-) -> EntropyValue | None:
-    """That entropy of a layer; None where it was not measured."""
-    for value in layer.entropies:
-        if (value.kernel, value.center, value.alpha, value.window, value.first_token) == (
-            *kind,
-            alpha,
-            window,
-            first_token,
-        ):
-            return value
-    return None
-
-
-def shape_of(layer: LayerProfile, window: int | None, name: str, first_token: bool = True) -> float | None:
-    """The norm ratio or the mean share of a layer; None where it was not measured."""
-    for value in layer.shapes:
-        if (value.window, value.first_token) == (window, first_token):
-            found: float | None = getattr(value, name)
-            return found
-    return None
-
-
-def level_of(layer: LayerProfile, pooling: str | None, name: str) -> float | None:
-    """A number of the sequence level, by default of its first pooling; None where there is none."""
-    for level in layer.sequence_level:
-        if pooling in (None, level.pooling):
-            found: float | None = getattr(level, name)
-            return found
-    return None
-
-
-def figures(one: Profile) -> list[Figure]:
-    """The numbers of a layer in the order of their importance: a narrow terminal leaves the last ones out."""
-    window, alpha = main_window(one), main_order(one)
-
-    def entropy(kind: tuple[str, object]) -> Callable[[LayerProfile], float | None]:
-        return lambda layer: getattr(entropy_of(layer, kind, alpha, window), "nats", None)
-
-    def error(layer: LayerProfile) -> float | None:
-        return getattr(entropy_of(layer, kinds[0], alpha, window), "error", None)
-
-    def rank(layer: LayerProfile) -> float | None:
-        return getattr(entropy_of(layer, kinds[0], alpha, window), "effective_rank", None)
-
-    kinds = kinds_of(one)
-    main, *others = [Figure(f"{KINDS[kind]} S", "nats", entropy(kind)) for kind in kinds]
-    last = others.pop() if others else None
-    found = [main, Figure("±", "nats", error), Figure("rank", "effective rank", rank)]
-    if last is not None:
-        found.append(last)
-    return [
-        *found,
-        Figure("norm ratio", "largest / median norm", lambda layer: shape_of(layer, window, "norm_ratio")),
-        Figure("mean share", "share of squared norm", lambda layer: shape_of(layer, window, "mean_share")),
-        Figure("RankMe", "effective rank", lambda layer: layer.rankme),
-        Figure("sequence S", "nats", lambda layer: level_of(layer, None, "nats")),
-        Figure("first token", "share of squared norm", lambda layer: layer.first_token_share),
-        Figure("curvature", "degrees", lambda layer: layer.curvature),
-        *others,
-        Figure("sequence RankMe", "effective rank", lambda layer: level_of(layer, None, "rankme")),
-        Figure("LiDAR", "effective rank", lambda layer: layer.lidar),
-    ]
-
-
-def profile_table(one: Profile) -> DataFrame:
-    """What a terminal shows: a row per layer, columns with nothing in them left out."""
-    columns = {figure.title: [figure.read(layer) for layer in one.layers] for figure in figures(one)}
-    frame = DataFrame({name: values for name, values in columns.items() if any(v is not None for v in values)})
-    frame.index = [layer.name for layer in one.layers]
-    if "RankMe" in frame and any(layer.few_rows for layer in one.layers):
-        frame["RankMe"] = [number(layer.rankme) + FEW_ROWS * layer.few_rows for layer in one.layers]
-    return frame
+def entropy_column(kind: tuple[str, object], alpha: float, window: int | None) -> str:
+    """The column of :func:`every_number` that has this entropy."""
+    return f"S {KINDS[kind]}, order {alpha:g}, {window_name(window)}"
 
 
 def every_number(one: Profile) -> DataFrame:
     """A row per layer, a column for each number."""
-    return DataFrame([_row(layer) for layer in one.layers], index=[layer.name for layer in one.layers])
+    return DataFrame([_row(layer) for layer in one.layers], index=one.names)
 
 
 def _row(layer: LayerProfile) -> dict[str, object]:
     row: dict[str, object] = {"features": layer.features, "rows": layer.rows, "axes": layer.axes}
     for value in layer.entropies:
-        said = f"{KINDS[value.kernel, value.center]}, order {value.alpha:g}, {window_name(value.window)}"
-        said += "" if value.first_token else ", without first token"
-        row |= {f"S {said}": value.nats, f"S {said}, normalized": value.normalized, f"S {said}, error": value.error}
+        said = entropy_column((value.kernel, value.center), value.alpha, value.window)
+        said += "" if value.first_token else WITHOUT_FIRST
+        row |= {said: value.nats, f"{said}, normalized": value.normalized, f"{said}, error": value.error}
     for shape in layer.shapes:
-        said = window_name(shape.window) + ("" if shape.first_token else ", without first token")
+        said = window_name(shape.window) + ("" if shape.first_token else WITHOUT_FIRST)
         row |= {f"norm ratio, {said}": shape.norm_ratio, f"mean share, {said}": shape.mean_share}
     for level in layer.sequence_level:
         said = f"sequence level, {level.pooling}"
         row |= {f"{said}, rows": level.rows, f"{said}, S": level.nats, f"{said}, S normalized": level.normalized}
         row[f"{said}, RankMe"] = level.rankme
     names = ("first_token_share", "curvature", "curvature_without_first", "rankme", "rankme_without_first")
-    return row | {name: getattr(layer, name) for name in (*names, "rankme_rows", "lidar")}
+    return row | {name: getattr(layer, name) for name in (*names, "rankme_rows")}
+
+
+def figures(one: Profile) -> list[Figure]:
+    """The numbers of a layer in the order of their importance: a narrow terminal leaves the last ones out."""
+    window, alpha = main_window(one), main_order(one)
+    main, *others = [Figure(f"{KINDS[kind]} S", "nats", entropy_column(kind, alpha, window)) for kind in kinds_of(one)]
+    last = [others.pop()] if others else []
+    return [
+        main,
+        Figure("±", "nats", f"{main.column}, error"),
+        Figure("rank", "effective rank", f"{main.column}, rank"),
+        *last,
+        Figure("norm ratio", "largest / median norm", f"norm ratio, {window_name(window)}"),
+        Figure("mean share", "share of squared norm", f"mean share, {window_name(window)}"),
+        Figure("RankMe", "effective rank", "rankme"),
+        Figure("sequence S", "nats", "sequence level, S"),
+        Figure("first token", "share of squared norm", "first_token_share"),
+        Figure("curvature", "degrees", "curvature"),
+        *others,
+        Figure("sequence RankMe", "effective rank", "sequence level, RankMe"),
+    ]
+
+
+def poolings(one: Profile) -> list[str]:
+    """How rows of sequences were made."""
+    return list(dict.fromkeys(level.pooling for layer in one.layers for level in layer.sequence_level))
+
+
+def figure_table(one: Profile, like: Profile | None = None) -> DataFrame:
+    """A row per layer, a column for each of the :func:`figures` (of another profile, if given) that some layer has."""
+    every, wanted = every_number(one), figures(like or one)
+    main = wanted[0].column
+    if main in every:
+        every[f"{main}, rank"] = np.exp(every[main].astype(float))
+    for name in ("S", "RankMe") if poolings(one) else ():  # by the first pooling of each layer
+        columns = [f"sequence level, {pooling}, {name}" for pooling in poolings(one)]
+        every[f"sequence level, {name}"] = every[columns].bfill(axis=1).iloc[:, 0]
+    shown = {figure.title: every[figure.column] for figure in wanted if figure.column in every}
+    return DataFrame(shown, index=one.names).astype(float).dropna(axis=1, how="all")
+
+
+def profile_table(one: Profile) -> DataFrame:
+    """What a terminal shows: :func:`figure_table`, with a mark where RankMe is of few rows."""
+    frame = figure_table(one)
+    if "RankMe" in frame and any(layer.few_rows for layer in one.layers):
+        frame["RankMe"] = [number(layer.rankme) + FEW_ROWS * layer.few_rows for layer in one.layers]
+    return frame
 
 
 def summary_line(one: Profile) -> str:
@@ -167,12 +146,12 @@ def _on_what(one: Profile) -> str:
     )
 
 
-def what_is_shown(one: Profile) -> list[str]:
+def what_is_shown(one: Profile) -> str:
     """Sentences below a table: which entropy it has, and what its marks mean."""
     said = f"S in nats: order {main_order(one):g}, {window_name(main_window(one))}; ± is its standard error."
     if any(layer.few_rows for layer in one.layers):
         said += f" {FEW_ROWS} RankMe of fewer than ten rows per feature: more rows alone would raise it."
-    return [said, *(f"note: {note}" for note in one.notes)]
+    return said
 
 
 def longest_tokens(one: Profile) -> DataFrame:
@@ -196,7 +175,6 @@ def _token_name(found: Token) -> str:
 
 def by_prompt(one: Profile) -> DataFrame:
     """Entropies of whole sequences, one row for each of the first ones, a column per layer."""
-    columns = {layer.name: layer.by_sequence for layer in one.layers}
-    size = max((len(values) for values in columns.values()), default=0)
-    names = [one.prompts[i] if i < len(one.prompts) and one.prompts[i] else f"sequence {i}" for i in range(size)]
-    return DataFrame({name: [*values, *[None] * (size - len(values))] for name, values in columns.items()}, index=names)
+    frame = DataFrame([layer.by_sequence for layer in one.layers], index=one.names, dtype=float).T
+    names = dict(enumerate(one.prompts))
+    return frame.rename(index=lambda i: names.get(i) or f"sequence {i}")

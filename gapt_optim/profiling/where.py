@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from .results import Token
+
 MOST_TOKENS = 5
 MOST_CHANNELS = 5
-
-
-class LongToken(NamedTuple):
-    """One of the longest tokens of a layer."""
-
-    ratio: float
-    """Its norm over the median norm of its sequence."""
-    sequence: int
-    """Which one of the data, from 0."""
-    position: int
-    """In its sequence, padding included, from 0."""
-    token: int | None
-    """Its id, where the batch has ids of this shape."""
 
 
 class Where:
@@ -32,7 +19,7 @@ class Where:
         self.norms: Tensor | None = None
         """(2, bins): sums of norms and numbers of tokens."""
         self.squares: Tensor | None = None
-        self.longest: list[LongToken] = []
+        self.longest: list[Token] = []
 
     def add_rows(self, squares: Tensor, live: Tensor, begins: Tensor, ids: Tensor | None, sequences: int) -> None:
         """Squared norms (batch, length) of rows, those that count, where documents begin, and the tokens' ids.
@@ -53,7 +40,7 @@ class Where:
         for value, index in zip(most.values.tolist(), most.indices.tolist(), strict=True):
             sequence, position = divmod(index, length)
             token = None if ids is None else int(ids[sequence, position])
-            self.longest.append(LongToken(value, sequences + sequence, position, token))
+            self.longest.append(Token(value, sequences + sequence, position, token))
         self.longest = sorted(self.longest, reverse=True, key=lambda found: found.ratio)[:MOST_TOKENS]
 
     def add_channels(self, squares: Tensor) -> None:

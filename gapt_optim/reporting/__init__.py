@@ -13,8 +13,7 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .doctor import diagnose
     from .findings import FINDINGS, Diagnosis, Finding
-    from .picture import draw_runs
-    from .report import write_report
+    from .report import draw_runs, write_report
     from .run import Run, compression_spans, find_runs, read_run
 
 _HOMES = {
@@ -24,7 +23,7 @@ _HOMES = {
     "Run": "run",
     "compression_spans": "run",
     "diagnose": "doctor",
-    "draw_runs": "picture",
+    "draw_runs": "report",
     "find_runs": "run",
     "read_run": "run",
     "write_report": "report",

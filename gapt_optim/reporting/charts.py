@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
-from .._display.page import Chart, Trace, base_layout, label, shortened
-from .._display.tables import common_prefix, number
+from .._display.page import Chart, Trace, base_layout, heat_trace, label, line_trace, shortened
+from .._display.tables import common_prefix, number, short_names, with_minus
 from .records import MEASURES
 from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
 
@@ -65,23 +65,27 @@ class RunCharts:
         self.end = max(run.end for run in self.every)
         self.kernels = sorted({pressed_entropy(run) for run in self.every} - {""})
 
-    def over_steps(self) -> list[Chart]:
+    def over_steps(self, columns: Sequence[str] = tuple(COLUMNS)) -> list[Chart]:
         """Loss, entropies and what can hide in them; an entropy that is the pressed one is not drawn again."""
-        shown = [column for column in COLUMNS if not all(is_again(run, column) for run in self.every)]
-        return [self._over_steps(column) for column in shown if any(run.has(column) for run in self.every)]
+        shown = [column for column in columns if not all(is_again(run, column) for run in self.every)]
+        return [self.chart(column) for column in shown if any(run.has(column) for run in self.every)]
 
-    def _over_steps(self, column: str) -> Chart:
+    def chart(self, column: str) -> Chart:
+        """One column over the steps."""
         traces: list[Trace] = []
         late: list[Series] = []
-        said = []
+        ends = {name: Series([last_value(run, column) for run in seeds]).mean() for name, seeds in self.runs.items()}
         for place, (name, seeds) in self._drawn():
             held_out = [values for run in seeds if len(values := run.held_out[column].dropna())]
             trained = [values for run in seeds if len(values := run.steps[column].dropna())]
-            traces += self._training(place, name, trained, dots=column == "entropy_share", faint=bool(held_out))
-            traces += self._held_out(place, name, held_out)
+            found = self._training(place, name, trained, dots=column == "entropy_share", faint=bool(held_out))
+            found += self._held_out(place, name, held_out)
+            if found:
+                base = ends.get(self.baseline, 0.0) if name != self.baseline else 0.0
+                said = f" ({ends[name] / base - 1:+.1%})" if base > 0 else ""
+                found[-1]["meta"]["end"] = number(ends[name]) + with_minus(said)
+            traces += found
             late += [values[values.index >= 0.1 * self.end] for values in (*trained, *held_out)]
-            ends = [value for run in seeds if not np.isnan(value := last_value(run, column))]
-            said.append(f"{name} {number(float(np.mean(ends)) if ends else None)}")
         traces += self.phases(switch_marks=column in ("loss", "entropy"))
         title, unit, note = COLUMNS[column]
         layout = self._layout(unit)
@@ -93,7 +97,8 @@ class RunCharts:
             layout["yaxis"]["rangemode"] = "tozero"
         if column == "entropy" and self.kernels:
             note = f"{' / '.join(self.kernels).capitalize()}. {note}"
-        alternative = f"{title} over {self.end:,} steps, in {unit}. At the end: {'; '.join(said)}."
+        said = "; ".join(f"{name} {number(ends[name])}" for _, (name, _) in self._drawn())
+        alternative = f"{title} over {self.end:,} steps, in {unit}. At the end: {said}."
         return Chart(title, note, alternative, traces, layout, over_steps=True)
 
     def _drawn(self) -> list[tuple[int, tuple[str, Seeds]]]:
@@ -112,9 +117,10 @@ class RunCharts:
             return self._band(place, said, [smoothed(values) for values in seeds])
         raw = self._line(place, said, extremes(seeds[0]))
         raw |= {"line": {"color": color, "width": 0.8}, "opacity": 0.35, "hoverinfo": "skip", "hovertemplate": None}
+        raw["meta"]["faint"] = True
         mean = self._line(place, said, extremes(smoothed(seeds[0])))
         if faint:
-            mean["line"]["width"], mean["opacity"] = 1.2, 0.6
+            mean["line"]["width"], mean["opacity"], mean["meta"]["faint"] = 1.2, 0.6, True
         return [raw, mean]
 
     def _held_out(self, place: int, name: str, seeds: list[Series]) -> list[Trace]:
@@ -136,16 +142,10 @@ class RunCharts:
     def _line(self, place: int, name: str, values: Series) -> Trace:
         wide = list(self.runs)[place] == self.baseline and len(self.runs) > 1
         color = self.colors[place]
-        return {
-            "type": "scatter",
-            "mode": "lines",
-            "x": values.index.to_numpy(),
-            "y": values.to_numpy(dtype=np.float32),
-            "name": label(name),
-            "line": {"color": clear(color, 0.5) if wide else color, "width": 5 if wide else 2},
-            "hovertemplate": "%{y:.4g}<extra>" + label(name) + "</extra>",
-            "meta": {"run": place},
-        }
+        return line_trace(
+            values.index.to_numpy(), values.to_numpy(dtype=np.float32), name, clear(color, 0.5) if wide else color,
+            width=5 if wide else 2, meta={"run": place},
+        )  # fmt: skip
 
     def _layout(self, unit: str) -> dict[str, Any]:
         return base_layout(
@@ -240,6 +240,7 @@ class RunCharts:
                 mean, spread = with_noise(at_layers[0])
                 traces += self._band(place, name, [mean - spread, mean + spread])[:2]
                 traces.append(self._line(place, name, extremes(mean)))
+                traces[-1]["meta"]["end"] = with_minus(f"{mean.iloc[-1]:+.2f}")
             else:
                 traces += self._training(place, name, at_layers, dots=False, faint=False)
             dots = [values for run in seeds if len(values := run.steps.parameter_alignment.dropna())]
@@ -302,12 +303,6 @@ def clear(color: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
-def short_names(layers: DataFrame) -> list[str]:
-    """The layers' names without what all of them begin with."""
-    names = [str(name) for name in layers.columns]
-    return [name.removeprefix(common_prefix(names)) for name in names]
-
-
 def _of_layers(run: Run) -> str:
     prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values())).columns]))
     return f"A row per layer {prefix}*." if prefix else "A row per layer."
@@ -320,18 +315,12 @@ def _dot(color: str, size: int) -> dict[str, Any]:
 def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[str, Any]) -> Trace:
     shown = blocks(values, max(60, min(500, MOST_CELLS // max(1, values.shape[1]))))
     low, high = limits
-    return {
-        "type": "heatmap",
-        "x": shown.index.to_numpy(),
-        "y": [label(name) for name in short_names(shown)],
-        "z": shown.to_numpy(dtype=np.float32).T,
-        "zmin": low,
-        "zmax": high if high > low else low + 1,
-        "colorscale": "Viridis",
-        "colorbar": {"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
-        "hovertemplate": "%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
-        "meta": meta,
-    }
+    return heat_trace(
+        shown.set_axis(short_names(shown.columns), axis=1).T, "", (low, high if high > low else low + 1),
+        x=shown.index.to_numpy(), meta=meta,
+        colorbar={"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
+        hovertemplate="%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
+    )  # fmt: skip
 
 
 def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> Trace:

@@ -26,9 +26,7 @@ class Finding:
     """What the run shows, with places for its figures."""
     why: str
     change: str
-    """What to change."""
-    settings: tuple[str, ...]
-    """The settings that ``change`` names, as paths in a ``GAPTConfig``."""
+    """What to change; settings as paths in a ``GAPTConfig``."""
     example: dict[str, Any]
     """Figures to show it with."""
 
@@ -57,7 +55,6 @@ _ALL = [
         "compression.",
         "With this patience, compression cannot start in a run this short.",
         "Train longer, or lower gate.patience_memorization.",
-        ("gate.patience_memorization",),
         {"updates": 12, "patience": 15},
     ),
     Finding(
@@ -68,7 +65,6 @@ _ALL = [
         'With signal="validation" patience counts calls of optimizer.record_validation, not steps.',
         "Validate more often: about thirty times in a run. Or lower gate.patience_memorization, or set gate.signal to "
         "train.",
-        ("gate.signal", "gate.patience_memorization"),
         {"validations": 1, "steps": 400, "patience": 2},
     ),
     Finding(
@@ -80,7 +76,6 @@ _ALL = [
         "Lower gate.patience_memorization, or raise gate.min_improvement so that small gains no longer count. Where "
         "the held-out loss has stopped falling but the training loss has not, use GateConfig.validation(), which sets "
         "gate.signal to validation.",
-        ("gate.patience_memorization", "gate.min_improvement", "gate.signal"),
         {"steps": 2000, "first": 9.21, "last": 3.4, "patience": 15, "improvement": 1.0},
     ),
     Finding(
@@ -90,7 +85,6 @@ _ALL = [
         "to {training:.3f}. The gate judges the training loss.",
         "Where a model overfits, the training loss goes on falling, so compression starts late or never.",
         "Use GateConfig.validation(), which sets gate.signal to validation, and call optimizer.record_validation.",
-        ("gate.signal",),
         {"best": 3.912, "at": 1200, "last": 4.377, "training": 2.031},
     ),
     Finding(
@@ -101,7 +95,6 @@ _ALL = [
         "stalled.",
         "Raise gate.patience_memorization, or lower gate.min_improvement. If gate.initial_phase is compression, set it "
         "to memorization. With a long warm-up, raise gate.smoothing.",
-        ("gate.patience_memorization", "gate.min_improvement", "gate.initial_phase", "gate.smoothing"),
         {"at": 16, "steps": 2000, "then": 8.9, "last": 3.2},
     ),
     Finding(
@@ -112,7 +105,6 @@ _ALL = [
         "The entropy pushes harder than the task allows.",
         "Lower objective.weight, for example to a third. If the rises are only noise, raise gate.spike_tolerance or "
         "gate.smoothing.",
-        ("objective.weight", "gate.spike_tolerance", "gate.smoothing"),
         {"spikes": 9, "exits": 10, "tolerance": 20.0, "length": 7},
     ),
     Finding(
@@ -122,7 +114,6 @@ _ALL = [
         "{share:.1%} of the run.",
         "Judging single minibatches, the gate takes their noise for a rise or a standstill.",
         "Set gate.rule to smoothed, raise gate.smoothing, or raise gate.patience_compression.",
-        ("gate.rule", "gate.smoothing", "gate.patience_compression"),
         {"phases": 14, "length": 1, "share": 0.005},
     ),
     Finding(
@@ -133,7 +124,6 @@ _ALL = [
         "An entropy that still moves by a percent or so never counts as compressed, however little that is in nats.",
         "Set objective.target, beyond which a layer is pushed no further. Or lower gate.patience_compression, or raise "
         "gate.min_improvement.",
-        ("objective.target", "gate.patience_compression", "gate.min_improvement"),
         {"at": 230, "length": 1770, "share": 0.885, "entropy": 0.004},
     ),
     Finding(
@@ -143,7 +133,6 @@ _ALL = [
         "before.",
         "The weight is too small to be felt beside the loss.",
         "Raise objective.weight, for example threefold.",
-        ("objective.weight",),
         {"share": 0.002, "change": -0.01},
     ),
     Finding(
@@ -153,7 +142,6 @@ _ALL = [
         "{after:.3g}.",
         "Most of the gradient then serves the entropy.",
         "Lower objective.weight, for example to a third.",
-        ("objective.weight",),
         {"share": 0.61, "before": 2.1, "after": 3.4},
     ),
     Finding(
@@ -164,7 +152,6 @@ _ALL = [
         "A layer that tells its tokens apart no longer cannot hold what the task needs.",
         "Set objective.target (in nats), or lower objective.weight. To leave such layers out, use layers.skip_first or "
         "layers.skip_last.",
-        ("objective.target", "objective.weight", "layers.skip_first", "layers.skip_last"),
         {"layers": "Layer h.3", "entropy": 0.02, "rank": 1.02, "before": 1.4},
     ),
     Finding(
@@ -175,7 +162,6 @@ _ALL = [
         "Under the linear kernel a few long tokens hide all others, which keep their directions. That is no "
         "compression.",
         "Set entropy.kernel to cosine and entropy.center to true.",
-        ("entropy.kernel", "entropy.center"),
         {"moved": "fell", "where": "all layers", "by": 0.88, "cosine": 0.02, "hidden_before": 3.0,
          "hidden_after": 26.0},
     ),
@@ -186,7 +172,6 @@ _ALL = [
         "of the squared norm in the mean token went from {hidden_before:.0%} to {hidden_after:.0%}.",
         "One large common vector makes all tokens look alike to a kernel that is not centred. That is no compression.",
         "Set entropy.center to true.",
-        ("entropy.center",),
         {"moved": "fell", "where": "layer h.3", "by": 0.7, "cosine": 0.05, "hidden_before": 0.2, "hidden_after": 0.9},
     ),
     Finding(
@@ -196,7 +181,6 @@ _ALL = [
         "Half precision overflowed, or the learning rate is too high.",
         "Lower the learning rate, clip gradients, or use bfloat16 instead of float16. objective.max_nonfinite says "
         "after how many in a row the run stops.",
-        ("objective.max_nonfinite",),
         {"nonfinite": 12, "steps": 2000},
     ),
 ]  # fmt: skip

@@ -11,11 +11,11 @@ import numpy as np
 from pandas import DataFrame, Series
 
 from .._display.page import Page, bullets
-from .._display.pictures import color_of
+from .._display.pictures import color_of, draw_charts
 from .._display.tables import MISSING, html_table, number, with_minus
 from .charts import RunCharts
 from .doctor import diagnose, judged_by, verdict
-from .run import Run, flat, is_again, last_value, of_interest, share_in_compression, switches
+from .run import Run, each_seed, flat, is_again, last_value, of_interest, share_in_compression, switches
 
 Runs = Mapping[str, Run | Sequence[Run]]
 
@@ -48,6 +48,46 @@ def write_report(
         ImportError: plotly is not installed.
     """
     return report_page(runs, baseline=baseline, title=title).write(path)
+
+
+def draw_runs(
+    runs: Mapping[str, Run], path: str | os.PathLike[str], *, main: str | None = None, title: str = ""
+) -> Path:
+    """Loss, entropy, the angle between the gradients and the entropy by layer, each where a run has it.
+
+    >>> steps = [
+    ...     {"step": i, "phase": "compression" if i > 5 else "memorization", "loss": 3 - i / 10, "entropy": 1.5,
+    ...      "layer_entropy": {"h.0": 1.6, "h.1": 1.4}, "alignment": {"cosine": 0.1 * (-1) ** i}}
+    ...     for i in range(1, 11)
+    ... ]
+    >>> from gapt_optim.reporting import Run
+    >>> draw_runs({"gapt": Run.of(steps)}, "run.png").name
+    'run.png'
+
+    Args:
+        runs: by name.
+        path: of the picture; its suffix says in which format (``.png``, ``.pdf``, ``.svg``).
+        main: the run whose phases are shaded and whose layers are shown; by default the last that compressed.
+        title: of the picture.
+
+    Raises:
+        ValueError: ``runs`` is empty, or ``main`` is none of them.
+        ImportError: matplotlib is not installed.
+    """
+    if not runs:
+        raise ValueError("runs is empty; pass at least one run, for example {'gapt': read_run(folder)}")
+    main = main or of_interest(runs) or list(runs)[-1]
+    if main not in runs:
+        raise ValueError(f"main={main!r} is none of the runs {list(runs)}")
+    place = list(runs).index(main)
+    seeds = {name: [run] for name, run in runs.items()}
+    charts = RunCharts(seeds, [color_of(name, i) for i, name in enumerate(runs)], "plain")
+    shown = [*charts.over_steps(("loss", "entropy")), *charts.alignment()[:1]]
+    shown += [chart for chart in charts.layer_maps() if chart.run == place]
+    share = share_in_compression(runs[main].steps)
+    shaded = f"shaded: compression of {main}, {share:.0%} of its steps" if share > 0 else "no step in compression"
+    heading = f"{title or ', '.join(runs)} ({shaded})"
+    return draw_charts(shown or [charts.chart("loss")], path, title=heading, phases=place)
 
 
 def report_page(runs: Runs, *, baseline: str | None = None, title: str = "Training with phases") -> Page:
@@ -133,30 +173,27 @@ def _subtitle(runs: Mapping[str, Sequence[Run]]) -> str:
 
 def _notes(runs: Mapping[str, Sequence[Run]]) -> list[str]:
     return [
-        f"<b>{html.escape(name)}</b>{f', seed {i + 1}' if len(seeds) > 1 else ''}: {html.escape(note)}"
-        for name, seeds in runs.items()
-        for i, run in enumerate(seeds)
+        f"<b>{html.escape(name)}</b>{seed}: {html.escape(note)}"
+        for name, seed, run in each_seed(runs)
         for note in (run.notes or (() if len(run.steps) else ("no step is there yet",)))
     ]
 
 
 def _first_aid(runs: Mapping[str, Sequence[Run]]) -> str:
     parts = []
-    for name, seeds in runs.items():
-        for i, run in enumerate(seeds):
-            found = diagnose(run)
-            if i and not found:
-                continue
-            items = []
-            for one in found:
-                title, what, why, change = map(
-                    html.escape, (one.finding.title, one.what, one.finding.why, one.finding.change)
-                )
-                items.append(f"<b>{title}.</b> {what} {why}<br><b>Change:</b> {change}")
-            text = bullets(items) or f"<p>{html.escape(verdict(run))}</p>"
-            basis = "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in judged_by(run))
-            of_seed = f", seed {i + 1}" if len(seeds) > 1 else ""
-            parts.append(f"<h3>{html.escape(name)}{of_seed}</h3>{basis}{text}")
+    for name, seed, run in each_seed(runs):
+        found = diagnose(run)
+        if not found and run is not runs[name][0]:
+            continue
+        items = []
+        for one in found:
+            title, what, why, change = map(
+                html.escape, (one.finding.title, one.what, one.finding.why, one.finding.change)
+            )
+            items.append(f"<b>{title}.</b> {what} {why}<br><b>Change:</b> {change}")
+        basis = "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in judged_by(run))
+        text = bullets(items) or f"<p>{html.escape(verdict(run))}</p>"
+        parts.append(f"<h3>{html.escape(name)}{seed}</h3>{basis}{text}")
     return "".join(parts)
 
 

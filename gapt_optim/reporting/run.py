@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,6 +147,13 @@ def find_runs(specs: Sequence[str]) -> dict[str, list[Run]]:
         for run, path in folders.items():
             found.setdefault(run, []).append(read_run(path))
     return found
+
+
+def each_seed(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, str, Run]]:
+    """Every run of several, with its name and, where there are seeds, which one it is."""
+    for name, seeds in runs.items():
+        for i, run in enumerate(seeds):
+            yield name, f", seed {i + 1}" if len(seeds) > 1 else "", run
 
 
 def check_folder(path: Path) -> Path:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .records import Record, Records
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -49,22 +51,20 @@ def sparkline(values: Sequence[float], width: int) -> str:
     >>> sparkline([1, 2, 3], 3)
     '▁▅█'
     """
-    means = [sum(part) / len(part) for part in _parts(values, width)]
-    low, high = min(means, default=0), max(means, default=0)
-    if not high > low:
-        return _BARS[0] * len(means)
-    return "".join(_BARS[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
+    means = _means(values, width)
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join(_BARS[min(7, int(8 * (mean - low) / (high - low))) if high > low else 0] for mean in means)
 
 
 def phase_line(rows: Sequence[Record], width: int) -> str:
     """A character per stretch of steps: full where most of it was compression."""
-    shares = [sum(row["phase"] == "compression" for row in part) / len(part) for part in _parts(rows, width)]
+    shares = _means([row["phase"] == "compression" for row in rows], width)
     return "".join("█" if share > 0.5 else "▄" if share > 0 else "·" for share in shares)
 
 
-def _parts(items: Sequence[Any], width: int) -> list[Sequence[Any]]:
-    count = min(width, len(items))
-    return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
+def _means(values: Sequence[float], width: int) -> list[float]:
+    parts = np.array_split(np.array(values, dtype=float), max(1, min(width, len(values))))
+    return [float(part.mean()) for part in parts if len(part)]
 
 
 def screen(run: RunFollower, width: int, state: str = "") -> Any:

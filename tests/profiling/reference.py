@@ -66,19 +66,3 @@ def rankme(rows: Tensor) -> float:
     p = sigma / sigma.sum()
     p = p[p > 1e-9]
     return float(torch.exp(-(p * p.log()).sum()))
-
-
-def lidar(views: list[Tensor]) -> float:
-    """Of (samples, d) for each view."""
-    stacked = torch.stack(views, 1).double()
-    samples, q, d = stacked.shape
-    means = stacked.mean(1)
-    centered = means - means.mean(0)
-    between = sum(torch.outer(m, m) for m in centered) / samples
-    within = sum(torch.outer(e - means[i], e - means[i]) for i in range(samples) for e in stacked[i]) / (samples * q)
-    within = within + 1e-4 * torch.eye(d, dtype=torch.double)
-    # eigenvalues of within^-1 between are those of the symmetric product
-    values = torch.linalg.eigvals(torch.linalg.solve(within, between)).real.clamp(min=0)
-    p = values / values.sum()
-    p = p[p > 1e-12]
-    return float(torch.exp(-(p * p.log()).sum()))

@@ -261,12 +261,20 @@ def test_a_narrow_terminal_breaks_no_number(
 
 
 def test_explain_lists_modules_and_how_layers_are_read(
-    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+    there: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["explain", str(model_folder), "--data", "text.txt"]) == 0
     shown = capsys.readouterr().out
     assert "(4, 32, 16) is (batch length features)" in shown
     assert "h.*.attn.c_attn" in shown
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["explain", str(model_folder), "--data", "text.txt"]) == 0
+    listed, _, _ = capsys.readouterr().out.partition("\n\n")
+    assert max(map(len, listed.splitlines())) <= 60
+    assert [line.split()[0] for line in listed.splitlines()[3:6]] == ["h", "*", "ln_1"]  # a tree
+    assert main(["explain", str(model_folder), "--data", "text.txt", "--wide"]) == 0
+    assert capsys.readouterr().out == shown
     assert main(["explain", "users_module:build", "--data", "users_module:batches", "--layers", "0"]) == 0
     assert "(16, 8) is (batch features)" in capsys.readouterr().out
 

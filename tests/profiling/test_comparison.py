@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gapt_optim import Profile, compare, profile
 from gapt_optim.profiling import draw_profile, load_profiles, save_profiles, write_profile
+from gapt_optim.profiling.charts import over_profiles
 from gapt_optim.profiling.comparison import rankme_at_equal_rows
 
 from . import reference
@@ -179,6 +181,12 @@ def test_pages_and_pictures_of_several(tmp_path: Path) -> None:
     assert "they are paired by place: 0 with a, 1 with b" in page
     assert f"<b>second</b>: {second.notes[0]}" in page
     assert "<b>first</b>:" not in page
+    assert "Layers over profiles" in page
+    heat = over_profiles(compare({"first": first, "second": second}))
+    assert [shown for shown, _ in heat.views][:2] == ["cosine, centred S (nats)", "rank (effective rank)"]
+    found = [[layer.entropy().nats for layer in one.layers] for one in (first, second)]
+    drawn = heat.traces[0]["z"].T
+    assert drawn == pytest.approx(np.array(found), rel=1e-6)
     steps = {f"step {i}": made() for i in range(3)}
     assert "Layers over profiles" in write_profile(steps, tmp_path / "steps.html").read_text()
     assert draw_profile(steps, tmp_path / "steps.svg").stat().st_size > 10_000

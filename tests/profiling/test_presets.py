@@ -14,14 +14,20 @@ from gapt_optim.profiling import untrained
 from .test_profile import gpt2, outputs, tokens
 
 
-def prompt_entropy(rows: Tensor) -> float:
-    """Of "Layer by layer": the von Neumann entropy of rows of unit length, over the largest there can be."""
-    z = rows.double()
-    z = z / z.norm(dim=1, keepdim=True)
+def centred_and_scaled(rows: Tensor) -> Tensor:
+    z = rows.double() - rows.double().mean(0)
+    return z / z.norm(dim=1, keepdim=True)
+
+
+def clamped_entropy(z: Tensor) -> float:
+    """Of the code of "Layer by layer": products of rows or, where these are fewer, of features; negative ones are 0, as
+    are negative eigenvalues of what is left; over the largest entropy there can be."""
     n, d = z.shape
-    p = torch.linalg.eigvalsh(z @ z.mT / n)
-    p = p[p > 1e-12]
-    return float(-(p * p.log()).sum()) / math.log(min(n, d))
+    products = torch.einsum("ni,nj->ij", z, z) if n > d else torch.einsum("id,jd->ij", z, z)
+    p = torch.linalg.eigvalsh(torch.where(products < 0, 0, products))
+    p = p[p > 0]
+    p = p / p.sum()
+    return float(-(p * p.log()).sum()) / min(math.log(n), math.log(d))
 
 
 def erank_entropy(rows: Tensor) -> float:
@@ -50,11 +56,11 @@ def test_layer_by_layer(length: int) -> None:
     kept = outputs(model, found.names, lambda: [model(**batch, use_cache=False) for batch in batches])
     for layer in found.layers:
         rows = live_rows(batches, kept[layer.name])
-        value = layer.entropy("cosine", False, alpha=1.0, window=None)
-        assert value.normalized == pytest.approx(sum(map(prompt_entropy, rows)) / len(rows), abs=1e-6)
+        prompts = [centred_and_scaled(each) for each in rows]
+        value = layer.entropy("cosine", "first", alpha=1.0, window=None)
+        assert value.normalized == pytest.approx(sum(map(clamped_entropy, prompts)) / len(rows), abs=1e-6)
         level = next(level for level in layer.sequence_level if level.pooling == "mean")
-        means = torch.stack([each.double().mean(0) for each in rows])
-        assert level.normalized == pytest.approx(prompt_entropy(means), abs=1e-6)
+        assert level.normalized == pytest.approx(clamped_entropy(torch.stack([z.mean(0) for z in prompts])), abs=1e-6)
 
 
 @pytest.mark.parametrize("length", [21, 32])

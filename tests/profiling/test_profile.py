@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gapt_optim import EntropyConfig, RepresentationHook
 from gapt_optim.layout import Reading
 from gapt_optim.profiling import LayerProfile, Profile, profile
-from gapt_optim.profiling.charts import entropy_panels, other_panels
+from gapt_optim.profiling.charts import ProfileCharts
 from gapt_optim.profiling.statistics import LayerSums, What
 from gapt_optim.profiling.tables import profile_table
 from gapt_optim.profiling.window_values import values_of_gram, values_of_order_2
@@ -296,22 +296,6 @@ def test_agrees_with_the_hook_of_training() -> None:
         assert result[name].shape().mean_share == pytest.approx(measures.mean_share, rel=1e-4)
 
 
-def test_lidar_equals_the_definition() -> None:
-    model = MLP()
-    views = [[torch.randn(9, 6), torch.randn(9, 6)] for _ in range(3)]
-    result = profile(model, views, views=2)
-    kept = outputs(model, result.names, lambda: [model(view) for pair in views for view in pair])
-    for layer in result.layers:
-        first = torch.cat(kept[layer.name][0::2])
-        second = torch.cat(kept[layer.name][1::2])
-        assert layer.lidar == pytest.approx(reference.lidar([first, second]), rel=1e-4)
-
-
-def test_lidar_needs_two_samples() -> None:
-    result = profile(MLP(), [[torch.randn(1, 6), torch.randn(1, 6)]], views=2)
-    assert [layer.lidar for layer in result.layers] == [None] * len(result.layers)
-
-
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(9, 20))
 def test_how_sequences_are_batched_does_not_matter(sizes: list[int], length: int) -> None:
     torch.manual_seed(0)
@@ -395,7 +379,8 @@ def test_outputs_of_every_size_are_taken(tmp_path: Path) -> None:
         found = profile(nn.Sequential(nn.Identity()), batches, "0", name="<b>", data="a", layout=axes)
         assert Profile.load(found.save(tmp_path / "p.json")) == found
         assert len(profile_table(found))
-        assert [len(panel.layers) for panel in (*entropy_panels({"a": found}), *other_panels({"a": found}))]
+        charts = ProfileCharts({"a": found})
+        assert [chart.traces for chart in (*charts.entropies(), *charts.others())]
         assert all(value.nats is None or value.nats >= 0 for value in found.layers[0].entropies)
 
 
@@ -413,12 +398,13 @@ def test_large_windows_in_few_passes_equal_the_general_way(rows: int, features: 
         z[1, 5] = 0
         z = z * live.unsqueeze(-1)
         gram = z.double() @ z.double().mT
-        for found, keep in zip(values_of_order_2(z, live, first, kinds), (live, live & ~first), strict=True):
-            expected = values_of_gram(gram.clone(), keep, features, kinds, torch.float32)
-            for name, values in found._asdict().items():
-                torch.testing.assert_close(
-                    values.double(), getattr(expected, name).double(), rtol=1e-4, atol=1e-4, msg=name
-                )
+        found = values_of_order_2(z, live, first, kinds)
+        expected = [
+            values_of_gram(gram.clone(), keep, features, kinds, torch.float32) for keep in (live, live & ~first)
+        ]
+        for name, values in found._asdict().items():
+            both = torch.cat([getattr(one, name) for one in expected], 1).double()
+            torch.testing.assert_close(values.double(), both, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_rows_that_are_alike_to_rounding_have_no_centred_entropy() -> None:
@@ -426,8 +412,8 @@ def test_rows_that_are_alike_to_rounding_have_no_centred_entropy() -> None:
     live = torch.ones(2, 30, dtype=torch.bool)
     first = torch.zeros_like(live)
     first[:, 0] = True
-    for found in values_of_order_2(z, live, first, What().kinds):
-        torch.testing.assert_close(found.entropies, torch.zeros(4, 2), atol=1e-6, rtol=0)
+    found = values_of_order_2(z, live, first, What().kinds)
+    torch.testing.assert_close(found.values[:4], torch.zeros(4, 4), atol=1e-6, rtol=0)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -492,8 +478,6 @@ SAME = {"model": nn.Sequential(nn.Identity()), "layers": "0"}
         ({"orders": (0.0,)}, ValueError, "orders must hold numbers"),
         ({"windows": (1,)}, ValueError, "windows must hold integers of at least 2"),
         ({"windows": (8, 8)}, ValueError, "must not name a value twice"),
-        ({"views": 0}, ValueError, "views must be at least 1"),
-        ({"views": 2}, ValueError, "must be a sequence of 2 batches"),
         ({**SAME, "batches": [torch.zeros(0, 5)]}, ValueError, "no row of any layer counts"),
         ({"mask": lambda batch: torch.zeros(3, 21)}, ValueError, "no row of any layer counts"),
         ({"output": lambda out: torch.full((2, 3, 4), math.nan)}, ValueError, "no row of any layer counts"),
@@ -501,11 +485,6 @@ SAME = {"model": nn.Sequential(nn.Identity()), "layers": "0"}
             {**SAME, "batches": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)]},
             ValueError,
             "3 dimensions and 5 features, but",
-        ),
-        (
-            {**SAME, "views": 2, "batches": [[torch.randn(3, 4), torch.randn(2, 4)]]},
-            ValueError,
-            r'the views of a batch differ in shape at layer "0": \[\(2, 4\), \(3, 4\)\]',
         ),
         ({"rankme_rows": -1}, ValueError, "rankme_rows must be at least 0"),
         ({"rankme_rows": "all"}, ValueError, 'rankme_rows must be at least 0, "auto", or None for all'),

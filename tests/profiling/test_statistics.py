@@ -42,6 +42,11 @@ def test_the_standard_error_is_that_of_means_of_sequences() -> None:
     means = torch.stack([matrix_entropy(rows.reshape(2, 8, -1)).mean() for rows in z]).double()
     assert value.nats == pytest.approx(float(means.mean()), rel=1e-5)
     assert value.error == pytest.approx(float(means.std() / math.sqrt(len(z))), rel=1e-3)
+    # Without first tokens, a sequence's first window and its others are still of one sequence.
+    rest = profile(IDENTITY, [z], "0")["0"].entropy(first_token=False)
+    means = torch.stack([torch.stack([matrix_entropy(y) for y in (rows[1:8], rows[8:])]).mean() for rows in z]).double()
+    assert rest.nats == pytest.approx(float(means.mean()), rel=1e-5)
+    assert rest.error == pytest.approx(float(means.std() / math.sqrt(len(z))), rel=1e-3)
     assert profile(IDENTITY, [z[:1]], "0")["0"].entropy().error is None
 
 

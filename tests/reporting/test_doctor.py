@@ -154,11 +154,10 @@ def test_findings_are_in_their_order() -> None:
 @pytest.mark.parametrize("finding", FINDINGS.values(), ids=list(FINDINGS))
 def test_sentences_name_settings_that_exist(finding: Any) -> None:
     config = GAPTConfig().model_dump()
-    for path in finding.settings:
-        section, name = path.split(".")
-        assert name in config[section], path
-    named = set(re.findall(r"\b(?:entropy|gate|objective|layers|alignment)\.[a-z_]+", finding.change))
-    assert named == set(finding.settings)
+    named = re.findall(r"\b(entropy|gate|objective|layers|alignment)\.([a-z_]+)", finding.change)
+    assert named
+    for section, name in named:
+        assert name in config[section], (section, name)
     assert "{" not in finding.what.format(**finding.example)
     for text in (finding.title, finding.what, finding.why, finding.change):
         assert text[0].isupper() or text[0] in "{0123456789"
