@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -128,7 +129,8 @@ def placed(name: str, h: Any, declared: Any) -> Placed | None:
     return Placed(tuple(parts), ranks, ranks // math.prod(dist.get_world_size(g) for g, _ in parts), torch.Size(whole))
 
 
-class PartView(NamedTuple):
+@dataclass
+class PartView:  # Dynamo of torch 2.6 calls no NamedTuple
     """From the part that this rank has, or a gradient of it, to rows (batch, length, features)."""
 
     view: Callable[[Tensor], Tensor]
