@@ -127,6 +127,16 @@ def finished(runs: Sequence[Run], folder: Path) -> list[Record]:
     return [record for run in unique.values() if (record := _stored(folder, run)) is not None]
 
 
+def restore(records: Iterable[Record], runs: Sequence[Run], folder: Path) -> None:
+    """Give those runs a file in ``folder`` that have none there and are among ``records``, as committed results are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {json.dumps([record.task, record.settings], sort_keys=True): record for record in records}
+    for run in runs:
+        record = known.get(json.dumps([run.task, run.described], sort_keys=True))
+        if record is not None and _stored(folder, run) is None:
+            _store(folder, run, record)
+
+
 def train_run(run: Run) -> Record:
     """Train one run in this process, with one thread."""
     import torch
@@ -286,7 +296,7 @@ def read_results(name: str, folder: Path | None = None) -> list[Record]:
 def thin(result: Result, points: int = 200) -> Result:
     """The result with 5 significant digits, and curves of at most about ``points`` values that keep the last one."""
     longest = max((len(v) for v in result.get("curve", {}).values()), default=0)
-    every = max(1, -(-longest // points))
+    every = max(1, -(-(longest - 1) // points))
     curve = {
         name: values if len(values) != longest else [*values[:-1][::every], values[-1]]
         for name, values in result.get("curve", {}).items()
