@@ -25,10 +25,11 @@ SETTINGS = {
     "digits": Settings(setting="digits", tasks=20, steps=800),
     "alphabets": Settings(setting="alphabets", tasks=5, steps=250, batch=16, width=32),
     "warm": Settings(setting="warm", tasks=2, steps=800, samples=200),
+    "poles": Settings(setting="poles", tasks=10, steps=1200, batch=256),
 }
-RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4)}
+RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4), "poles": (-5,)}
 """Levels of the learning rate in the coarse search."""
-SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy"}
+SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy", "poles": "return"}
 FLOOR = {"direction": "up", "target_share": 1.0}
 
 
@@ -88,6 +89,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
     "alphabets": ("plain",),
     "warm": (),
+    "poles": ("shrink and perturb", "spectral", "vcreg", "floor, order 1/2", *CONTROLS),
 }
 """Methods that a setting does without."""
 
@@ -168,7 +170,7 @@ def scores_of(records: Sequence[Record]) -> dict[str, float]:
     for record in records:
         name = SCORES[record.settings["setting"]]
         value = record.result["final"][name]
-        found[json.dumps(record.settings, sort_keys=True)] = value if name == "accuracy" else -value
+        found[json.dumps(record.settings, sort_keys=True)] = -value if name == "loss" else value
     return found
 
 
