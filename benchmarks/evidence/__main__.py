@@ -117,7 +117,7 @@ def train(options: Train) -> int:
     folder = options.runs / options.experiment
     name = options.experiment + (FIRST_LOOK if options.first_look else "")
     if options.go_on and (harness.RESULTS / f"{name}.json").exists():
-        harness.restore(harness.read_results(name), planned, folder)
+        harness.restore(harness.read_results(name), folder)
     if not options.collect:
         try:
             harness.train_missing(runs, folder, workers=options.workers, say=harness.log)

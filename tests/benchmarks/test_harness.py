@@ -123,7 +123,7 @@ def test_committed_results_stand_for_files_that_are_gone(tmp_path: Path) -> None
     record = Record("conflict", first.described, {"final": {"loss": 0.5}, "curve": curve}, 1.0, "abc")
     harness.write_results("x", [record], "command", tmp_path)
     committed = harness.read_results("x", tmp_path)
-    harness.restore(committed, [first, second], tmp_path / "runs")
+    harness.restore(committed, tmp_path / "runs")
     assert harness.finished([first, second], tmp_path / "runs") == committed
     again = harness.write_results("again", committed, "command", tmp_path)
     assert json.loads(again.read_text())["runs"] == json.loads((tmp_path / "x.json").read_text())["runs"]
