@@ -1,4 +1,4 @@
-"""Reinforcement learning: advantages by their definition, whose steps count, what a network sees, and that PPO learns."""
+"""Reinforcement learning: advantages by definition, which steps count, what a network sees, and that PPO learns."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class World:
         return torch.from_numpy(~self.poles.prev_done)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, whose discounted sum is 1 for a pole that stands for ever; who has failed; whose episode has ended."""
+        """Rewards, whose discounted sum is 1 for a pole that stands for ever; which failed; whose episode ended."""
         chosen = (1 - actions if self.wiring.exchanged else actions).numpy()
         state, reward, failed, late, _ = self.poles.step(chosen)
         self.observed = self._wired(state)
