@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import harness
 from ..harness import Record, Run
-from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, values, versus
 from ..stats import Comparison, holm
 from ..tasks.trainability import Settings
 
@@ -32,6 +32,8 @@ SETTINGS = {
 RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4), "poles": (-5,)}
 """Levels of the learning rate in the coarse search."""
 SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy", "poles": "return"}
+DIGITS = {"poles": 1}
+"""Behind the point, of a score; 4 where nothing is said."""
 FLOOR = {"direction": "up", "target_share": 1.0}
 
 
@@ -286,36 +288,47 @@ def tables(records: list[Record]) -> dict[str, str]:
         return {}
     return {
         f"{NAME}-methods": _methods_table(by_setting),
+        f"{NAME}-ranks": _ranks_table(by_setting),
         f"{NAME}-questions": _questions_table(by_setting),
         f"{NAME}-tuned": _grids_table(records, by_setting),
     }
 
 
 def _methods_table(by_setting: Mapping[str, Compared]) -> str:
-    header = ["method"]
-    for setting in by_setting:
-        header += [f"{setting}: {SCORES[setting]}", "against LayerNorm"]
-    rows = []
-    for name in dict.fromkeys(name for found in by_setting.values() for name in found):
-        row = [name]
-        for setting, found in by_setting.items():
-            records = found.get(name)
-            if records is None:
-                row += [""] * 2
-                continue
-            against = None if name == "LayerNorm" else _versus(found, name, "LayerNorm", SCORES[setting])
-            row += [
-                mean_cell(records, SCORES[setting], digits=4),
-                "" if against is None else interval_cell(against.difference),
-            ]
-        rows.append(row)
-    everything = [record for found in by_setting.values() for of_method in found.values() for record in of_method]
+    header = ["method", *(f"{setting}: {SCORES[setting]}" for setting in by_setting)]
+
+    def cell(setting: str, records: list[Record]) -> str:
+        return mean_cell(records, SCORES[setting], digits=DIGITS.get(setting, 4))
+
+    seeds: dict[str, list[str]] = {}
+    for setting, found in by_setting.items():
+        seeds.setdefault(seeds_line([r for records in found.values() for r in records]), []).append(setting)
+    listed = "; ".join(f"{', '.join(of_settings)}: {line}" for line, of_settings in seeds.items())
     first = (
-        f"Held out, {seeds_line(everything)}, mean over tasks (of warm: at the end). Digits and warm: accuracy, higher "
-        "is better; alphabets: loss in nats, lower is better. Behind a mean stands half of its 95 % interval, in "
-        "brackets that of a paired difference.\n\n"
+        f"Held out, mean over tasks (of warm: at the end); {listed}. Of losses (nats) lower is better, of the rest "
+        "higher. Behind a mean stands half of its 95 % interval; differences over paired seeds are below.\n\n"
     )
-    return first + table(header, rows)
+    return first + table(header, _by_method(by_setting, cell))
+
+
+def _ranks_table(by_setting: Mapping[str, Compared]) -> str:
+    def cell(setting: str, records: list[Record]) -> str:
+        rank, dormant = (statistics.fmean(values(records, name)) for name in ("rank", "dormant"))
+        return f"{rank:.1f}, {100 * dormant:.0f} %"
+
+    text = table(["method", *by_setting], _by_method(by_setting, cell))
+    return (
+        "<details>\n<summary>Effective rank and dormant units, mean over hidden layers</summary>\n\n"
+        f"{text}\n\n</details>"
+    )
+
+
+def _by_method(by_setting: Mapping[str, Compared], cell: Callable[[str, list[Record]], str]) -> list[list[str]]:
+    names = dict.fromkeys(name for found in by_setting.values() for name in found)
+    return [
+        [name, *(cell(setting, found[name]) if name in found else "" for setting, found in by_setting.items())]
+        for name in names
+    ]
 
 
 def _versus(found: Compared, name: str, other: str, score: str) -> Comparison | None:
@@ -343,7 +356,10 @@ def _questions_table(by_setting: Mapping[str, Compared]) -> str:
     corrected = holm([comparison.p_t for *_, comparison in asked])
     header = ["setting", "method", "against", "difference", "p", "p, corrected"]
     rows = [
-        [setting, name, other, interval_cell(comparison.difference), p_cell(comparison.p_t), p_cell(p)]
+        [
+            *(setting, name, other, interval_cell(comparison.difference, DIGITS.get(setting, 4))),
+            *(p_cell(comparison.p_t), p_cell(p)),
+        ]
         for (setting, name, other, comparison), p in zip(asked, corrected, strict=True)
     ]
     first = (
@@ -399,10 +415,10 @@ COLORS = {
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
-    """Over tasks, a row per setting: what is held out, effective rank, dormant units."""
+    """Over tasks, a row per setting that has many: what is held out, effective rank, dormant units."""
     from ..pictures import band, figure, save
 
-    rows = {setting: compared(records, setting) for setting in ("digits", "alphabets")}
+    rows = {setting: compared(records, setting) for setting in SETTINGS if setting != "warm"}
     rows = {setting: found for setting, found in rows.items() if found}
     if not rows:
         return []
