@@ -93,7 +93,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
     "alphabets": ("plain",),
     "warm": (),
-    "poles": ("vcreg", "floor, order 1/2", *CONTROLS),
+    "poles": ("vcreg", "floor, order 1/2", "up", "rank", "floor, windows of 8"),
 }
 """Methods that a setting does without."""
 
@@ -407,10 +407,12 @@ COLORS = {
     "LayerNorm": "#6b6b6b",
     "toward start": "#d1741f",
     "shrink and perturb": "#b5483a",
-    "fresh": "#b5483a",
+    "fresh": "#e3a5a0",
     "floor": "#3b6fc4",
     "floor on toward start": "#2f9e77",
     "floor on shrink and perturb": "#8fb3e0",
+    "continual backpropagation": "#8a5fb0",
+    "floor on continual backpropagation": "#4aa3b5",
 }
 
 
