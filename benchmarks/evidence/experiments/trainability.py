@@ -91,9 +91,12 @@ CONTROLS = {
 """Tuned over the weight alone, at the floor's learning rate."""
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
-    "alphabets": ("plain",),
-    "warm": (),
-    "poles": ("vcreg", "floor, order 1/2", "up", "rank", "floor, windows of 8"),
+    "alphabets": ("plain", *(set(REMEDIES) - {"toward start"}), "floor, order 1/2", *CONTROLS),
+    "warm": ("plain", *(set(REMEDIES) - {"toward start", "weight decay"}), "floor, order 1/2", *CONTROLS),
+    "poles": (
+        *("vcreg", "up", "rank", "floor, windows of 8"),
+        *(f"floor, order 1/2 on {name}" for name in REMEDIES if name != "toward start"),
+    ),
 }
 """Methods that a setting does without."""
 
@@ -194,9 +197,10 @@ def plan(setting: str, scores: Scores) -> Plan:
     for name in best_remedies(setting, tuned, scores):
         point = tuned[name].best
         assert point is not None
-        for floor in (f for f in FLOORS if f in methods):
+        for floor in FLOORS:
             fields = {**METHODS[floor].fields, **REMEDIES[name].fields, "strength": at(point[1])}
-            later[f"{floor} on {name}"] = replace(METHODS[floor], fields=fields)
+            if floor in methods and f"{floor} on {name}" not in LEFT_OUT[setting]:
+                later[f"{floor} on {name}"] = replace(METHODS[floor], fields=fields)
     at_floor = tuned["floor"].best
     if at_floor is not None:
         controls = {name: method for name, method in CONTROLS.items() if name not in LEFT_OUT[setting]}
