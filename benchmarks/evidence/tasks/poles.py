@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .trainability import Settings
+    from .trainability import MLP, Settings
 
 OBSERVED, OUTPUTS = 4, 3
 """Position and angle with their velocities; two logits and a value."""
@@ -43,7 +43,7 @@ class Wiring(NamedTuple):
 class Poles:
     """PPO's data, made by the network that is trained."""
 
-    def __init__(self, s: Settings, build: Callable[[int, int], nn.Module]) -> None:
+    def __init__(self, s: Settings, build: Callable[[int, int], MLP]) -> None:
         self.s, self.build = s, build
         drawn = np.random.default_rng(s.seed + 1_000_003)
         self.wirings = [
@@ -54,7 +54,7 @@ class Poles:
         self.task = -1
         self.due = 0
 
-    def network(self) -> nn.Module:
+    def network(self) -> MLP:
         """With weights from torch's global generator."""
         return self.build(OBSERVED, OUTPUTS)
 
@@ -98,7 +98,7 @@ class Poles:
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """PPO's."""
-        answers = model(x)
+        answers: Tensor = model(x)
         actions, before, gains, returns = y.unbind(-1)
         logits = answers[:, :2].log_softmax(-1)
         ratio = (logits.gather(1, actions.long()[:, None])[:, 0] - before).exp()

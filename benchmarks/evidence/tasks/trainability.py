@@ -349,13 +349,13 @@ class Press:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, layers: Sequence[nn.Module], data: Source, task: int) -> dict[str, float]:
+def evaluate(model: Network, layers: Sequence[nn.Module], data: Source, task: int) -> dict[str, float]:
     """Scores on held-out data, effective rank and the share of dormant units, as means over layers.
 
     A network that has diverged has neither rank nor units.
     """
     x, y = data.held_out(task)
-    units = [unit.nonlinearity for unit in model.units()]  # type: ignore[operator]
+    units = [unit.nonlinearity for unit in model.units()]
     with watching(layers) as hidden, watching(units) as said:
         answers = model(x)
     found = data.scores(answers, y)
