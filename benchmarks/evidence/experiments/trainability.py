@@ -409,15 +409,12 @@ def _listed(values: Iterable[float]) -> str:
 
 COLORS = {
     "LayerNorm": "#6b6b6b",
+    "fresh": "#b5483a",
     "toward start": "#d1741f",
-    "shrink and perturb": "#b5483a",
-    "fresh": "#e3a5a0",
     "floor": "#3b6fc4",
     "floor on toward start": "#2f9e77",
-    "floor on shrink and perturb": "#8fb3e0",
-    "continual backpropagation": "#8a5fb0",
-    "floor on continual backpropagation": "#4aa3b5",
 }
+"""Of the methods that are drawn."""
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
@@ -430,15 +427,14 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
         return []
     made, axes = figure(3, len(rows), width=4.2, height=3.2)
     for i, (setting, found) in enumerate(rows.items()):
-        shown = ["LayerNorm", "fresh", *(n for n in REMEDIES if f"floor on {n}" in found), "floor"]
-        shown = [name for name in [*shown, *(n for n in found if n.startswith("floor on "))] if name in found]
+        shown = [name for name in COLORS if name in found]
         labels = {SCORES[setting]: f"held-out {SCORES[setting]}", "rank": "effective rank", "dormant": "dormant units"}
         for axis, (quantity, label) in zip(axes[3 * i : 3 * i + 3], labels.items(), strict=True):
-            for j, name in enumerate(shown):
+            for name in shown:
                 series = [r.result["curve"][quantity] for r in found[name] if r.result["curve"]]
                 if series:
                     x = range(1, len(series[0]) + 1)
-                    band(axis, list(x), series, COLORS.get(name, f"C{j}"), name)
+                    band(axis, list(x), series, COLORS[name], name)
             axis.set(xlabel="task", ylabel=label, title=setting)
         axes[3 * i].legend(frameon=False, fontsize=7)
     return [save(made, folder / f"{NAME}.png")]
