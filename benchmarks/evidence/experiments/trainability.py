@@ -91,8 +91,8 @@ CONTROLS = {
 """Tuned over the weight alone, at the floor's learning rate."""
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
-    "alphabets": ("plain", *(set(REMEDIES) - {"toward start"}), "floor, order 1/2", *CONTROLS),
-    "warm": ("plain", *(set(REMEDIES) - {"toward start", "weight decay"}), "floor, order 1/2", *CONTROLS),
+    "alphabets": ("plain", "floor, order 1/2", *CONTROLS),
+    "warm": ("plain", "floor, order 1/2", *CONTROLS),
     "poles": (
         *("vcreg", "up", "rank", "floor, windows of 8"),
         *(f"floor, order 1/2 on {name}" for name in REMEDIES if name != "toward start"),
