@@ -35,6 +35,8 @@ class Train:
     """Say how long it takes, and train nothing."""
     collect: bool = False
     """Train nothing, and write the results of the runs that are finished."""
+    go_on: bool = False
+    """Count what the committed results hold as finished, also where its files are gone."""
     runs: Path = RUNS
     """Where a file per finished run is kept."""
 
@@ -114,6 +116,8 @@ def train(options: Train) -> int:
         return 0
     folder = options.runs / options.experiment
     name = options.experiment + (FIRST_LOOK if options.first_look else "")
+    if options.go_on and (harness.RESULTS / f"{name}.json").exists():
+        harness.restore(harness.read_results(name), folder)
     if not options.collect:
         try:
             harness.train_missing(runs, folder, workers=options.workers, say=harness.log)

@@ -55,8 +55,13 @@ class Run:
     @property
     def key(self) -> str:
         """A name that is the same for the same settings: `text-gapt-300-1f0c..`."""
-        digest = hashlib.sha256(json.dumps([self.task, self.described], sort_keys=True).encode()).hexdigest()[:10]
-        return f"{self.task}-{self.settings.method.replace(' ', '_')}-{self.settings.seed}-{digest}"
+        return key_of(self.task, self.described)
+
+
+def key_of(task: str, settings: Mapping[str, Any]) -> str:
+    """Of a run with these settings, as JSON holds them."""
+    digest = hashlib.sha256(json.dumps([task, settings], sort_keys=True).encode()).hexdigest()[:10]
+    return f"{task}-{settings['method'].replace(' ', '_')}-{settings['seed']}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def train_missing(
             say(f"FAILED {failures[-1]}")
             continue
         records[run.key] = outcome
-        _store(folder, run, outcome)
+        _store(folder, outcome)
         say(f"[{len(records)}/{len(unique)}] {run.key} {outcome.seconds:.0f} s {_brief(outcome)}")
     if failures:
         raise RunFailedError(f"{len(failures)} of {len(unique)} runs failed:\n  " + "\n  ".join(failures))
@@ -125,6 +130,14 @@ def finished(runs: Sequence[Run], folder: Path) -> list[Record]:
     """The records of those runs that have a file in ``folder``, in order."""
     unique = {run.key: run for run in runs}
     return [record for run in unique.values() if (record := _stored(folder, run)) is not None]
+
+
+def restore(records: Iterable[Record], folder: Path) -> None:
+    """Give records, such as those of committed results, the files in ``folder`` that they lack."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        if not (folder / f"{key_of(record.task, record.settings)}.json").exists():
+            _store(folder, record)
 
 
 def train_run(run: Run) -> Record:
@@ -233,8 +246,8 @@ def _stored(folder: Path, run: Run) -> Record | None:
     return record
 
 
-def _store(folder: Path, run: Run, record: Record) -> None:
-    path = folder / f"{run.key}.json"
+def _store(folder: Path, record: Record) -> None:
+    path = folder / f"{key_of(record.task, record.settings)}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
     os.replace(temporary, path)  # a killed process leaves no half a result
@@ -286,7 +299,7 @@ def read_results(name: str, folder: Path | None = None) -> list[Record]:
 def thin(result: Result, points: int = 200) -> Result:
     """The result with 5 significant digits, and curves of at most about ``points`` values that keep the last one."""
     longest = max((len(v) for v in result.get("curve", {}).values()), default=0)
-    every = max(1, -(-longest // points))
+    every = max(1, -(-(longest - 1) // points))
     curve = {
         name: values if len(values) != longest else [*values[:-1][::every], values[-1]]
         for name, values in result.get("curve", {}).items()

@@ -117,6 +117,18 @@ def test_results_are_written_and_read_back(tmp_path: Path) -> None:
     assert {"torch", "scipy", "gapt_optim"} <= set(content["versions"])
 
 
+def test_committed_results_stand_for_files_that_are_gone(tmp_path: Path) -> None:
+    first, second = (Run("conflict", replace(QUICK, seed=seed)) for seed in (1, 2))
+    curve = {"step": [float(i) for i in range(1000)]}
+    record = Record("conflict", first.described, {"final": {"loss": 0.5}, "curve": curve}, 1.0, "abc")
+    harness.write_results("x", [record], "command", tmp_path)
+    committed = harness.read_results("x", tmp_path)
+    harness.restore(committed, tmp_path / "runs")
+    assert harness.finished([first, second], tmp_path / "runs") == committed
+    again = harness.write_results("again", committed, "command", tmp_path)
+    assert json.loads(again.read_text())["runs"] == json.loads((tmp_path / "x.json").read_text())["runs"]
+
+
 def test_a_text_run_says_which_file_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GAPT_TEST_DATA", str(tmp_path))
     text.corpus.cache_clear()

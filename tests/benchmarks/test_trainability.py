@@ -114,7 +114,7 @@ def test_an_unknown_remedy_is_refused() -> None:
         trainability.train(replace(SMALL, remedy="prayer"))
 
 
-@pytest.mark.parametrize("setting", ["digits", "warm"])
+@pytest.mark.parametrize("setting", ["digits", "warm", "poles"])
 def test_a_floor_without_weight_is_plain_training_bit_for_bit(setting: str) -> None:
     plain = trainability.train(replace(SMALL, setting=setting))
     assert trainability.train(replace(SMALL, setting=setting, **FLOOR)) == plain
@@ -160,7 +160,8 @@ def test_pressing_moves_the_rank_its_way() -> None:
 
 def test_noise_is_as_large_as_what_the_floor_adds() -> None:
     settings = replace(SMALL, **{**FLOOR, "objective": {"direction": "up"}, "press": "noise", "weight": 1.0})
-    x, y = trainability.Digits(settings).batch(0)
+    data = trainability.Digits(settings)
+    x, y = data.batch(0)
     model = network()
     layers = list(model.layers)
 
@@ -170,7 +171,7 @@ def test_noise_is_as_large_as_what_the_floor_adds() -> None:
         base = torch.optim.SGD(model.parameters(), lr=0.0)
         base.register_step_pre_hook(lambda *_: kept.extend(p.grad.clone() for p in model.parameters()))  # type: ignore[union-attr]
         pressing = trainability.Press(s, model, layers, base)
-        pressing.step(trainability.loss_of(model, x, y), x)
+        pressing.step(data.loss(model, x, y), x)
         pressing.remove()
         return kept
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import harness
 from ..harness import Record, Run
-from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, values, versus
 from ..stats import Comparison, holm
 from ..tasks.trainability import Settings
 
 NAME = "trainability"
 TUNING_SEEDS = (0, 1, 2)
 SEEDS = range(300, 310)
+MORE_SEEDS = {"poles": range(300, 320)}
+"""Of a setting whose scores vary so much from seed to seed that ten tell little."""
 MOVES = 4
 """Of the fine search, at most."""
 
@@ -25,10 +27,13 @@ SETTINGS = {
     "digits": Settings(setting="digits", tasks=20, steps=800),
     "alphabets": Settings(setting="alphabets", tasks=5, steps=250, batch=16, width=32),
     "warm": Settings(setting="warm", tasks=2, steps=800, samples=200),
+    "poles": Settings(setting="poles", tasks=10, steps=1200, batch=256),
 }
-RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4)}
+RATES = {"digits": (-5, -4), "alphabets": (-4,), "warm": (-5, -4), "poles": (-5,)}
 """Levels of the learning rate in the coarse search."""
-SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy"}
+SCORES = {"digits": "accuracy", "alphabets": "loss", "warm": "accuracy", "poles": "return"}
+DIGITS = {"poles": 1}
+"""Behind the point, of a score; 4 where nothing is said."""
 FLOOR = {"direction": "up", "target_share": 1.0}
 
 
@@ -86,8 +91,12 @@ CONTROLS = {
 """Tuned over the weight alone, at the floor's learning rate."""
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "digits": ("fresh",),
-    "alphabets": ("plain", *(set(REMEDIES) - {"toward start"}), "floor, order 1/2", *CONTROLS),
-    "warm": ("plain", *(set(REMEDIES) - {"toward start", "weight decay"}), "floor, order 1/2", *CONTROLS),
+    "alphabets": ("plain", "floor, order 1/2", *CONTROLS),
+    "warm": ("plain", "floor, order 1/2", *CONTROLS),
+    "poles": (
+        *("vcreg", "up", "rank", "floor, windows of 8"),
+        *(f"floor, order 1/2 on {name}" for name in REMEDIES if name != "toward start"),
+    ),
 }
 """Methods that a setting does without."""
 
@@ -168,7 +177,7 @@ def scores_of(records: Sequence[Record]) -> dict[str, float]:
     for record in records:
         name = SCORES[record.settings["setting"]]
         value = record.result["final"][name]
-        found[json.dumps(record.settings, sort_keys=True)] = value if name == "accuracy" else -value
+        found[json.dumps(record.settings, sort_keys=True)] = -value if name == "loss" else value
     return found
 
 
@@ -188,9 +197,10 @@ def plan(setting: str, scores: Scores) -> Plan:
     for name in best_remedies(setting, tuned, scores):
         point = tuned[name].best
         assert point is not None
-        for floor in (f for f in FLOORS if f in methods):
+        for floor in FLOORS:
             fields = {**METHODS[floor].fields, **REMEDIES[name].fields, "strength": at(point[1])}
-            later[f"{floor} on {name}"] = replace(METHODS[floor], fields=fields)
+            if floor in methods and f"{floor} on {name}" not in LEFT_OUT[setting]:
+                later[f"{floor} on {name}"] = replace(METHODS[floor], fields=fields)
     at_floor = tuned["floor"].best
     if at_floor is not None:
         controls = {name: method for name, method in CONTROLS.items() if name not in LEFT_OUT[setting]}
@@ -200,7 +210,8 @@ def plan(setting: str, scores: Scores) -> Plan:
 
 
 def best_remedies(setting: str, tuned: Mapping[str, Tuned], scores: Scores) -> list[str]:
-    """The best on the tuning seeds, and the best that is not told where the data change; none before they are tuned."""
+    """The best on the tuning seeds, the best that is not told where the data change, and L2 toward the initial weights,
+    so that settings can be compared; none before they are tuned."""
     found: dict[str, float] = {}
     for name, method in REMEDIES.items():
         if name in LEFT_OUT[setting]:
@@ -213,7 +224,8 @@ def best_remedies(setting: str, tuned: Mapping[str, Tuned], scores: Scores) -> l
     if not found:
         return []
     untold = {name: score for name, score in found.items() if name not in TOLD}
-    return list(dict.fromkeys((max(found, key=found.__getitem__), max(untold, key=untold.__getitem__))))
+    best = (max(found, key=found.__getitem__), max(untold, key=untold.__getitem__))
+    return list(dict.fromkeys((*best, "toward start")))
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
@@ -233,7 +245,9 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
         for name, state in tuned.items():
             found += state.runs
             if state.best is not None:
-                found += [run_at(setting, methods[name], state.best, seed) for seed in seeds or SEEDS]
+                found += [
+                    run_at(setting, methods[name], state.best, seed) for seed in seeds or MORE_SEEDS.get(setting, SEEDS)
+                ]
     return found
 
 
@@ -278,36 +292,47 @@ def tables(records: list[Record]) -> dict[str, str]:
         return {}
     return {
         f"{NAME}-methods": _methods_table(by_setting),
+        f"{NAME}-ranks": _ranks_table(by_setting),
         f"{NAME}-questions": _questions_table(by_setting),
         f"{NAME}-tuned": _grids_table(records, by_setting),
     }
 
 
 def _methods_table(by_setting: Mapping[str, Compared]) -> str:
-    header = ["method"]
-    for setting in by_setting:
-        header += [f"{setting}: {SCORES[setting]}", "against LayerNorm"]
-    rows = []
-    for name in dict.fromkeys(name for found in by_setting.values() for name in found):
-        row = [name]
-        for setting, found in by_setting.items():
-            records = found.get(name)
-            if records is None:
-                row += [""] * 2
-                continue
-            against = None if name == "LayerNorm" else _versus(found, name, "LayerNorm", SCORES[setting])
-            row += [
-                mean_cell(records, SCORES[setting], digits=4),
-                "" if against is None else interval_cell(against.difference),
-            ]
-        rows.append(row)
-    everything = [record for found in by_setting.values() for of_method in found.values() for record in of_method]
+    header = ["method", *(f"{setting}: {SCORES[setting]}" for setting in by_setting)]
+
+    def cell(setting: str, records: list[Record]) -> str:
+        return mean_cell(records, SCORES[setting], digits=DIGITS.get(setting, 4))
+
+    seeds: dict[str, list[str]] = {}
+    for setting, found in by_setting.items():
+        seeds.setdefault(seeds_line([r for records in found.values() for r in records]), []).append(setting)
+    listed = "; ".join(f"{', '.join(of_settings)}: {line}" for line, of_settings in seeds.items())
     first = (
-        f"Held out, {seeds_line(everything)}, mean over tasks (of warm: at the end). Digits and warm: accuracy, higher "
-        "is better; alphabets: loss in nats, lower is better. Behind a mean stands half of its 95 % interval, in "
-        "brackets that of a paired difference.\n\n"
+        f"Held out, mean over tasks (of warm: at the end); {listed}. Of losses (nats) lower is better, of the rest "
+        "higher. Behind a mean stands half of its 95 % interval; differences over paired seeds are below.\n\n"
     )
-    return first + table(header, rows)
+    return first + table(header, _by_method(by_setting, cell))
+
+
+def _ranks_table(by_setting: Mapping[str, Compared]) -> str:
+    def cell(setting: str, records: list[Record]) -> str:
+        rank, dormant = (statistics.fmean(values(records, name)) for name in ("rank", "dormant"))
+        return f"{rank:.1f}, {100 * dormant:.0f} %"
+
+    text = table(["method", *by_setting], _by_method(by_setting, cell))
+    return (
+        "<details>\n<summary>Effective rank and dormant units, mean over hidden layers</summary>\n\n"
+        f"{text}\n\n</details>"
+    )
+
+
+def _by_method(by_setting: Mapping[str, Compared], cell: Callable[[str, list[Record]], str]) -> list[list[str]]:
+    names = dict.fromkeys(name for found in by_setting.values() for name in found)
+    return [
+        [name, *(cell(setting, found[name]) if name in found else "" for setting, found in by_setting.items())]
+        for name in names
+    ]
 
 
 def _versus(found: Compared, name: str, other: str, score: str) -> Comparison | None:
@@ -335,7 +360,10 @@ def _questions_table(by_setting: Mapping[str, Compared]) -> str:
     corrected = holm([comparison.p_t for *_, comparison in asked])
     header = ["setting", "method", "against", "difference", "p", "p, corrected"]
     rows = [
-        [setting, name, other, interval_cell(comparison.difference), p_cell(comparison.p_t), p_cell(p)]
+        [
+            *(setting, name, other, interval_cell(comparison.difference, DIGITS.get(setting, 4))),
+            *(p_cell(comparison.p_t), p_cell(p)),
+        ]
         for (setting, name, other, comparison), p in zip(asked, corrected, strict=True)
     ]
     first = (
@@ -381,34 +409,32 @@ def _listed(values: Iterable[float]) -> str:
 
 COLORS = {
     "LayerNorm": "#6b6b6b",
-    "toward start": "#d1741f",
-    "shrink and perturb": "#b5483a",
     "fresh": "#b5483a",
+    "toward start": "#d1741f",
     "floor": "#3b6fc4",
     "floor on toward start": "#2f9e77",
-    "floor on shrink and perturb": "#8fb3e0",
 }
+"""Of the methods that are drawn."""
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
-    """Over tasks, a row per setting: what is held out, effective rank, dormant units."""
+    """Over tasks, a row per setting that has many: what is held out, effective rank, dormant units."""
     from ..pictures import band, figure, save
 
-    rows = {setting: compared(records, setting) for setting in ("digits", "alphabets")}
+    rows = {setting: compared(records, setting) for setting in SETTINGS if setting != "warm"}
     rows = {setting: found for setting, found in rows.items() if found}
     if not rows:
         return []
     made, axes = figure(3, len(rows), width=4.2, height=3.2)
     for i, (setting, found) in enumerate(rows.items()):
-        shown = ["LayerNorm", "fresh", *(n for n in REMEDIES if f"floor on {n}" in found), "floor"]
-        shown = [name for name in [*shown, *(n for n in found if n.startswith("floor on "))] if name in found]
+        shown = [name for name in COLORS if name in found]
         labels = {SCORES[setting]: f"held-out {SCORES[setting]}", "rank": "effective rank", "dormant": "dormant units"}
         for axis, (quantity, label) in zip(axes[3 * i : 3 * i + 3], labels.items(), strict=True):
-            for j, name in enumerate(shown):
+            for name in shown:
                 series = [r.result["curve"][quantity] for r in found[name] if r.result["curve"]]
                 if series:
                     x = range(1, len(series[0]) + 1)
-                    band(axis, list(x), series, COLORS.get(name, f"C{j}"), name)
+                    band(axis, list(x), series, COLORS[name], name)
             axis.set(xlabel="task", ylabel=label, title=setting)
         axes[3 * i].legend(frameon=False, fontsize=7)
     return [save(made, folder / f"{NAME}.png")]

@@ -1,4 +1,4 @@
-"""Networks whose data change: permuted pixels, permuted alphabets, and more data after half of it."""
+"""Networks whose data change: permuted pixels, permuted alphabets, more data after half of it, rewired worlds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gapt_optim import GAPTOptimizer, RepresentationHook
 
 from ..measures import watching
 from . import remedies
+from .poles import Poles
 from .settings import TaskSettings
 from .text import corpus
 
@@ -35,7 +36,7 @@ class Settings(TaskSettings):
     window: Any = None
     """None: the whole batch, or sequence, as one matrix."""
     setting: str = "digits"
-    """digits, alphabets or warm."""
+    """digits, alphabets, warm or poles."""
     tasks: int = 20
     """Into which the steps are divided equally."""
     batch: int = 64
@@ -62,14 +63,14 @@ Data = tuple[Tensor, Tensor]
 class MLP(nn.Module):
     """Linear, LayerNorm, ReLU several times, and a readout."""
 
-    def __init__(self, s: Settings) -> None:
+    def __init__(self, s: Settings, inputs: int = 64, outputs: int = 10) -> None:
         super().__init__()
-        widths = [64] + [s.width] * s.layers_deep
+        widths = [inputs] + [s.width] * s.layers_deep
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b) if s.norm else nn.Identity(), nn.ReLU())
             for a, b in itertools.pairwise(widths)
         )
-        self.readout = nn.Linear(s.width, 10)
+        self.readout = nn.Linear(s.width, outputs)
         self.watched = "layers.*"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +132,28 @@ class Transformer(nn.Module):
 Network = MLP | Transformer
 
 
-class Digits:
+class Labelled:
+    """Data with an answer beside each row, which the network has no part in."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Told the network that is trained."""
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats."""
+        return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+    def scores(self, answers: Tensor, y: Tensor) -> dict[str, float]:
+        """Of held-out data. A network that has diverged guesses."""
+        answers = answers.flatten(0, -2)
+        if not answers.isfinite().all():
+            return {"loss": math.log(answers.shape[-1]), "accuracy": 1 / answers.shape[-1]}
+        return {
+            "loss": F.cross_entropy(answers, y.flatten()).item(),
+            "accuracy": (answers.argmax(-1) == y.flatten()).float().mean().item(),
+        }
+
+
+class Digits(Labelled):
     """scikit-learn's digits, with other pixels for each task."""
 
     def __init__(self, s: Settings) -> None:
@@ -169,7 +191,7 @@ class Warm(Digits):
         return self.images[self.s.samples :], self.labels[self.s.samples :]
 
 
-class Alphabets:
+class Alphabets(Labelled):
     """English, in which each task writes other bytes for the bytes of the text."""
 
     CORPUS = "fineweb"
@@ -200,7 +222,13 @@ class Alphabets:
         return rows[:, :-1], rows[:, 1:]
 
 
-SETTINGS: dict[str, Callable[[Settings], Digits | Alphabets]] = {"digits": Digits, "alphabets": Alphabets, "warm": Warm}
+Source = Digits | Alphabets | Poles
+SETTINGS: dict[str, Callable[[Settings], Source]] = {
+    "digits": Digits,
+    "alphabets": Alphabets,
+    "warm": Warm,
+    "poles": lambda s: Poles(s, lambda inputs, outputs: MLP(s, inputs, outputs)),
+}
 
 
 @lru_cache(maxsize=1)
@@ -217,6 +245,7 @@ def train(s: Settings) -> dict[str, Any]:
     data = SETTINGS[s.setting](s)
     torch.manual_seed(s.seed)
     model = data.network()
+    data.begin(model)
     layers = list(model.get_submodule(model.watched.removesuffix(".*")).children())
     base = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
     remedy = remedies.named(s.remedy, s.strength, model, model.units(), base, data.network)
@@ -226,7 +255,7 @@ def train(s: Settings) -> dict[str, Any]:
     task = 0
     for step in range(s.steps):
         if step * s.tasks // s.steps != task:
-            note(curve, evaluate(model, layers, data.held_out(task)))
+            note(curve, evaluate(model, layers, data, task))
             task = step * s.tasks // s.steps
             remedy.at_switch()
             if s.fresh:
@@ -236,15 +265,15 @@ def train(s: Settings) -> dict[str, Any]:
         seen: AbstractContextManager[list[Tensor]]
         seen = watching(layers, graph=True) if s.remedy == "vcreg" else nullcontext([])
         with seen as hidden:
-            loss = loss_of(model, x, y)
+            loss = data.loss(model, x, y)
         added = remedy.penalty(hidden)
         press.step(loss if added is None else loss + added, x)
         remedy.after_step()
         if not math.isfinite(loss.item()):
             break
     press.remove()
-    note(curve, evaluate(model, layers, data.held_out(task)))
-    while len(curve["loss"]) < s.tasks:
+    note(curve, evaluate(model, layers, data, task))
+    while len(curve["rank"]) < s.tasks:
         note(curve, {name: values[-1] for name, values in curve.items()})
     final = {name: sum(values) / len(values) for name, values in curve.items()}
     if s.setting == "warm":
@@ -261,11 +290,6 @@ def decayed(base: torch.optim.AdamW, weight_decay: float) -> torch.optim.AdamW:
     base.add_param_group(matrices)
     base.add_param_group(rest)
     return base
-
-
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats."""
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
 class Press:
@@ -325,24 +349,19 @@ class Press:
 
 
 @torch.no_grad()
-def evaluate(model: Network, layers: Sequence[nn.Module], data: Data) -> dict[str, float]:
-    """On held-out data: loss, accuracy, effective rank and the share of dormant units, as means over layers.
+def evaluate(model: Network, layers: Sequence[nn.Module], data: Source, task: int) -> dict[str, float]:
+    """Scores on held-out data, effective rank and the share of dormant units, as means over layers.
 
-    A network that has diverged guesses.
+    A network that has diverged has neither rank nor units.
     """
-    x, y = data
+    x, y = data.held_out(task)
     units = [unit.nonlinearity for unit in model.units()]
     with watching(layers) as hidden, watching(units) as said:
-        answers = model(x).flatten(0, -2)
+        answers = model(x)
+    found = data.scores(answers, y)
     if not answers.isfinite().all():
-        classes = answers.shape[-1]
-        return {"loss": math.log(classes), "accuracy": 1 / classes, "rank": 1.0, "dormant": 1.0}
-    return {
-        "loss": F.cross_entropy(answers, y.flatten()).item(),
-        "accuracy": (answers.argmax(-1) == y.flatten()).float().mean().item(),
-        "rank": effective_rank(hidden),
-        "dormant": sum(map(dormant, said)) / len(said),
-    }
+        return {**found, "rank": 1.0, "dormant": 1.0}
+    return {**found, "rank": effective_rank(hidden), "dormant": sum(map(dormant, said)) / len(said)}
 
 
 def effective_rank(hidden: Sequence[Tensor]) -> float:
