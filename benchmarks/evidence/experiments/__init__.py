@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 NAMES = (
+    "published",
     "loss",
     "compressibility",
     "forgetting",
