@@ -9,58 +9,90 @@ from typing import Any
 
 from ..harness import Record, Run
 from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
-from ..tasks import cut
+from ..stats import Comparison, holm
+from ..tasks import cut, text
 from . import loss
 
-HALF: dict[str, Any] = {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}, "weight": 0.1}
-"""Order 1/2 over whole sequences, on the blocks that are cut. The weight is one guess."""
-METHODS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "plain, cut at step 200": {"cut_at": 200},
-    "gate, order 1/2": HALF,
-    "gate, defaults": loss.METHODS["gate, defaults"],
-    "late penalty, order 2": loss.METHODS["late penalty"],
+HALF: dict[str, Any] = {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}}
+"""Order 1/2 over whole sequences, on the blocks that are cut."""
+TUNED: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
+    "weight decay": ({}, "weight_decay", (0.3, 1.0, 3.0)),
+    "nuclear norm": ({"method": "nuclear"}, "weight", (0.003, 0.03, 0.3)),
+    "gate, order 1/2": (HALF, "weight", (0.03, 0.1, 0.3)),
 }
-AT_END = {
+"""What each model adds, and its strengths, tried on the tuning seeds. Plain is weight decay at 0.1, and the others at
+weight 0."""
+CHOSEN = {"weight decay": 1.0, "nuclear norm": 0.03, "gate, order 1/2": 0.1}
+"""The strength with the lowest held-out loss once 8 directions are left at the end of training."""
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": loss.METHODS["plain"],
+    **{name: {**fields, "lr": loss.RATE, tuned: CHOSEN[name]} for name, (fields, tuned, _) in TUNED.items()},
+    "gate, defaults": loss.METHODS["gate, defaults"],
+}
+COLUMNS = {
     "uncut": "uncut",
     "cut_16": "16 directions at the end",
     "cut_8": "8 at the end",
     "cut_4": "4 at the end",
+    "from_350": "8 from step 350 on",
+    "from_200": "8 from step 200 on",
 }
-TRAINED_ON = {"trained_on_8": "8 from step 350 on"}
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Every method on every seed."""
+    """Strengths on tuning seeds, and every method on every seed."""
     found = []
+    for seed in loss.TUNING_SEEDS:
+        tuning = replace(cut.Settings(), **text.TUNING, lr=loss.RATE, seed=seed)
+        found.append(Run("cut", tuning))
+        for fields, tuned, strengths in TUNED.values():
+            found += [Run("cut", replace(tuning, **fields, **{tuned: strength})) for strength in strengths]
     for seed in loss.SEEDS:
         found += [Run("cut", replace(cut.Settings(), seed=seed, **method)) for method in METHODS.values()]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
 def tables(records: list[Record]) -> dict[str, str]:
-    """Held-out loss after each cut, and its difference from plain's after the same one."""
-    plain = loss.of_method(records, {})
-    columns = AT_END | TRAINED_ON
-    rows = []
-    for name, method in METHODS.items():
-        if not (found := loss.of_method(records, method)):
-            continue
-        # One that differs in the step of its cut alone is plain's until there.
-        measured = {c: mean_cell(found, c) if not method else _cell(found, plain, c) for c in columns}
-        shown = TRAINED_ON if "cut_at" in method else columns
-        weight = f"{method['weight']:g}" if "weight" in method else ""
-        rows.append([name, weight, *(measured[c] if c in shown else "" for c in columns)])
+    """Held-out loss after each cut, and its difference from plain's after the same one; what was tuned."""
+    by_method = {name: found for name, method in METHODS.items() if (found := loss.of_method(records, method))}
+    plain = by_method["plain"]
+    compared = {
+        (name, column): change
+        for name, found in by_method.items()
+        for column in COLUMNS
+        if name != "plain" and (change := versus(found, plain, column)) is not None
+    }
+    corrected = dict(zip(compared, holm([c.p_t for c in compared.values()]), strict=True))
+    rows = [["plain", "", *(mean_cell(plain, column) for column in COLUMNS)]]
+    for name in by_method:
+        cells = [_cell(compared[name, column], corrected[name, column]) for column in COLUMNS if name != "plain"]
+        if cells:
+            rows.append([name, f"{CHOSEN.get(name, METHODS[name].get('weight')):g}", *cells])
     title = (
-        f"Bytes of text, Muon, {seeds_line(plain)}, {plain[0].settings['steps']} steps. Plain's held-out loss, and "
-        "what each other model has more or less after the same cut of the two inner blocks (nats).\n\n"
+        f"Bytes of text, Muon at {loss.RATE:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps. Plain's "
+        "held-out loss, and what each other model has more or less after the same cut of the two inner blocks (nats). "
+        f"p-values are corrected by Holm for all {len(compared)} comparisons.\n\n"
     )
-    return {"compressibility": title + table(["model", "weight", *columns.values()], rows)}
+    lines = table(["model", "strength", *COLUMNS.values()], rows)
+    return {"compressibility": title + lines + _tuned(records)}
 
 
-def _cell(found: list[Record], plain: list[Record], column: str) -> str:
-    change = versus(found, plain, column)
-    return "" if change is None else f"{interval_cell(change.difference, 3)}, p {p_cell(change.p_t)}"
+def _cell(change: Comparison, p: float) -> str:
+    return f"{interval_cell(change.difference, 3)}, p {p_cell(p)}"
+
+
+def _tuned(records: list[Record]) -> str:
+    """Mean losses of the tuning seeds, uncut and with 8 directions left at the end."""
+    rows = []
+    for name, (fields, tuned, strengths) in TUNED.items():
+        for strength in strengths:
+            method = {**fields, "lr": loss.RATE, tuned: strength}
+            if found := loss.of_method(records, method, loss.TUNING_SEEDS):
+                cells = [mean_cell(found, column) for column in ("uncut", "cut_8", "from_200")]
+                rows.append([name, f"{strength:g}", *cells, "chosen" if strength == CHOSEN[name] else ""])
+    header = ["model", "strength", "uncut", "8 at the end", "8 from step 200 on", ""]
+    lines = table(header, rows)
+    return f"\n\n<details>\n<summary>What was tuned, on seeds 0 to 2</summary>\n\n{lines}\n\n</details>" if rows else ""
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
@@ -68,16 +100,15 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     from ..pictures import band, figure, save
 
     made, (axis,) = figure(1, width=6.4, height=4.2)
+    at_end = [column for column in COLUMNS if not column.startswith("from")]
     for i, (name, method) in enumerate(METHODS.items()):
         if not (found := loss.of_method(records, method)):
             continue
-        if "cut_at" not in method:
-            band(axis, range(4), [[r.result["final"][c] for c in AT_END] for r in found], f"C{i}", name)
-        trained_on = sum(r.result["final"]["trained_on_8"] for r in found) / len(found)
-        label = name if "cut_at" in method else None
-        axis.plot([2], [trained_on], ls="", marker="*", ms=11, color=f"C{i}", label=label)
+        band(axis, range(4), [[r.result["final"][c] for c in at_end] for r in found], f"C{i}", name)
+        halfway = sum(r.result["final"]["from_200"] for r in found) / len(found)
+        axis.plot([2], [halfway], ls="", marker="*", ms=11, color=f"C{i}")
     axis.set_xticks(range(4), ["all", "16", "8", "4"])
-    axis.set(xlabel="directions kept by the inner blocks (a star: cut earlier, and trained on)")
+    axis.set(xlabel="directions kept by the inner blocks (a star: cut halfway, and trained on)")
     axis.set(ylabel="held-out loss (nats)")
     axis.legend(frameon=False, fontsize=8)
     return [save(made, folder / "compressibility.png")]

@@ -1,4 +1,4 @@
-"""What it does to loss: gate, late penalty, penalty and plain on text, under a tuned optimizer."""
+"""What it does to loss: gate, late penalty, penalty and plain on text, all tuned."""
 
 from __future__ import annotations
 
@@ -25,42 +25,65 @@ from ..markdown import (
 from ..stats import compare, over_seeds_and_text
 from ..tasks import cut, text
 
-SEEDS, FRESH_SEEDS = range(300, 305), range(305, 307)
-RATES = {"adamw": (3e-3, 6e-3, 12e-3), "muon": (0.01, 0.02, 0.04, 0.08, 0.16)}
+SEEDS = range(300, 305)
+TUNING_SEEDS = (0, 1, 2)
+RATE = 0.06
+"""Of Muon, the best of plain's on the tuning seeds."""
+RATES = {"adamw": (3e-3, 6e-3, 12e-3), "muon": (0.01, 0.02, 0.04, RATE, 0.08, 0.16)}
 """Tried on seed 0, where they differ by ten times what seeds do."""
-METHODS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "gate, defaults": {"method": "gapt", "weight": 0.03},
-    "late penalty": {"method": "penalty", "weight": 0.05, "objective": {"start": 100}},
-    "penalty": {"method": "penalty", "weight": 0.05},
+CLOSE = (0.04, RATE, 0.08)
+"""Rates of Muon that are tried on all tuning seeds, for plain and, at its chosen point, for every method."""
+GATE, PENALTY = {"method": "gapt"}, {"method": "penalty"}
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "gate": [{**GATE, "weight": weight} for weight in (0.05, 0.1, 0.2)],
+    "late penalty": [
+        {**PENALTY, "weight": weight, "objective": {"start": start}}
+        for start in (50, 100, 200)
+        for weight in (0.05, 0.1, 0.2)
+    ],
+    "penalty": [{**PENALTY, "weight": weight} for weight in (0.01, 0.02, 0.05)],
 }
-"""Start and weight of the late penalty are one guess. The runs are those of
-`compressibility`, which cuts them."""
+"""Tried on the tuning seeds."""
+SHARE = 0.5
+"""What is chosen has the lowest loss of the points that take at least so much of plain's entropy: the lowest loss of
+all would be that of weight 0."""
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": RATE},
+    "gate, defaults": {**GATE, "weight": 0.03, "lr": RATE},
+    "gate": {**GATE, "weight": 0.05, "lr": RATE},
+    "late penalty": {**PENALTY, "weight": 0.05, "objective": {"start": 50}, "lr": RATE},
+    "penalty": {**PENALTY, "weight": 0.05, "lr": RATE},
+}
+"""Those of a grid have its chosen point."""
+CUT = ("plain", "gate, defaults")
+"""Runs of `compressibility`, which cuts them."""
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Rates, then the comparison."""
+    """Rates, points, then the comparison."""
     tuning = replace(text.Settings(), **text.TUNING)
     rates = [(optimizer, rate) for optimizer, of_optimizer in RATES.items() for rate in of_optimizer]
     found = [Run("text", replace(tuning, optimizer=optimizer, lr=rate)) for optimizer, rate in rates]
-    for seed in (*SEEDS, *FRESH_SEEDS):
-        of_seed = METHODS if seed in SEEDS else ("plain", "penalty")
-        found += [Run("cut", replace(cut.Settings(), seed=seed, **METHODS[name])) for name in of_seed]
+    for seed in TUNING_SEEDS:
+        points = [point | {"lr": RATE} for grid in GRIDS.values() for point in grid]
+        points += [METHODS[name] | {"lr": rate} for name in ("plain", *GRIDS) for rate in CLOSE]
+        found += [Run("text", replace(tuning, seed=seed, **point)) for point in points]
+    for seed in SEEDS:
+        for name, method in METHODS.items():
+            task, settings = ("cut", cut.Settings()) if name in CUT else ("text", text.Settings())
+            found.append(Run(task, replace(settings, seed=seed, **method)))
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
-NAMED = ("method", "weight", "alpha", "objective", "layers")
-"""Settings that tell the methods of the cut task apart, besides when it is cut."""
+NAMED = ("method", "weight", "alpha", "objective", "layers", "optimizer", "lr", "weight_decay")
+"""Settings that tell methods apart."""
 
 
 def of_method(records: Sequence[Record], method: dict[str, Any], seeds: Sequence[int] = SEEDS) -> list[Record]:
-    """The records of a method of the cut task, in the order of seeds. One that is cut earlier says so by `cut_at`."""
+    """The records of a method, in the order of seeds."""
     own = {name: getattr(cut.Settings(**method), name) for name in NAMED}
-    cuts = [r for r in records if r.task == "cut"]
-    latest = max((r.settings["cut_at"] for r in cuts), default=0)
-    found = [r for r in cuts if r.settings["seed"] in seeds and all(r.settings[k] == v for k, v in own.items())]
-    of_cut = [r for r in found if (r.settings["cut_at"] < latest) == ("cut_at" in method)]
-    return sorted(of_cut, key=lambda r: int(r.settings["seed"]))
+    found = [r for r in records if r.settings["seed"] in seeds and all(r.settings[k] == v for k, v in own.items())]
+    return sorted(found, key=lambda r: int(r.settings["seed"]))
 
 
 def tables(records: list[Record]) -> dict[str, str]:
@@ -91,8 +114,8 @@ def tables(records: list[Record]) -> dict[str, str]:
         )
     size = cut.Settings().evaluate_sequences * cut.Settings().context / 1000
     title = f"Bytes of text, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of held-out text. "
-    lead = _gate_at_equal_entropy(by_method) + _on_fresh_seeds(records)
-    return {"loss": title + lead + "\n\n" + table(header, rows)}
+    leads = "".join(_gate_at_equal_entropy(by_method, other) for other in ("late penalty", "penalty"))
+    return {"loss": title.strip() + leads + "\n\n" + table(header, rows) + _tuned(records)}
 
 
 def pieces(records: Sequence[Record]) -> NDArray[Any]:
@@ -107,32 +130,40 @@ def difference(records: list[Record], baseline: list[Record]) -> NDArray[Any]:
     return less
 
 
-def _gate_at_equal_entropy(by_method: dict[str, list[Record]]) -> str:
-    """The gate's loss less that of the late penalty at the gate's entropy: on the straight line between plain, which is
-    a penalty of weight 0, and the late penalty, seed by seed."""
-    seeds = [{r.settings["seed"]: r for r in by_method[name]} for name in ("plain", "late penalty", "gate, defaults")]
+def _gate_at_equal_entropy(by_method: dict[str, list[Record]], other: str) -> str:
+    """The tuned gate's loss less that of another method at the gate's entropy: on the straight line between plain,
+    which is that method at weight 0, and the other, seed by seed."""
+    seeds = [{r.settings["seed"]: r for r in by_method[name]} for name in ("plain", other, "gate")]
     shared = sorted(seeds[0].keys() & seeds[1].keys() & seeds[2].keys())
     if len(shared) < 2:
         return ""
     plain, late, gate = ([of[seed] for seed in shared] for of in seeds)
     s = [np.array([[r.result["final"]["centred_cosine"]] for r in found]) for found in (plain, late, gate)]
     if not (s[1] < s[0]).all():
-        return ""  # the late penalty took nothing: there is no line
+        return ""  # the other took nothing: there is no line
     there = pieces(plain) + (pieces(late) - pieces(plain)) * (s[2] - s[0]) / (s[1] - s[0])
     lead = over_seeds_and_text(pieces(gate) - there)
     p = compare(list(pieces(gate).mean(1)), list(there.mean(1))).p_t
-    return f"At equal entropy the gate's loss is {interval_cell(lead, 3)} nats from the late penalty's (p {p_cell(p)})."
+    return (
+        f" At equal entropy the tuned gate's loss is {interval_cell(lead, 3)} nats from the {other}'s (p {p_cell(p)})."
+    )
 
 
-def _on_fresh_seeds(records: list[Record]) -> str:
-    """What the penalty from the first step costs on seeds that nothing was chosen on."""
-    plain, penalty = (of_method(records, METHODS[name], FRESH_SEEDS) for name in ("plain", "penalty"))
-    loss = versus(penalty, plain, "loss")
-    if loss is None or loss.seeds < 2:
-        return ""
-    change = interval_cell(over_seeds_and_text(difference(penalty, plain)), 3)
-    shared = sorted({r.settings["seed"] for r in penalty} & {r.settings["seed"] for r in plain})
-    return f" On seeds {shared[0]} to {shared[-1]}, the penalty's is {change} nats from plain's (p {p_cell(loss.p_t)})."
+def _tuned(records: list[Record]) -> str:
+    """Loss and what is left of the entropy, at each point, on the tuning seeds."""
+    plain = of_method(records, METHODS["plain"], TUNING_SEEDS)
+    rows = []
+    for name, grid in {"plain": [METHODS["plain"]], **GRIDS}.items():
+        for point in [*(p | {"lr": RATE} for p in grid), *(METHODS[name] | {"lr": r} for r in CLOSE if r != RATE)]:
+            if not (found := of_method(records, point, TUNING_SEEDS)):
+                continue
+            start = point.get("objective", {}).get("start", "")
+            rows.append([name, f"{point['lr']:g}", f"{point.get('weight', 0):g}", str(start), mean_cell(found, "loss"),
+                         "" if name == "plain" else change_cell(versus(found, plain, "centred_cosine"), 0),
+                         "chosen" if point == METHODS[name] else ""])  # fmt: skip
+    header = ["method", "rate of Muon", "weight", "from step", "held-out loss", "centred cosine entropy", ""]
+    lines = table(header, rows)
+    return f"\n\n<details>\n<summary>What was tuned, on seeds 0 to 2</summary>\n\n{lines}\n\n</details>" if rows else ""
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
