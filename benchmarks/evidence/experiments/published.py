@@ -11,14 +11,11 @@ from ..harness import Record, Run
 from ..markdown import change_cell, compression_cell, interval_cell, mean_cell, p_cell, seeds_line, table, versus
 from ..stats import holm, over_seeds_and_text
 from ..tasks import early, text
-from .loss import difference
+from .loss import RATE, SEEDS, difference
 
-SEEDS = range(300, 305)
-RATES = (0.02, 0.04, 0.08)
-"""Of Muon, tried on seed 0 for plain."""
 LAYERS = {"skip_first": 1, "skip_last": 1}
-LARGE: dict[str, Any] = {"blocks": 4, "batch": 64, "steps": 300, "train_bytes": 8_000_000}
-"""4,096 tokens in each call of a gate."""
+LARGE: dict[str, Any] = {"blocks": 4, "batch": 64, "steps": 300, "train_bytes": 8_000_000, "lr": RATE}
+"""4,096 tokens in each call of a gate. The rate is that of the smaller setting."""
 PATIENCE = (16, 9)
 """Optimizer steps of his 125 and 75 calls, at his 8 micro-batches a step with a call each."""
 LATE: dict[str, Any] = {
@@ -38,12 +35,12 @@ COLUMNS = {"linear": "linear entropy", "centred_cosine": "centred cosine entropy
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Rates for plain, then every method on every seed."""
-    tuning = replace(METHODS["plain"].settings, **text.TUNING)
-    found = [Run("text", replace(tuning, lr=rate)) for rate in RATES]  # type: ignore[call-arg]
-    for seed in SEEDS:
-        found += [Run(of.task, replace(of.settings, seed=seed)) for of in METHODS.values()]
-    return [run for run in found if seeds is None or run.settings.seed in seeds]
+    """Every method on every seed."""
+    return [
+        Run(of.task, replace(of.settings, seed=seed))
+        for seed in (SEEDS if seeds is None else seeds)
+        for of in METHODS.values()
+    ]
 
 
 def of_method(records: Sequence[Record], name: str) -> list[Record]:

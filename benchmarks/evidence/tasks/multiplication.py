@@ -1,5 +1,5 @@
-"""Multiplication by a small GPT-2 under Muon: digits from the last to the first, so that each digit of an answer follows
-from what is there already. Judged on held-out problems, and on factors longer than in training.
+"""Multiplication by a small GPT-2 under Muon: digits from the last to the first, so that each digit of an answer
+follows from what is there already. Judged on held-out problems, and on factors longer than in training.
 """
 
 from __future__ import annotations
