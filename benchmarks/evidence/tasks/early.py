@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gapt_optim import matrix_entropy
+from gapt_optim import GAPTConfig, matrix_entropy
 
 from ..measures import watching
 from . import text
@@ -29,6 +29,10 @@ class Settings(text.Settings):
     """Calls of the gate, in either phase."""
     twin: bool = True
     """Also train a plain model for as many steps as this one had of the loss."""
+
+    def config(self) -> GAPTConfig:
+        """The wrapper has no part in it."""
+        return replace(self, method="plain").config() if self.method == "early" else super().config()
 
 
 class Gate:
