@@ -11,14 +11,15 @@ import importlib
 from typing import Any
 
 NAMES = (
-    "published",
     "loss",
+    "published",
     "compressibility",
     "forgetting",
     "kernels",
     "trainability",
     "weight",
     "phases",
+    "multiplication",
 )
 
 

@@ -24,7 +24,7 @@ IGNORED = -100
 class Settings(text.Settings):
     """Of one run. A problem is `7x321=7422` and an end, read from the right: 123 times 7."""
 
-    steps: int = 1000
+    steps: int = 600
     context: int = 40
     batch: int = 128
     """Problems in a step."""
@@ -96,22 +96,27 @@ def loss_of(model: nn.Module, problems: Problems) -> Tensor:
 
 
 @torch.no_grad()
-def judged(model: nn.Module, problems: Problems) -> tuple[float, float]:
-    """Loss, and share of answers that are right to the last digit."""
+def judged(model: nn.Module, problems: Problems) -> dict[str, float]:
+    """Loss, share of answers that are right to the last digit, and share of their tokens."""
     model.eval()
     logits = logits_of(model, problems)
     model.train()
     loss = F.cross_entropy(logits.flatten(0, 1), problems.targets.flatten(), ignore_index=IGNORED)
-    right = (logits.argmax(-1) == problems.targets) | (problems.targets == IGNORED)
-    return loss.item(), right.all(-1).float().mean().item()
+    answered = problems.targets != IGNORED
+    right = (logits.argmax(-1) == problems.targets) | ~answered
+    return {
+        "loss": loss.item(),
+        "right": right.all(-1).float().mean().item(),
+        "digits": right[answered].float().mean().item(),
+    }
 
 
 def train(s: Settings) -> dict[str, Any]:
     """One run. The seed alone decides weights, problems and sets."""
     generator = torch.Generator().manual_seed(s.seed + 1_000_003)
     sets = {
-        "loss": draw(s, s.problems, (1, s.longest), generator, held_out=True),
-        "longer": draw(s, s.problems, (s.longest + 1, s.longest + 2), generator, held_out=True),
+        "": draw(s, s.problems, (1, s.longest), generator, held_out=True),
+        "longer_": draw(s, s.problems, (s.longest + 1, s.longest + 2), generator, held_out=True),
     }
     torch.manual_seed(s.seed)
     model = text.build(s)
@@ -136,7 +141,7 @@ def train(s: Settings) -> dict[str, Any]:
         if step % s.evaluate_every == 0 or step == s.steps:
             point = {"step": float(step), "train_loss": loss.item()}
             for name, problems in sets.items():
-                point[name], point[f"{name}_right"] = judged(model, problems)
+                point |= {f"{name}{measure}": value for measure, value in judged(model, problems).items()}
             for name, value in point.items():
                 curve.setdefault(name, []).append(value)
     hook.remove()
