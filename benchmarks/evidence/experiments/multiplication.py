@@ -71,8 +71,8 @@ def tables(records: list[Record]) -> dict[str, str]:
     s = plain[0].settings
     title = (
         f"Factors of 1 to {s['longest']} digits times one digit in training, of {s['longest'] + 1} and "
-        f"{s['longest'] + 2} when longer; {s['steps']} steps of {s['batch']} problems, {seeds_line(plain)}. Loss in nats "
-        f"per token of the answer; p-values are corrected by Holm for {len(compared)} comparisons with plain.\n\n"
+        f"{s['longest'] + 2} when longer; {s['steps']} steps of {s['batch']} problems, {seeds_line(plain)}. Loss in "
+        f"nats per token of the answer; p-values are corrected by Holm for {len(compared)} comparisons with plain.\n\n"
     )
     return {"multiplication": title + table(["method", *COLUMNS.values(), "centred cosine entropy"], rows)}
 
