@@ -55,8 +55,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "penalty": {**PENALTY, "weight": 0.05, "lr": RATE},
 }
 """Those of a grid have its chosen point."""
-CUT = ("plain", "gate, defaults")
-"""Runs of `compressibility`, which cuts them."""
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
@@ -69,9 +67,7 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
         points += [METHODS[name] | {"lr": rate} for name in ("plain", *GRIDS) for rate in CLOSE]
         found += [Run("text", replace(tuning, seed=seed, **point)) for point in points]
     for seed in SEEDS:
-        for name, method in METHODS.items():
-            task, settings = ("cut", cut.Settings()) if name in CUT else ("text", text.Settings())
-            found.append(Run(task, replace(settings, seed=seed, **method)))
+        found += [Run("text", replace(text.Settings(), seed=seed, **method)) for method in METHODS.values()]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
@@ -112,7 +108,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 mean_cell(found, "switches", digits=0),
             ]
         )
-    size = cut.Settings().evaluate_sequences * cut.Settings().context / 1000
+    size = text.Settings().evaluate_sequences * text.Settings().context / 1000
     title = f"Bytes of text, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of held-out text. "
     leads = "".join(_gate_at_equal_entropy(by_method, other) for other in ("late penalty", "penalty"))
     return {"loss": title.strip() + leads + "\n\n" + table(header, rows) + _tuned(records)}
