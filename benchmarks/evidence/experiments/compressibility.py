@@ -74,8 +74,8 @@ def tables(records: list[Record]) -> dict[str, str]:
         rows.append([name, f"{CHOSEN.get(name, METHODS[name].get('weight')):g}", *cells])
     title = (
         f"Bytes of text, Muon at {plain[0].settings['lr']:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps. "
-        "Plain's held-out loss, and what each other model has more or less after the same cut of the two inner blocks (nats). "
-        f"p-values are corrected by Holm for all {len(compared)} comparisons.\n\n"
+        "Plain's held-out loss, and what each other model has more or less after the same cut of the two inner blocks "
+        f"(nats). p-values are corrected by Holm for all {len(compared)} comparisons.\n\n"
     )
     lines = table(["model", "strength", *COLUMNS.values()], rows)
     return {"compressibility": title + lines + _tuned(records)}
