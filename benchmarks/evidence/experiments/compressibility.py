@@ -13,23 +13,22 @@ from ..stats import Comparison, holm
 from ..tasks import cut, text
 from . import loss
 
-HALF: dict[str, Any] = {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}}
-"""Order 1/2 over whole sequences, on the blocks that are cut."""
-TUNED: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "weight decay": ({}, "weight_decay", (0.3, 1.0, 3.0)),
-    "nuclear norm": ({"method": "nuclear"}, "weight", (0.003, 0.03, 0.3)),
-    "gate, order 1/2": (HALF, "weight", (0.03, 0.1, 0.3)),
-}
-"""What each model adds, and its strengths, tried on the tuning seeds. Plain is weight decay at 0.1, and the others at
-weight 0."""
-CHOSEN = {"weight decay": 1.0, "nuclear norm": 0.03, "gate, order 1/2": 0.1}
-"""The strength with the lowest held-out loss once 8 directions are left at the end of training."""
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
-    **{name: {**fields, tuned: CHOSEN[name]} for name, (fields, tuned, _) in TUNED.items()},
+    "gate, order 1/2": {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}, "weight": 0.1},
+    "nuclear norm": {"method": "nuclear", "weight": 0.03},
     "gate, defaults": {"method": "gapt", "weight": 0.03, "cuts": (350,)},
     "late penalty, order 2": {"method": "penalty", "weight": 0.05, "objective": {"start": 100}, "cuts": (350,)},
 }
+"""Order 1/2 is over whole sequences, on the blocks that are cut, and its weight is one guess. So is that of the nuclear
+norm: it costs as much uncut, on the seed of the looks."""
+LOOKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight decay of 1": {"weight_decay": 1.0},
+    "weight decay of 3": {"weight_decay": 3.0},
+    "nuclear norm": METHODS["nuclear norm"],
+}
+"""On one tuning seed alone."""
 COLUMNS = {
     "uncut": "uncut",
     "cut_16": "16 directions at the end",
@@ -41,13 +40,8 @@ COLUMNS = {
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Strengths on tuning seeds, and every method on every seed."""
-    found = []
-    for seed in loss.TUNING_SEEDS:
-        tuning = replace(cut.Settings(), **text.TUNING, seed=seed)
-        found.append(Run("cut", tuning))
-        for fields, tuned, strengths in TUNED.values():
-            found += [Run("cut", replace(tuning, **fields, **{tuned: strength})) for strength in strengths]
+    """Looks, and every method on every seed."""
+    found = [Run("cut", replace(cut.Settings(), **text.TUNING, **method)) for method in LOOKS.values()]
     for seed in loss.SEEDS:
         found += [Run("cut", replace(cut.Settings(), seed=seed, **method)) for method in METHODS.values()]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
@@ -71,32 +65,27 @@ def tables(records: list[Record]) -> dict[str, str]:
         if name == "plain":
             continue
         cells = [_cell(compared[key], corrected[key]) if (key := (name, c)) in compared else "" for c in COLUMNS]
-        rows.append([name, f"{CHOSEN.get(name, METHODS[name].get('weight')):g}", *cells])
+        rows.append([name, f"{METHODS[name]['weight']:g}", *cells])
     title = (
         f"Bytes of text, Muon at {plain[0].settings['lr']:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps. "
         "Plain's held-out loss, and what each other model has more or less after the same cut of the two inner blocks "
         f"(nats). p-values are corrected by Holm for all {len(compared)} comparisons.\n\n"
     )
-    lines = table(["model", "strength", *COLUMNS.values()], rows)
-    return {"compressibility": title + lines + _tuned(records)}
+    lines = table(["model", "weight", *COLUMNS.values()], rows)
+    return {"compressibility": title + lines + _looks(records)}
 
 
 def _cell(change: Comparison, p: float) -> str:
     return f"{interval_cell(change.difference, 3)}, p {p_cell(p)}"
 
 
-def _tuned(records: list[Record]) -> str:
-    """Mean losses of the tuning seeds, uncut and with 8 directions left at the end."""
-    rows = []
-    for name, (fields, tuned, strengths) in TUNED.items():
-        for strength in strengths:
-            method = {**fields, tuned: strength}
-            if found := loss.of_method(records, method, loss.TUNING_SEEDS):
-                cells = [mean_cell(found, column) for column in ("uncut", "cut_8", "from_200")]
-                rows.append([name, f"{strength:g}", *cells, "chosen" if strength == CHOSEN[name] else ""])
-    header = ["model", "strength", "uncut", "8 at the end", "8 from step 200 on", ""]
-    lines = table(header, rows)
-    return f"\n\n<details>\n<summary>What was tuned, on seeds 0 to 2</summary>\n\n{lines}\n\n</details>" if rows else ""
+def _looks(records: list[Record]) -> str:
+    """Losses on one tuning seed."""
+    found = {name: of for name, method in LOOKS.items() if (of := loss.of_method(records, method, [0]))}
+    if not found:
+        return ""
+    rows = [[name, *(mean_cell(of, column) for column in COLUMNS)] for name, of in found.items()]
+    return f"\n\nHeld-out losses of looks, on seed 0:\n\n{table(['model', *COLUMNS.values()], rows)}"
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
