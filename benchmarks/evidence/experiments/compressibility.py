@@ -99,7 +99,7 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
             continue
         band(axis, range(4), [[r.result["final"][c] for c in at_end] for r in found], f"C{i}", name)
         if halfway := [r.result["final"]["from_200"] for r in found if "from_200" in r.result["final"]]:
-            axis.plot([2], [sum(halfway) / len(halfway)], ls="", marker="*", ms=11, color=f"C{i}")
+            axis.plot([2 + 0.07 * i], [sum(halfway) / len(halfway)], ls="", marker="*", ms=11, color=f"C{i}")
     axis.set_xticks(range(4), ["all", "16", "8", "4"])
     axis.set(xlabel="directions kept by the inner blocks (a star: cut halfway, and trained on)")
     axis.set(ylabel="held-out loss (nats)")
