@@ -48,30 +48,31 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
 
 
 def tables(records: list[Record]) -> dict[str, str]:
-    """Held-out loss after each cut, and its difference from plain's after the same one; what was tuned."""
+    """Held-out loss after each cut, and its difference from plain's after the same one; looks."""
     by_method = {name: found for name, method in METHODS.items() if (found := loss.of_method(records, method))}
     plain = by_method["plain"]
+    columns = {name: label for name, label in COLUMNS.items() if name in plain[0].result["final"]}
     compared = {
         (name, column): change
         for name, found in by_method.items()
-        for column in COLUMNS
+        for column in columns
         if name != "plain"
         and all(column in record.result["final"] for record in found)
         and (change := versus(found, plain, column)) is not None
     }
     corrected = dict(zip(compared, holm([c.p_t for c in compared.values()]), strict=True))
-    rows = [["plain", "", *(mean_cell(plain, column) for column in COLUMNS)]]
+    rows = [["plain", "", *(mean_cell(plain, column) for column in columns)]]
     for name in by_method:
         if name == "plain":
             continue
-        cells = [_cell(compared[key], corrected[key]) if (key := (name, c)) in compared else "" for c in COLUMNS]
+        cells = [_cell(compared[key], corrected[key]) if (key := (name, c)) in compared else "" for c in columns]
         rows.append([name, f"{METHODS[name]['weight']:g}", *cells])
     title = (
         f"Bytes of text, Muon at {plain[0].settings['lr']:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps. "
         "Plain's held-out loss, and what each other model has more or less after the same cut of the two inner blocks "
         f"(nats). p-values are corrected by Holm for all {len(compared)} comparisons.\n\n"
     )
-    lines = table(["model", "weight", *COLUMNS.values()], rows)
+    lines = table(["model", "weight", *columns.values()], rows)
     return {"compressibility": title + lines + _looks(records)}
 
 
