@@ -89,7 +89,7 @@ def config_of(s: Settings, method: str) -> GAPTConfig:
         return GAPTConfig.plain(entropy=entropy, objective=objective)
     if method == "penalty":  # always compresses
         return GAPTConfig.penalty(entropy=entropy, objective=objective)
-    if method == "published":  # the paper's gate, entropy and weight
+    if method == "published":  # the author's late protocol
         return GAPTConfig.published()
     gate = GateConfig(
         patience_memorization=s.patience_memorization, patience_compression=s.patience_compression

@@ -98,7 +98,10 @@ class GateConfig(_Section):
 
     @classmethod
     def published(cls, **changes: Any) -> GateConfig:
-        """The paper's rule with the settings of its forgetting experiment; ``changes`` override."""
+        """The late gate of the author's code; ``changes`` override.
+
+        His patiences count micro-batches, ours optimizer steps: at his 8 micro-batches a step, 125 and 75 are 16 and 9.
+        """
         settings: dict[str, Any] = {
             "rule": "published",
             "patience_memorization": 125,
@@ -232,14 +235,16 @@ class GAPTConfig(_Section):
 
     @classmethod
     def published(cls, **changes: Any) -> GAPTConfig:
-        """The gate and the entropy (linear, not centered) of arXiv 2505.08727; ``changes`` override.
+        """The late protocol of arXiv 2505.08727, as the author's code for text has it; ``changes`` override.
 
-        The weight is the library's. The author's large runs have ``ObjectiveConfig(weight=20)`` and
-        ``LayerConfig(skip_first=1, skip_last=1, reduce="largest_drop")``.
+        The linear kernel, not centered; his late gate; weight 20, on the layer of the largest drop among all but the
+        first and the last.
         """
         settings: dict[str, Any] = {
             "entropy": EntropyConfig(kernel="linear", center=False),
             "gate": GateConfig.published(),
+            "objective": ObjectiveConfig(weight=20.0),
+            "layers": LayerConfig(skip_first=1, skip_last=1, reduce="largest_drop"),
         }
         return cls(**(settings | changes))
 

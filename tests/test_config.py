@@ -120,8 +120,10 @@ def test_a_centered_window_of_two_is_refused_with_what_to_do() -> None:
         EntropyConfig(kernel=kernel, center=False, window=2)
 
 
-def test_published_has_the_gate_and_the_entropy_of_the_paper() -> None:
+def test_published_is_the_late_protocol_of_the_author() -> None:
     config = GAPTConfig.published()
+    assert config.objective == ObjectiveConfig(weight=20)
+    assert config.layers == LayerConfig(skip_first=1, skip_last=1, reduce="largest_drop")
     assert config.gate == GateConfig.published()
     assert config.entropy == EntropyConfig(kernel="linear", center=False)
     other = EntropyConfig(kernel="linear", center=False, alpha=1)

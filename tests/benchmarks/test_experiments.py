@@ -22,15 +22,15 @@ TINY: dict[str, dict[str, Any]] = {
     "loops": {"steps": 2},
     "trainability": {"steps": 4, "tasks": 2, "batch": 4, "width": 8},
 }  # fmt: skip
-TINY["cut"] = {**TINY["text"], "cut_at": 2}
+TINY["cut"] = {**TINY["text"], "cuts": (1, 2)}
+TINY["early"] = {**TINY["text"], "blocks": 4}
+TINY["multiplication"] = {"blocks": 2, "width": 16, "heads": 2, "batch": 8, "steps": 4, "evaluate_every": 2,
+                          "problems": 16}  # fmt: skip
 TINY["phases"] = {**TINY["text"], "points": 3, "evaluate_sequences": 320}
 
 
 def small(run: Run) -> Run:
-    changes = dict(TINY[run.task])
-    if run.task == "cut":  # earlier stays earlier
-        changes["cut_at"] = run.settings.cut_at // 150  # type: ignore[attr-defined]
-    return Run(run.task, replace(run.settings, **changes))
+    return Run(run.task, replace(run.settings, **TINY[run.task]))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,8 @@ def test_a_branch_that_is_not_cut_ends_where_the_run_ends(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cut, "TRAINED_ON", TINY["cut"]["width"])
     final = train_run(Run("cut", cut.Settings(**TINY["cut"]))).result["final"]
-    assert final[f"trained_on_{TINY['cut']['width']}"] == pytest.approx(final["uncut"], abs=1e-4)
+    for step in TINY["cut"]["cuts"]:
+        assert final[f"from_{step}"] == pytest.approx(final["uncut"], abs=1e-4)
     assert final["uncut"] == pytest.approx(final["cut_16"], abs=1e-4)
     assert final["cut_4"] != pytest.approx(final["uncut"], abs=1e-4)
 

@@ -12,12 +12,14 @@ from typing import Any
 
 NAMES = (
     "loss",
+    "published",
     "compressibility",
     "forgetting",
     "kernels",
     "trainability",
     "weight",
     "phases",
+    "multiplication",
 )
 
 

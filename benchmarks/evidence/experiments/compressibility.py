@@ -9,58 +9,84 @@ from typing import Any
 
 from ..harness import Record, Run
 from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
-from ..tasks import cut
+from ..stats import Comparison, holm
+from ..tasks import cut, text
 from . import loss
 
-HALF: dict[str, Any] = {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}, "weight": 0.1}
-"""Order 1/2 over whole sequences, on the blocks that are cut. The weight is one guess."""
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "plain, cut at step 200": {"cut_at": 200},
-    "gate, order 1/2": HALF,
-    "gate, defaults": loss.METHODS["gate, defaults"],
-    "late penalty, order 2": loss.METHODS["late penalty"],
+    "gate, order 1/2": {"method": "gapt", "alpha": 0.5, "window": 64, "layers": {"skip_last": 1}, "weight": 0.1},
+    "nuclear norm": {"method": "nuclear", "weight": 0.03},
+    "gate, defaults": {"method": "gapt", "weight": 0.03, "cuts": (350,)},
+    "late penalty, order 2": {"method": "penalty", "weight": 0.05, "objective": {"start": 100}, "cuts": (350,)},
 }
-AT_END = {
+"""Order 1/2 is over whole sequences, on the blocks that are cut, and its weight is one guess. So is that of the nuclear
+norm: it costs as much uncut, on the seed of the looks."""
+LOOKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight decay of 1": {"weight_decay": 1.0},
+    "weight decay of 3": {"weight_decay": 3.0},
+    "nuclear norm": METHODS["nuclear norm"],
+}
+"""On one tuning seed alone."""
+COLUMNS = {
     "uncut": "uncut",
     "cut_16": "16 directions at the end",
     "cut_8": "8 at the end",
     "cut_4": "4 at the end",
+    "from_350": "8 from step 350 on",
+    "from_200": "8 from step 200 on",
 }
-TRAINED_ON = {"trained_on_8": "8 from step 350 on"}
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Every method on every seed."""
-    found = []
+    """Looks, and every method on every seed."""
+    found = [Run("cut", replace(cut.Settings(), **text.TUNING, **method)) for method in LOOKS.values()]
     for seed in loss.SEEDS:
         found += [Run("cut", replace(cut.Settings(), seed=seed, **method)) for method in METHODS.values()]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
 def tables(records: list[Record]) -> dict[str, str]:
-    """Held-out loss after each cut, and its difference from plain's after the same one."""
-    plain = loss.of_method(records, {})
-    columns = AT_END | TRAINED_ON
-    rows = []
-    for name, method in METHODS.items():
-        if not (found := loss.of_method(records, method)):
+    """Held-out loss after each cut, and its difference from plain's after the same one; looks."""
+    by_method = {name: found for name, method in METHODS.items() if (found := loss.of_method(records, method))}
+    plain = by_method["plain"]
+    columns = {name: label for name, label in COLUMNS.items() if name in plain[0].result["final"]}
+    compared = {
+        (name, column): change
+        for name, found in by_method.items()
+        for column in columns
+        if name != "plain"
+        and all(column in record.result["final"] for record in found)
+        and (change := versus(found, plain, column)) is not None
+    }
+    corrected = dict(zip(compared, holm([c.p_t for c in compared.values()]), strict=True))
+    rows = [["plain", "", *(mean_cell(plain, column) for column in columns)]]
+    for name in by_method:
+        if name == "plain":
             continue
-        # One that differs in the step of its cut alone is plain's until there.
-        measured = {c: mean_cell(found, c) if not method else _cell(found, plain, c) for c in columns}
-        shown = TRAINED_ON if "cut_at" in method else columns
-        weight = f"{method['weight']:g}" if "weight" in method else ""
-        rows.append([name, weight, *(measured[c] if c in shown else "" for c in columns)])
+        cells = [_cell(compared[key], corrected[key]) if (key := (name, c)) in compared else "" for c in columns]
+        rows.append([name, f"{METHODS[name]['weight']:g}", *cells])
     title = (
-        f"Bytes of text, Muon, {seeds_line(plain)}, {plain[0].settings['steps']} steps. Plain's held-out loss, and "
-        "what each other model has more or less after the same cut of the two inner blocks (nats).\n\n"
+        f"Bytes of text, Muon at {plain[0].settings['lr']:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps. "
+        "Plain's held-out loss, and what each other model has more or less after the same cut of the two inner blocks "
+        f"(nats). p-values are corrected by Holm for all {len(compared)} comparisons.\n\n"
     )
-    return {"compressibility": title + table(["model", "weight", *columns.values()], rows)}
+    lines = table(["model", "weight", *columns.values()], rows)
+    return {"compressibility": title + lines + _looks(records)}
 
 
-def _cell(found: list[Record], plain: list[Record], column: str) -> str:
-    change = versus(found, plain, column)
-    return "" if change is None else f"{interval_cell(change.difference, 3)}, p {p_cell(change.p_t)}"
+def _cell(change: Comparison, p: float) -> str:
+    return f"{interval_cell(change.difference, 3)}, p {p_cell(p)}"
+
+
+def _looks(records: list[Record]) -> str:
+    """Losses on one tuning seed."""
+    found = {name: of for name, method in LOOKS.items() if (of := loss.of_method(records, method, [0]))}
+    if not found:
+        return ""
+    rows = [[name, *(mean_cell(of, column) for column in COLUMNS)] for name, of in found.items()]
+    return f"\n\nHeld-out losses of looks, on seed 0:\n\n{table(['model', *COLUMNS.values()], rows)}"
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
@@ -68,16 +94,15 @@ def pictures(records: list[Record], folder: Path) -> list[Path]:
     from ..pictures import band, figure, save
 
     made, (axis,) = figure(1, width=6.4, height=4.2)
+    at_end = [column for column in COLUMNS if not column.startswith("from")]
     for i, (name, method) in enumerate(METHODS.items()):
         if not (found := loss.of_method(records, method)):
             continue
-        if "cut_at" not in method:
-            band(axis, range(4), [[r.result["final"][c] for c in AT_END] for r in found], f"C{i}", name)
-        trained_on = sum(r.result["final"]["trained_on_8"] for r in found) / len(found)
-        label = name if "cut_at" in method else None
-        axis.plot([2], [trained_on], ls="", marker="*", ms=11, color=f"C{i}", label=label)
+        band(axis, range(4), [[r.result["final"][c] for c in at_end] for r in found], f"C{i}", name)
+        if halfway := [r.result["final"]["from_200"] for r in found if "from_200" in r.result["final"]]:
+            axis.plot([2 + 0.07 * i], [sum(halfway) / len(halfway)], ls="", marker="*", ms=11, color=f"C{i}")
     axis.set_xticks(range(4), ["all", "16", "8", "4"])
-    axis.set(xlabel="directions kept by the inner blocks (a star: cut earlier, and trained on)")
+    axis.set(xlabel="directions kept by the inner blocks (a star: cut halfway, and trained on)")
     axis.set(ylabel="held-out loss (nats)")
     axis.legend(frameon=False, fontsize=8)
     return [save(made, folder / "compressibility.png")]

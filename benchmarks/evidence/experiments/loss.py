@@ -1,4 +1,4 @@
-"""What it does to loss: gate, late penalty, penalty and plain on text, under a tuned optimizer."""
+"""What it does to loss: gate, late penalty, penalty and plain on text, all tuned."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ from ..stats import compare, over_seeds_and_text
 from ..tasks import cut, text
 
 SEEDS, FRESH_SEEDS = range(300, 305), range(305, 307)
+TUNING_SEEDS = (0, 1, 2)
+RATE = 0.04
+"""Of Muon, where methods are compared: the best of `RATES` on seed 0. `CLOSE` was tried later, and is better."""
 RATES = {"adamw": (3e-3, 6e-3, 12e-3), "muon": (0.01, 0.02, 0.04, 0.08, 0.16)}
 """Tried on seed 0, where they differ by ten times what seeds do."""
+CLOSE = 0.06
+"""Between the two best of them. `CLOSER` are tried at it on the tuning seeds."""
+CLOSER = ("plain", "gate, defaults", "penalty")
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gate, defaults": {"method": "gapt", "weight": 0.03},
     "late penalty": {"method": "penalty", "weight": 0.05, "objective": {"start": 100}},
     "penalty": {"method": "penalty", "weight": 0.05},
 }
-"""Start and weight of the late penalty are one guess. The runs are those of
-`compressibility`, which cuts them."""
+"""Start and weight of the late penalty are one guess."""
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
@@ -43,29 +48,29 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
     tuning = replace(text.Settings(), **text.TUNING)
     rates = [(optimizer, rate) for optimizer, of_optimizer in RATES.items() for rate in of_optimizer]
     found = [Run("text", replace(tuning, optimizer=optimizer, lr=rate)) for optimizer, rate in rates]
+    for seed in TUNING_SEEDS:
+        points = [{"lr": RATE}, *(METHODS[name] | {"lr": CLOSE} for name in CLOSER)]
+        found += [Run("text", replace(tuning, seed=seed, **point)) for point in points]
     for seed in (*SEEDS, *FRESH_SEEDS):
         of_seed = METHODS if seed in SEEDS else ("plain", "penalty")
-        found += [Run("cut", replace(cut.Settings(), seed=seed, **METHODS[name])) for name in of_seed]
+        found += [Run("text", replace(text.Settings(), seed=seed, lr=RATE, **METHODS[name])) for name in of_seed]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
-NAMED = ("method", "weight", "alpha", "objective", "layers")
-"""Settings that tell the methods of the cut task apart, besides when it is cut."""
+NAMED = ("method", "weight", "alpha", "objective", "layers", "optimizer", "lr", "weight_decay")
+"""Settings that tell methods apart."""
 
 
 def of_method(records: Sequence[Record], method: dict[str, Any], seeds: Sequence[int] = SEEDS) -> list[Record]:
-    """The records of a method of the cut task, in the order of seeds. One that is cut earlier says so by `cut_at`."""
+    """The records of a method, in the order of seeds."""
     own = {name: getattr(cut.Settings(**method), name) for name in NAMED}
-    cuts = [r for r in records if r.task == "cut"]
-    latest = max((r.settings["cut_at"] for r in cuts), default=0)
-    found = [r for r in cuts if r.settings["seed"] in seeds and all(r.settings[k] == v for k, v in own.items())]
-    of_cut = [r for r in found if (r.settings["cut_at"] < latest) == ("cut_at" in method)]
-    return sorted(of_cut, key=lambda r: int(r.settings["seed"]))
+    found = [r for r in records if r.settings["seed"] in seeds and all(r.settings[k] == v for k, v in own.items())]
+    return sorted(found, key=lambda r: int(r.settings["seed"]))
 
 
 def tables(records: list[Record]) -> dict[str, str]:
     """A row per method, against plain over seeds and text."""
-    by_method = {name: of_method(records, method) for name, method in METHODS.items()}
+    by_method = {name: of_method(records, method | {"lr": RATE}) for name, method in METHODS.items()}
     plain = by_method["plain"]
     header = ["method", "weight", "held-out loss", "against plain (nats)", "p", "centred cosine entropy", "change",
               "longest token / median", "steps pressed", "switches"]  # fmt: skip
@@ -89,10 +94,13 @@ def tables(records: list[Record]) -> dict[str, str]:
                 mean_cell(found, "switches", digits=0),
             ]
         )
-    size = cut.Settings().evaluate_sequences * cut.Settings().context / 1000
-    title = f"Bytes of text, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of held-out text. "
+    size = text.Settings().evaluate_sequences * text.Settings().context / 1000
+    title = (
+        f"Bytes of text, Muon at {RATE:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of "
+        "held-out text. "
+    )
     lead = _gate_at_equal_entropy(by_method) + _on_fresh_seeds(records)
-    return {"loss": title + lead + "\n\n" + table(header, rows)}
+    return {"loss": title + lead + "\n\n" + table(header, rows) + _rates(records)}
 
 
 def pieces(records: Sequence[Record]) -> NDArray[Any]:
@@ -126,7 +134,7 @@ def _gate_at_equal_entropy(by_method: dict[str, list[Record]]) -> str:
 
 def _on_fresh_seeds(records: list[Record]) -> str:
     """What the penalty from the first step costs on seeds that nothing was chosen on."""
-    plain, penalty = (of_method(records, METHODS[name], FRESH_SEEDS) for name in ("plain", "penalty"))
+    plain, penalty = (of_method(records, METHODS[name] | {"lr": RATE}, FRESH_SEEDS) for name in ("plain", "penalty"))
     loss = versus(penalty, plain, "loss")
     if loss is None or loss.seeds < 2:
         return ""
@@ -135,13 +143,31 @@ def _on_fresh_seeds(records: list[Record]) -> str:
     return f" On seeds {shared[0]} to {shared[-1]}, the penalty's is {change} nats from plain's (p {p_cell(loss.p_t)})."
 
 
+def _rates(records: list[Record]) -> str:
+    """Every method at the closer rate, and plain at both, on the tuning seeds."""
+    rows = []
+    for rate in (RATE, CLOSE):
+        plain = of_method(records, {"lr": rate}, TUNING_SEEDS)
+        for name, method in METHODS.items():
+            if not (found := of_method(records, method | {"lr": rate}, TUNING_SEEDS)):
+                continue
+            loss = None if name == "plain" else versus(found, plain, "loss")
+            entropy = None if name == "plain" else versus(found, plain, "centred_cosine")
+            cells = ["" if loss is None else interval_cell(loss.difference, 3), change_cell(entropy, 0)]
+            rows.append([f"{rate:g}", name, mean_cell(found, "loss"), *cells])
+    if not rows:
+        return ""
+    lines = table(["rate of Muon", "method", "held-out loss", "against plain (nats)", "centred cosine entropy"], rows)
+    return f"\n\nThe same at a closer rate, on the tuning seeds 0 to 2:\n\n{lines}"
+
+
 def pictures(records: list[Record], folder: Path) -> list[Path]:
     """Loss over entropy, a point per seed."""
     from ..pictures import figure, save
 
     made, (axis,) = figure(1, width=6.2, height=4.2)
     for name, method in METHODS.items():
-        found = of_method(records, method)
+        found = of_method(records, method | {"lr": RATE})
         points = [(r.result["final"]["centred_cosine"], r.result["final"]["loss"]) for r in found]
         if points:
             axis.plot(*zip(*points, strict=True), ls="", marker="o", label=name)

@@ -1,19 +1,22 @@
 """A text model whose inner blocks keep a few directions: cut at the end, or cut earlier and trained on.
 
-Both ways have the same number of steps and the same schedule, which ends where they end.
+All ways have the same number of steps and the same schedule, which ends where they end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gapt_optim import GAPTConfig
 
 from ..measures import watching
 from . import text
@@ -27,14 +30,19 @@ JUDGED = 6 * text.CHUNK
 
 @dataclass(frozen=True)
 class Settings(text.Settings):
-    """Those of the text task. Whatever presses, presses the blocks that are cut: all but the last."""
+    """Those of the text task. `method` may also be `nuclear`: a penalty on the singular values of the outputs of the
+    blocks that are cut, which are all but the last."""
 
-    cut_at: int = 350
-    """Step after which the second way is cut. From there on it trains on the loss alone."""
+    cuts: tuple[int, ...] = (200, 350)
+    """Steps after which a copy is cut. From there on it trains on the loss alone."""
+
+    def config(self) -> GAPTConfig:
+        """The wrapper's part of it."""
+        return replace(self, method="plain").config() if self.method == "nuclear" else super().config()
 
 
 def train(s: Settings) -> dict[str, Any]:
-    """One run: the losses of the text task, and of both ways of cutting."""
+    """One run: the losses of the text task, and of all ways of cutting."""
     data, held_out = text.held_out_rows(s)
     sample = data[: 32 * (s.context + 1)].view(32, s.context + 1)
     early: dict[str, float] = {}
@@ -42,15 +50,18 @@ def train(s: Settings) -> dict[str, Any]:
     held_out = held_out[:JUDGED]
 
     def each_step(step: int, model: nn.Module, several: Any) -> None:
-        if step == s.cut_at:
-            early[f"trained_on_{TRAINED_ON}"] = cut_and_train_on(s, model, several, data, sample, held_out)
+        if step in s.cuts:
+            early[f"from_{step}"] = cut_and_train_on(s, step, model, several, data, sample, held_out)
         if step == s.steps:
             final["uncut"] = _mean(text.chunk_losses(model, held_out))
             for r in DIRECTIONS:
                 with cut(model, sample, r):
                     final[f"cut_{r}"] = _mean(text.chunk_losses(model, held_out))
 
-    result = text.train(s, each_step)
+    def penalty(hidden: list[Tensor]) -> Tensor:
+        return s.weight * nuclear_norm(hidden[:-1])
+
+    result = text.train(s, each_step, penalty if s.method == "nuclear" else None)
     result["final"] |= early | final
     return result
 
@@ -59,8 +70,15 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def nuclear_norm(hidden: list[Tensor]) -> Tensor:
+    """Mean over layers and sequences (batch, tokens, features) of the sum of singular values, over the root of the
+    number of entries: at most the root of the rank times the root mean square of an entry."""
+    sums = [torch.linalg.svdvals(h).sum(-1).mean() / math.sqrt(h.shape[-2] * h.shape[-1]) for h in hidden]
+    return torch.stack(sums).mean()
+
+
 def cut_and_train_on(
-    s: Settings, model: nn.Module, several: Any, data: Tensor, sample: Tensor, held_out: Tensor
+    s: Settings, cut_at: int, model: nn.Module, several: Any, data: Tensor, sample: Tensor, held_out: Tensor
 ) -> float:
     """Held-out loss of a copy that is cut now, and trains on the loss alone to the end of the run."""
     branch = text.build(s)
@@ -70,11 +88,11 @@ def cut_and_train_on(
         ours.load_state_dict(deepcopy(theirs.state_dict()))  # torch would share its tensors
     rates = [[group["initial_lr"] for group in base.param_groups] for base in several]
     next_batch = text.batches(data, s)
-    for _ in range(s.cut_at):
+    for _ in range(cut_at):
         next_batch()
     with cut(branch, sample, TRAINED_ON):
         branch.train()
-        for step in range(s.cut_at, s.steps):
+        for step in range(cut_at, s.steps):
             for base, of_groups in zip(copied, rates, strict=True):
                 for group, rate in zip(base.param_groups, of_groups, strict=True):
                     group["lr"] = rate * text.schedule(s, step)

@@ -168,11 +168,16 @@ def held_out_rows(s: Settings) -> tuple[Tensor, Tensor]:
     return data, held_out.view(s.evaluate_sequences, s.context + 1)
 
 
-def train(s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None = None) -> dict[str, Any]:
+def train(
+    s: Settings,
+    each_step: Callable[[int, nn.Module, Any], None] | None = None,
+    penalty: Callable[[list[Tensor]], Tensor] | None = None,
+) -> dict[str, Any]:
     """One run. The seed alone decides weights and batches, so methods share them.
 
     Args:
         each_step: called before each step and once after the last, with the model and its optimizers.
+        penalty: of the blocks' outputs, added to the loss that is followed.
     """
     data, rows_held_out = held_out_rows(s)
     torch.manual_seed(s.seed)
@@ -190,9 +195,10 @@ def train(s: Settings, each_step: Callable[[int, nn.Module, Any], None] | None =
         if each_step is not None:
             each_step(step, model, several)
         rows = next_batch()
-        loss = loss_of(model, rows)
+        with watching(blocks if penalty is not None else [], graph=True) as hidden:
+            loss = loss_of(model, rows)
         compressed += optimizer.phase is Phase.COMPRESSION and step >= s.objective.get("start", 0)
-        optimizer.backward(loss)
+        optimizer.backward(loss if penalty is None else loss + penalty(hidden))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

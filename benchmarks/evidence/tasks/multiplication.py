@@ -1,0 +1,158 @@
+"""Multiplication by a small GPT-2 under Muon: digits from the last to the first, so that each digit of an answer
+follows from what is there already. Judged on held-out problems, and on factors longer than in training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gapt_optim import GAPTOptimizer, Phase, RepresentationHook
+
+from ..measures import mean_measures, watching
+from . import text
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Settings(text.Settings):
+    """Of one run. A problem is `7x321=7422` and an end, read from the right: 123 times 7."""
+
+    steps: int = 600
+    context: int = 40
+    batch: int = 128
+    """Problems in a step."""
+    longest: int = 4
+    """Digits of the second factor in training, at most; longer ones have one and two more."""
+    second: int = 1
+    """Digits of the first factor, at most."""
+    problems: int = 1024
+    """In each set that is judged."""
+    lr: float = 0.06
+
+
+class Problems(NamedTuple):
+    """A batch, padded on the right."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    """From an arbitrary one on, so that those of longer problems are trained too."""
+    targets: Tensor
+    """The next byte within the answer, its end included."""
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """A tenth of all problems."""
+    return (a * 7919 + b * 104_729) * 31 % 1009 < 101
+
+
+def draw(s: Settings, count: int, digits: tuple[int, int], generator: torch.Generator, *, held_out: bool) -> Problems:
+    """Problems whose second factor has evenly so many digits."""
+    texts: list[str] = []
+    while len(texts) < count:
+        lengths = torch.randint(digits[0], digits[1] + 1, (count,), generator=generator).tolist()
+        seconds = torch.randint(1, s.second + 1, (count,), generator=generator).tolist()
+        shares = torch.rand(2, count, generator=generator, dtype=torch.float64).tolist()
+        for length, second, share, other in zip(lengths, seconds, *shares, strict=True):
+            a, b = (10 ** (n - 1) + int(x * 9 * 10 ** (n - 1)) for n, x in ((second, other), (length, share)))
+            if is_held_out(a, b) == held_out:
+                texts.append(f"{str(a)[::-1]}x{str(b)[::-1]}={str(a * b)[::-1]}\n")
+    return encode(s, texts[:count], generator)
+
+
+def encode(s: Settings, texts: list[str], generator: torch.Generator) -> Problems:
+    """As tensors (problems, tokens)."""
+    width = max(map(len, texts))
+    ids = torch.tensor([list(text.ljust(width, "\0").encode()) for text in texts])
+    mask = ids != 0
+    first = torch.randint(0, s.context - width + 1, (len(texts), 1), generator=generator)
+    equals = torch.tensor([[text.index("=")] for text in texts])
+    in_answer = (torch.arange(width - 1) >= equals) & mask[:, 1:]
+    targets = torch.where(in_answer, ids[:, 1:], IGNORED)
+    return Problems(ids, mask.long(), first + torch.arange(width), targets)
+
+
+def logits_of(model: nn.Module, problems: Problems) -> Tensor:
+    """(problems, tokens - 1, bytes)."""
+    found: Tensor = model(
+        input_ids=problems.ids[:, :-1],
+        attention_mask=problems.mask[:, :-1],
+        position_ids=problems.positions[:, :-1],
+    ).logits
+    return found
+
+
+def loss_of(model: nn.Module, problems: Problems) -> Tensor:
+    """Mean over the tokens of the answers, in nats."""
+    logits = logits_of(model, problems)
+    return F.cross_entropy(logits.flatten(0, 1), problems.targets.flatten(), ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def judged(model: nn.Module, problems: Problems) -> dict[str, float]:
+    """Loss, share of answers that are right to the last digit, and share of their tokens."""
+    model.eval()
+    logits = logits_of(model, problems)
+    model.train()
+    loss = F.cross_entropy(logits.flatten(0, 1), problems.targets.flatten(), ignore_index=IGNORED)
+    answered = problems.targets != IGNORED
+    right = (logits.argmax(-1) == problems.targets) | ~answered
+    return {
+        "loss": loss.item(),
+        "right": right.all(-1).float().mean().item(),
+        "digits": right[answered].float().mean().item(),
+    }
+
+
+def train(s: Settings) -> dict[str, Any]:
+    """One run. The seed alone decides weights, problems and sets."""
+    generator = torch.Generator().manual_seed(s.seed + 1_000_003)
+    sets = {
+        "": draw(s, s.problems, (1, s.longest), generator, held_out=True),
+        "longer_": draw(s, s.problems, (s.longest + 1, s.longest + 2), generator, held_out=True),
+    }
+    torch.manual_seed(s.seed)
+    model = text.build(s)
+    several = text.bases(model, s)
+    hook = RepresentationHook(model, "transformer.h.*")
+    optimizer = GAPTOptimizer(several, hook, s.config())
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(base, lambda step: text.schedule(s, step)) for base in several]
+    curve: dict[str, list[float]] = {}
+    compressed = 0.0
+    model.train()
+    for step in range(1, s.steps + 1):
+        loss = loss_of(model, draw(s, s.batch, (1, s.longest), generator, held_out=False))
+        compressed += optimizer.phase is Phase.COMPRESSION and step > s.objective.get("start", 0)
+        optimizer.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        if step % s.evaluate_every == 0 or step == s.steps:
+            point = {"step": float(step), "train_loss": loss.item()}
+            for name, problems in sets.items():
+                point |= {f"{name}{measure}": value for measure, value in judged(model, problems).items()}
+            for name, value in point.items():
+                curve.setdefault(name, []).append(value)
+    hook.remove()
+    longest = draw(s, 256, (s.longest, s.longest), generator, held_out=True)  # whose windows of 8 hold no padding
+    model.eval()
+    with torch.no_grad(), watching(text.blocks_of(model)) as hidden:
+        logits_of(model, longest)
+    final = {
+        **{name: values[-1] for name, values in curve.items() if name != "step"},
+        **mean_measures(list(hidden), s.window or 8),
+        "compression": compressed / s.steps,
+        "switches": 0 if optimizer.metrics is None else optimizer.metrics.switches,
+    }
+    return {"final": final, "best": {}, "curve": curve}
