@@ -499,6 +499,7 @@ def overflowing(value: float) -> Net:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:the rows of layer:UserWarning")  # of layers that a large bias makes one vector
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e12])
 def test_extreme_entropy_in_compression_leaves_the_weights_to_the_loss(value: float) -> None:
     """Where the entropy is not finite, the step is that of the loss alone, bit for bit."""

@@ -180,7 +180,8 @@ def completed(axes: Axes, h: Tensor, kind: Kind) -> Axes | None:
         return None
     if tokens:
         return tuple(axis or FEATURES for axis in axes)
-    if len(places) > 1 and len(places) == h.ndim - 1 and axes[0] is None:  # heads of nodes, say
+    several = len(places) > 1 and len(places) == h.ndim - 1
+    if several and axes[0] is None and h.shape[0] > 1 and not _fits_width(h, kind, h.ndim - 1):  # heads of nodes, say
         return (BATCH, *axes[1:])
     known = bool(places)
     if not places:
