@@ -23,6 +23,7 @@ _DIVIDED_STEPS = 3
 _SILENT_STEPS = 10
 _UNSTEPPED = 20
 _ALIKE = 4e-6  # of their squared length; what is below half of that counts as rounding
+_NOTHING = 0.01
 _ABSENT_STEPS = 100
 
 
@@ -186,15 +187,15 @@ class Notices:
                     "count and differ. hook.explain(...) shows which rows count; see mask= and EntropyConfig(window=)",
                 )
 
-    def alike(self, measures: Mapping[str, Measures]) -> None:
+    def alike(self, measures: Mapping[str, Measures], entropies: Mapping[str, float]) -> None:
         """Layers whose rows hardly differ, where entropies are about their mean."""
         for name, found in measures.items():
-            if 1 - found.mean_share < _ALIKE:
+            if 1 - found.mean_share < _ALIKE and entropies.get(name, 1.0) < _NOTHING:
                 self.once(
                     f"alike {name}",
                     f'the rows of layer "{name}" differ by less than {_ALIKE**0.5:.1%} of their length, which float32 '
-                    "hardly tells from rounding: its entropy may read 0 and have no gradient. Leave it out of layers, "
-                    "or watch one whose rows differ, as behind a batch norm",
+                    "does not tell from rounding: its entropy reads 0 and has no gradient. Leave it out of layers, or "
+                    "watch one whose rows differ, as behind a batch norm",
                 )
 
     def unused(self, names: set[str]) -> None:

@@ -170,7 +170,7 @@ class GAPTOptimizer(OptimizerWrapper):
         # Called by both of the above, so that a warning points at the line of the user's own that called either.
         check_loss(loss, scaled_by)
         groups = self.param_groups
-        self._step.forget_dropped(groups)
+        self._step.forget_dropped(loss, groups)
         total = self._step.objective(loss, scaled_by)
         self._step.gradients.note(groups)  # whether a backward left anything shows by what they are then
         return total

@@ -187,7 +187,7 @@ class Step:
         why = self.watching.why_nothing(loss)
         if self.plan.pressed:
             raise RuntimeError(why)
-        if "unread" in self.watching.why_not.values():  # which was told
+        if self.watching.unread and self.watching.unread == set(self.watching.watches):  # which was told
             return
         self._notices.once("nothing", f"{why}. Until then nothing is known of entropies, and the gate stays")
 
@@ -229,9 +229,12 @@ class Step:
         if self.config.alignment.parameter_every:
             refuse_incomparable(named_parameters(self.watching.model(), groups))
 
-    def forget_dropped(self, groups: Groups) -> None:
-        """Losses whose gradients are gone, or never came, are of no step: a scaler's overflow, an exception."""
-        if self.sums.micro_batches and self.gradients.unchanged(groups):
+    def forget_dropped(self, loss: Tensor, groups: Groups) -> None:
+        """Losses whose gradients are gone, or never came, are of no step: a scaler's overflow, an exception.
+
+        But ``loss`` may be a further one of the same pass, before any backward.
+        """
+        if self.sums.micro_batches and self.gradients.unchanged(groups) and not self.watching.had_a_loss(loss):
             self.discard()
             if not self.within_step:
                 self._notices.unstepped()
@@ -398,7 +401,7 @@ class Step:
         self._notices.absent(numbers.ran, self.names, self.watching.model(), watched)
         self._notices.empty(numbers.ran, numbers.entropies)
         if self.config.entropy.center:
-            self._notices.alike(numbers.measures)
+            self._notices.alike(numbers.measures, numbers.entropies)
         self._notices.stepped()
 
     def refuse_nonfinite(self, metrics: StepMetrics) -> None:

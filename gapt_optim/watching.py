@@ -44,7 +44,6 @@ _REASONS = {
         "ran inside a transform of torch.func, which captures nothing; give the loss of a call of the model outside it"
     ),
     "replica": "ran in a replica of nn.DataParallel, which cannot be watched; use DistributedDataParallel",
-    "unread": "gave an output that could not be read, as was told",
 }
 """Why a call of a watched module left nothing."""
 
@@ -74,6 +73,15 @@ class Watching:
         """What was said of outputs that cannot be read."""
         self.why_not: dict[str, str] = {}
         """Modules that ran in this step and left nothing, and why."""
+        self.unread: set[str] = set()
+        """Those whose outputs could not be read in this step, which was told."""
+
+    def reads(self) -> bool:
+        """Some of the watched modules are read, if they run now."""
+        if self.reader is not None or self.plan is None or not torch.is_grad_enabled():
+            return self.reader is not None
+        modules = [watch.module() for watch in self.watches.values()]
+        return any(module is not None and module.training for module in modules)
 
     def take(self, loss: Tensor) -> dict[str, list[Capture]]:
         """What each layer left for ``loss``, in order of depth, one item per call of it."""
@@ -156,7 +164,7 @@ class Watching:
     def clear(self) -> None:
         """The step is over: forget what no graph would tell to be gone."""
         self.passes.clear()
-        self.why_not = {}
+        self.why_not, self.unread = {}, set()
         for watch in self.watches.values():
             watch.clear()
 
@@ -287,7 +295,7 @@ class Watch(Unsaved):
             if not {problem, self.name} & told:  # neither of this layer nor of another
                 tell(f"{error}. Until then the layer is left out, and compression will refuse it")
             told |= {problem, self.name}
-            watching.why_not[self.name] = "unread"
+            watching.unread.add(self.name)
             return None
 
     def _gram(self, rows: Tensor, windows: Windows, order: Order, differentiated: bool) -> tuple[Tensor, Tensor | None]:
@@ -347,8 +355,7 @@ class Begins(Unsaved):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watching = self.watching
-        reads = watching.reader is not None or (watching.plan is not None and torch.is_grad_enabled())
-        self.calls.enter(args, kwargs, reads=reads)
+        self.calls.enter(args, kwargs, watching.reads)
         if not self.is_model or torch.compiler.is_compiling():
             return
         if watching.passes.open is not None and len(watching.layout.calls) > 1:  # not one that an interrupt ended

@@ -25,7 +25,7 @@ class Watch:
         for module, calls in self.layout.callers():
             self.handles.append(
                 module.register_forward_pre_hook(
-                    lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs, reads=True),
+                    lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs, lambda: True),
                     with_kwargs=True,
                     prepend=True,
                 )

@@ -97,9 +97,10 @@ def _width(module: nn.Module) -> int | None:
         return int(shape[-1])
     if isinstance(module, nn.RNNBase):
         return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    sizes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.ndim]
-    if len(sizes) > 1 and len(sizes[-1]) > 1 and len(set(sizes)) == 1:  # a weight for each number of what it is given
-        return int(sizes[-1][-1])
+    own = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False) if parameter.ndim}
+    sizes = list(own.values())
+    if len(own) == 2 and len(sizes[0]) == 2 and own.get("bias") == sizes[0]:  # for each number of what it is given
+        return int(sizes[0][-1])
     return int(sizes[-1][0]) if sizes else None
 
 
@@ -147,9 +148,13 @@ def decided(
     return _of_width(name, h, kind)
 
 
+class FollowedError(ValueError):
+    """What was followed has no rows, whatever its sizes are."""
+
+
 def _refuse_unreadable(name: str, h: Tensor, kind: Kind, axes: Axes) -> None:
     if FEATURES not in axes:
-        raise ValueError(
+        raise FollowedError(
             f'the output of module "{name}" ({kind.typename}), of shape {tuple(h.shape)}, was followed as '
             f'"{described(axes)}", which leaves no axis for features of rows, as in attention weights. Leave it out '
             "of layers, or say with layout= what its axes are"

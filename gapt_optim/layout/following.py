@@ -66,8 +66,10 @@ class Following(TorchFunctionMode):
         """Those that were assumed to have the batch first, and came to a module that says otherwise."""
         self.channels_first: set[Source] = set()
         """Those that were assumed to have the features last, and came to a convolution as they are."""
+        self.features_last: set[Source] = set()
+        """Those that came as they are to what takes features last."""
         self._derived: set[Source] = set()
-        """Those that come from others, whose axes were followed."""
+        """Those that come from others, and are turned with these."""
 
     def begin(self, tensor: Tensor, source: Source, axes: Axes, *, known: bool) -> None:
         """``tensor`` is the argument ``source`` of a call; its ``axes`` are a habit where they are not ``known``."""
@@ -119,8 +121,9 @@ class Following(TorchFunctionMode):
                 self._hear(trace, sequence_first=not args[-1])
             elif name == "multi_head_attention_forward":
                 self._hear(trace, sequence_first=True)
-            elif name == "conv1d" and trace.axes == (BATCH, LENGTH, None):
-                self.channels_first.update(trace.spans.keys() - self._derived)
+            elif name in ("conv1d", "linear") and trace.axes == (BATCH, LENGTH, None):
+                heard = self.channels_first if name == "conv1d" else self.features_last
+                heard.update(trace.spans.keys() - self._derived)
         if name in _PARTS:
             self._note_parts(name, args, kwargs, source, trace, result)
             return
@@ -131,8 +134,8 @@ class Following(TorchFunctionMode):
             if name not in _REORDERED and _pooled(source, trace.axes, out, axes):
                 spans = dict.fromkeys(spans, POOLED)
             found = Trace(spans, axes)
-            for other in self._others(name, args, source):
-                found = _united(found, other, out)
+            for tensor, other in self._others(name, args, source):
+                found = _united(found, other, out, alike=tensor.shape == source.shape == out.shape)
             self._traces[out] = found
 
     def _hear(self, trace: Trace, *, sequence_first: bool) -> None:
@@ -183,9 +186,8 @@ class Following(TorchFunctionMode):
             tensors = tensors[1:] if weights or name in ("addmm", "baddbmm") else []
         if name == "where":
             tensors = tensors[1:]
-        if any(tensor.is_floating_point() for tensor in tensors):
-            tensors = [tensor for tensor in tensors if not _is_index(name, tensor)]
         traced = [tensor for tensor in tensors if self.of(tensor) is not None]
+        traced = [tensor for tensor in traced if not _is_index(name, tensor)] or traced
         if name in _UNITED:  # of which the largest has the shape
             traced.sort(key=lambda tensor: -tensor.ndim)
         return traced[0] if traced else None
@@ -195,12 +197,12 @@ class Following(TorchFunctionMode):
         second = self.of(args[1]) if name in PRODUCTS and len(args) == 2 and args[0] is source else None
         return FEATURES if second is None else second.axes[-1]
 
-    def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[Trace]:
+    def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[tuple[Tensor, Trace]]:
         if name in _UNITED:
             for tensor in tensors_of(args[1:] if name == "where" else args):
                 trace = None if tensor is source or _is_index(name, tensor) else self.of(tensor)
                 if trace is not None:
-                    yield trace
+                    yield tensor, trace
 
 
 _ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention", "cdist"}
@@ -281,13 +283,17 @@ def _sliced(trace: Trace, part: slice, size: int) -> Mapping[Source, Span | None
 # Several tensors
 
 
-def _united(first: Trace | None, second: Trace, out: Tensor) -> Trace:
-    """The trace of what two tensors made together: a span that fits counts before one that does not."""
+def _united(first: Trace | None, second: Trace, out: Tensor, *, alike: bool = False) -> Trace:
+    """The trace of what two tensors made together: a span that fits counts before one that does not.
+
+    Where tensors of one shape (``alike``) contradict each other, as a convolution that mixes tokens and the tokens that
+    it is added to, neither says what is what. A smaller one is a gate, and does not contradict.
+    """
     if first is None:
         return Trace(second.spans, _broadcast(second.axes, out.ndim))
     ours, theirs = _broadcast(first.axes, out.ndim), _broadcast(second.axes, out.ndim)
-    if FEATURES in ours and FEATURES in theirs and (FEATURES, FEATURES) not in zip(ours, theirs, strict=True):
-        # They contradict each other: a convolution that mixes tokens, say, and the tokens that it is added to.
+    both = FEATURES in ours and FEATURES in theirs
+    if alike and both and (FEATURES, FEATURES) not in zip(ours, theirs, strict=True):
         ours = theirs = tuple(a if a == b else None for a, b in zip(ours, theirs, strict=True))
     axes = _merged(ours, theirs)
     length = out.shape[axes.index(LENGTH)] if LENGTH in axes else None

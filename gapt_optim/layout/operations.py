@@ -73,13 +73,13 @@ def _generic(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tens
 
 def _of_layer(name: str, args: list[Any], axes: Axes, out: Tensor) -> Axes | None:
     """Of an operation that says which axis has the features."""
-    if name in ("linear", "layer_norm", "rms_norm"):
+    if name == "linear" or (name in ("layer_norm", "rms_norm") and len(args[1]) == 1):
         return (*axes[:-1], FEATURES)
     if name == "embedding":
         return (*axes, FEATURES)
     convolution = re.fullmatch(r"(?:conv|conv_transpose|(?:adaptive_)?(?:avg|max|lp)_pool)([123])d", name)
     if convolution:
-        if "pool" in name and FEATURES in axes and None not in axes:  # which pools over any two axes
+        if "pool" in name and axes.count(FEATURES) == 1 and None not in axes:  # which may pool over features
             return axes
         positions = tuple(LENGTH if axis == LENGTH else POSITION for axis in axes[-int(convolution[1]) :])
         batch: Axes = (axes[0] or BATCH,) if out.ndim == len(positions) + 2 else ()

@@ -15,13 +15,13 @@ from .._tell import tell
 from . import axes as axes_
 from .axes import Kind, View, kind_of
 from .following import Following, Trace, compiled_within
-from .operations import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, Axes
+from .operations import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH
 from .outputs import Reading, checked_hidden, hidden_tensor, padded
 from .selection import by_layer
 from .tokens import (
     Call,
     Caller,
-    Choice,
+    are_lengths,
     axes_of,
     by_shape,
     callers_of,
@@ -34,24 +34,13 @@ from .tokens import (
     may_mask,
     still_fits,
 )
-from .turning import TURN, is_assumed, names_with_batch_second, turn_arguments, turned
+from .turning import TURN, Decision, is_assumed, names_with_batch_second, turn_arguments, turned, turns
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
 
 _MOST_LOOKS = 32
 """Forward passes under :class:`Following`, of one model: one for each kind of call that it gets."""
-
-
-class Decision(NamedTuple):
-    """What was found out about the outputs of one layer in calls of one kind."""
-
-    axes: Axes
-    why_axes: str
-    choice: Choice | None
-    problem: str | None
-    guess: str | None
-    followed: bool
 
 
 class Watched(NamedTuple):
@@ -141,6 +130,10 @@ class Layout:
         """Times that a pass showed, at its end, that its arguments are laid out otherwise than assumed."""
         self._looking_at: Any = None
         self._read_in_look = False
+        self._before: dict[Any, Decision] = {}
+        """Those of a pass that showed at its end that they may be wrong."""
+        self._changed: dict[str, str] = {}
+        """By layer, what its axes are now."""
         self._told: set[str] = set()
         self._checked: set[int] = set()
         """Functions of ``mask=`` whose values are known to be 0 and 1."""
@@ -151,8 +144,8 @@ class Layout:
 
     # Calls
 
-    def enter(self, call: Call, *, reads: bool) -> None:
-        """A call begins, in which watched modules are read or are not."""
+    def enter(self, call: Call, reads: Callable[[], bool]) -> None:
+        """A call begins; ``reads`` tells whether watched modules are read in it."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
             while self.calls and not is_on_stack(self.calls[-1].frame):  # it ended by an interrupt, which runs no hook
@@ -163,7 +156,7 @@ class Layout:
         self.calls.append(call)
         if compiling:
             return
-        if len(self.calls) == 1 and self._following is None and reads and self._is_new(call):
+        if len(self.calls) == 1 and self._following is None and self._is_new(call, reads):
             self._following = Following()
             self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
@@ -178,9 +171,9 @@ class Layout:
             if not self.calls and self._following is not None and not torch.compiler.is_compiling():
                 self._stop()
 
-    def _is_new(self, call: Call) -> bool:
+    def _is_new(self, call: Call, reads: Callable[[], bool]) -> bool:
         """No pass of this kind was looked at yet."""
-        if call.situation in self._situations or self._looks >= _MOST_LOOKS:
+        if call.situation in self._situations or self._looks >= _MOST_LOOKS or not reads():
             return False
         model = self._model()
         if model is None or compiled_within(model):
@@ -198,14 +191,13 @@ class Layout:
             return
         if not self._read_in_look:  # none of the watched modules ran, or was read: the next pass is looked at
             self._situations.discard(self._looking_at)
-        comes_first = turn_arguments(following)
-        if comes_first is not None:
+            self._looks -= 1
+        if self._changed:
+            self.tell_once(turned(self._changed))
+            self._changed = {}
+        if turn_arguments(following):
             self.corrections += 1
-            assumed = [key[0] for key, each in self._decisions.items() if each.guess == TURN]
-            tokens = [key[0] for key, each in self._decisions.items() if {*each.axes[:2]} == {BATCH, LENGTH}]
-            wrong = list(dict.fromkeys(assumed if self._batch_second else tokens))
-            if wrong:
-                self.tell_once(turned(wrong, comes_first))
+            self._before = dict(self._decisions)
             for known in (self._decisions, self._refused, self._plain, self._situations):  # read them anew
                 known.clear()
         elif following.batch_first:
@@ -292,9 +284,12 @@ class Layout:
         self._read_in_look = True
         try:
             decision = self._decided(name, h, watched, self._following.of(own))
-        except ValueError as error:
+        except axes_.FollowedError as error:
             self._refused[(*key, turn)] = str(error)
             raise
+        before = self._before.pop((*key, turn), None)
+        if before is not None and turns(before.axes, decision.axes):
+            self._changed[name] = axes_.described(decision.axes)
         if decision.followed:
             self._decisions[(*key, turn)] = decision
         return decision
@@ -458,11 +453,15 @@ class Layout:
         """A call was given what may be a mask of these rows, or how many there are of each sequence."""
         for call in self.calls:
             for argument, value in call.tensors.items():
-                if counts_rows(argument) and value.shape == rows[:1] and rows[1] > 1 and not value.is_floating_point():
+                if counts_rows(argument) and self._following is not None and are_lengths(value, rows):
+                    length = next(
+                        (f'call["{k}"].shape[1]' for k, v in call.tensors.items() if v.shape[:2] == rows), rows[1]
+                    )
                     self.tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may say how many rows of each sequence '
                         f'count in layer "{name}": all {rows[1]} do until mask= says otherwise, as mask=lambda call: '
-                        f'torch.arange({rows[1]}) < call["{argument}"][:, None], or lambda call: None',
+                        f'torch.arange({length}, device=call["{argument}"].device) < call["{argument}"][:, None], or '
+                        "lambda call: None",
                         subject=f"argument {argument}",
                     )
                 if may_mask(argument) and value.shape == rows and not value.is_floating_point():
@@ -487,8 +486,8 @@ class Calls:
         self._layout = layout
         self.caller = Caller(module, number)
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, reads: bool) -> None:
-        self._layout.enter(Call(self.caller, args, kwargs), reads=reads)
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: Callable[[], bool]) -> None:
+        self._layout.enter(Call(self.caller, args, kwargs), reads)
 
     def leave(self) -> None:
         self._layout.leave(self.caller.number)

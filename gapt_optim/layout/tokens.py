@@ -172,6 +172,12 @@ def counts_rows(name: str) -> bool:
     return name.endswith(("lengths", "seq_lens", "_lens", "_len")) or name == "lens"
 
 
+def are_lengths(value: Tensor, rows: tuple[int, int]) -> bool:
+    """``value`` may be the lengths of sequences that have ``rows`` (batch, length). It waits for the device."""
+    counts = value.shape == rows[:1] and not value.is_floating_point() and value.dtype != torch.bool
+    return bool(counts and rows[1] > 1 and value.numel() and int(value.max()) <= rows[1])
+
+
 def prefix_of(mask: str) -> str:
     """``"decoder_"`` of ``decoder_attention_mask``."""
     return mask[: -len(next(end for end in _MASKS if mask.endswith(end)))]

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import nn
 
 from .following import Following, Source, Trace
-from .operations import BATCH, LENGTH, Axes
-from .tokens import Call, axes_of
+from .operations import BATCH, FEATURES, LENGTH, Axes
+from .tokens import Call, Choice, axes_of
 
 TURN = 'layout="length batch features" if the model is called with the sequence first'
 """What is a guess in a first forward pass: a layer runs before the module that says it."""
+
+
+class Decision(NamedTuple):
+    """What was found out about the outputs of one layer in calls of one kind."""
+
+    axes: Axes
+    why_axes: str
+    choice: Choice | None
+    problem: str | None
+    guess: str | None
+    followed: bool
 
 
 def names_with_batch_second(model: nn.Module) -> list[str]:
@@ -25,17 +38,16 @@ def may_turn(source: Source) -> bool:
     return not axes_of(call, name)[1]
 
 
-def turn_arguments(following: Following) -> str | None:
-    """From now on, read the arguments as modules took them that were followed; what comes first, if that is news."""
-    news = None
-    for sources, comes_first in ((following.sequence_first, "sequence"), (following.channels_first, "channels")):
-        for source in sources:
-            call, name = source
-            assert isinstance(call, Call)
-            if may_turn(source):
-                known = call.caller.turned if comes_first == "sequence" else call.caller.channels_first
-                known.add(name)
-                news = comes_first
+def turn_arguments(following: Following) -> bool:
+    """From now on, read the arguments as the modules took them that were followed; whether that is news."""
+    news = False
+    channels_first = following.channels_first - following.batch_first - following.features_last
+    for source in (*following.sequence_first, *channels_first):
+        call, name = source
+        assert isinstance(call, Call)
+        if may_turn(source):
+            (call.caller.channels_first if source in channels_first else call.caller.turned).add(name)
+            news = True
     return news
 
 
@@ -47,12 +59,17 @@ def is_assumed(axes: Axes, trace: Trace | None, following: Following | None) -> 
     return any(source not in known and may_turn(source) for source in trace.spans)
 
 
-def turned(layers: list[str], comes_first: str) -> str:
-    """What to tell of ``layers``, which were read otherwise."""
-    sequence = comes_first == "sequence"
-    layout, read = ("length batch features", "the batch first") if sequence else ("batch channels length", "them last")
+def turns(before: Axes, now: Axes) -> bool:
+    """Other axes than before have the batch or the features."""
+    roles = [[axis if axis in (BATCH, FEATURES) else None for axis in axes] for axes in (before, now)]
+    return roles[0] != roles[1]
+
+
+def turned(layers: dict[str, str]) -> str:
+    """What to tell of layers, given what their axes are, which a first pass has read otherwise."""
+    name, axes = next(iter(layers.items()))
     return (
-        f"the model is called with the {comes_first} first, as a module in it takes them. This first forward pass of "
-        f"{', '.join(layers)} was read with {read}, later ones are not; to say it from the start, pass "
-        f'layout={{"{layers[0]}": "{layout}"}}'
+        f"the first forward pass of {', '.join(layers)} was read otherwise than this one: a module in it showed that "
+        "the model is called with the sequence or the channels first. To say it from the start, pass "
+        f'layout={{"{name}": "{axes}"}}'
     )

@@ -115,7 +115,7 @@ def read(model: nn.Module, names: list[str], shape: tuple[int, ...]) -> dict[str
     for module, calls in layout.callers():
         handles.append(
             module.register_forward_pre_hook(
-                lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs, reads=True),
+                lambda _, args, kwargs, calls=calls: calls.enter(args, kwargs, lambda: True),
                 with_kwargs=True,
                 prepend=True,
             )
