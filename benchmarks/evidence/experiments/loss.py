@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gate, defaults": _gate(0.03),
     "gate": _gate(0.1),
     "penalty": _penalty(0.03),
-    "late penalty": _penalty(0.1, 100),
+    "late penalty": _penalty(0.1, 200),
 }
 """All but the first two are what `choice` chooses of `TRIED`."""
 
