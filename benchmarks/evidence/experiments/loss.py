@@ -24,7 +24,7 @@ from ..markdown import (
     values,
     versus,
 )
-from ..stats import compare, over_seeds_and_text
+from ..stats import over_seeds_and_text
 from ..tasks import cut, text
 
 SEEDS = range(300, 305)
@@ -117,7 +117,7 @@ def tables(records: list[Record]) -> dict[str, str]:
         f"Bytes of text, Muon at {RATE:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of "
         "held-out text. "
     )
-    lead = _gate_at_equal_entropy(by_method)
+    lead = _from_penalty(by_method)
     return {"loss": title + lead + "\n\n" + table(header, rows) + _tuning(records)}
 
 
@@ -133,21 +133,15 @@ def difference(records: list[Record], baseline: list[Record]) -> NDArray[Any]:
     return less
 
 
-def _gate_at_equal_entropy(by_method: dict[str, list[Record]]) -> str:
-    """The gate's loss less that of the late penalty at the gate's entropy: on the straight line between plain, which is
-    a penalty of weight 0, and the late penalty, seed by seed."""
-    seeds = [{r.settings["seed"]: r for r in by_method[name]} for name in ("plain", "late penalty", "gate")]
-    shared = sorted(seeds[0].keys() & seeds[1].keys() & seeds[2].keys())
-    if len(shared) < 2:
-        return ""
-    plain, late, gate = ([of[seed] for seed in shared] for of in seeds)
-    s = [np.array([[r.result["final"]["centred_cosine"]] for r in found]) for found in (plain, late, gate)]
-    if not (s[1] < s[0]).all():
-        return ""  # the late penalty took nothing: there is no line
-    there = pieces(plain) + (pieces(late) - pieces(plain)) * (s[2] - s[0]) / (s[1] - s[0])
-    lead = over_seeds_and_text(pieces(gate) - there)
-    p = compare(list(pieces(gate).mean(1)), list(there.mean(1))).p_t
-    return f"At equal entropy the gate's loss is {interval_cell(lead, 3)} nats from the late penalty's (p {p_cell(p)})."
+def _from_penalty(by_method: dict[str, list[Record]]) -> str:
+    """Losses of the gate and of the late penalty less that of the penalty, each at its chosen point."""
+    penalty = by_method["penalty"]
+    lines = []
+    for name in ("gate", "late penalty"):
+        if (loss := versus(by_method[name], penalty, "loss")) is not None:
+            less = interval_cell(over_seeds_and_text(difference(by_method[name], penalty)), 3)
+            lines.append(f"The {name} ends {less} nats from the penalty (p {p_cell(loss.p_t)}).")
+    return " ".join(lines)
 
 
 def choice(records: Sequence[Record], name: str) -> dict[str, Any] | None:
