@@ -146,6 +146,13 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     assert made == there
 
 
+def test_points_of_the_loss_are_those_that_tuning_chose() -> None:
+    loss = load("loss")
+    records = harness.read_results("loss")
+    for name in loss.TRIED:
+        assert loss.METHODS[name] == loss.choice(records, name)
+
+
 def test_the_command_runs_what_is_asked_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

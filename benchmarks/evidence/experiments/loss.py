@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,40 +21,57 @@ from ..markdown import (
     paired,
     seeds_line,
     table,
+    values,
     versus,
 )
-from ..stats import compare, over_seeds_and_text
+from ..stats import over_seeds_and_text
 from ..tasks import cut, text
 
-SEEDS, FRESH_SEEDS = range(300, 305), range(305, 307)
+SEEDS = range(300, 305)
 TUNING_SEEDS = (0, 1, 2)
-RATE = 0.04
-"""Of Muon, where methods are compared: the best of `RATES` on seed 0. `CLOSE` was tried later, and is better."""
+RATE = 0.06
+"""Of Muon, where methods are compared: the best of `CLOSER_RATES` on the tuning seeds."""
 RATES = {"adamw": (3e-3, 6e-3, 12e-3), "muon": (0.01, 0.02, 0.04, 0.08, 0.16)}
 """Tried on seed 0, where they differ by ten times what seeds do."""
-CLOSE = 0.06
-"""Between the two best of them. `CLOSER` are tried at it on the tuning seeds."""
-CLOSER = ("plain", "gate, defaults", "penalty")
+CLOSER_RATES = (0.04, 0.06, 0.09)
+
+
+def _gate(weight: float) -> dict[str, Any]:
+    return {"method": "gapt", "weight": weight}
+
+
+def _penalty(weight: float, start: int = 0) -> dict[str, Any]:
+    return {"method": "penalty", "weight": weight} | ({"objective": {"start": start}} if start else {})
+
+
+TRIED: dict[str, list[dict[str, Any]]] = {
+    "gate": [_gate(weight) for weight in (0.03, 0.1, 0.3)],
+    "penalty": [_penalty(weight) for weight in (0.01, 0.03, 0.1)],
+    "late penalty": [_penalty(0.03, 100), _penalty(0.1, 100), _penalty(0.1, 200)],
+}
+"""Points of each method, on the tuning seeds."""
+ENTROPY_LEFT = 0.5
+"""Share of plain's entropy that a point has to reach: loss alone would choose the smallest weight."""
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "gate, defaults": {"method": "gapt", "weight": 0.03},
-    "late penalty": {"method": "penalty", "weight": 0.05, "objective": {"start": 100}},
-    "penalty": {"method": "penalty", "weight": 0.05},
+    "gate, defaults": _gate(0.03),
+    "gate": _gate(0.1),
+    "penalty": _penalty(0.03),
+    "late penalty": _penalty(0.1, 200),
 }
-"""Start and weight of the late penalty are one guess."""
+"""All but the first two are what `choice` chooses of `TRIED`."""
 
 
 def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
-    """Rates, then the comparison."""
+    """Rates, points of each method, then the comparison."""
     tuning = replace(text.Settings(), **text.TUNING)
     rates = [(optimizer, rate) for optimizer, of_optimizer in RATES.items() for rate in of_optimizer]
     found = [Run("text", replace(tuning, optimizer=optimizer, lr=rate)) for optimizer, rate in rates]
-    for seed in TUNING_SEEDS:
-        points = [{"lr": RATE}, *(METHODS[name] | {"lr": CLOSE} for name in CLOSER)]
-        found += [Run("text", replace(tuning, seed=seed, **point)) for point in points]
-    for seed in (*SEEDS, *FRESH_SEEDS):
-        of_seed = METHODS if seed in SEEDS else ("plain", "penalty")
-        found += [Run("text", replace(text.Settings(), seed=seed, lr=RATE, **METHODS[name])) for name in of_seed]
+    points: list[dict[str, Any]] = [{"lr": rate} for rate in CLOSER_RATES]
+    points += [point | {"lr": RATE} for tried in TRIED.values() for point in tried]
+    found += [Run("text", replace(tuning, seed=seed, **point)) for seed in TUNING_SEEDS for point in points]
+    compared = [method | {"lr": RATE} for method in METHODS.values()]
+    found += [Run("text", replace(text.Settings(), seed=seed, **method)) for seed in SEEDS for method in compared]
     return [run for run in found if seeds is None or run.settings.seed in seeds]
 
 
@@ -99,8 +117,8 @@ def tables(records: list[Record]) -> dict[str, str]:
         f"Bytes of text, Muon at {RATE:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps, {size:.0f} kB of "
         "held-out text. "
     )
-    lead = _gate_at_equal_entropy(by_method) + _on_fresh_seeds(records)
-    return {"loss": title + lead + "\n\n" + table(header, rows) + _rates(records)}
+    lead = _from_penalty(by_method)
+    return {"loss": title + lead + "\n\n" + table(header, rows) + _tuning(records)}
 
 
 def pieces(records: Sequence[Record]) -> NDArray[Any]:
@@ -115,50 +133,56 @@ def difference(records: list[Record], baseline: list[Record]) -> NDArray[Any]:
     return less
 
 
-def _gate_at_equal_entropy(by_method: dict[str, list[Record]]) -> str:
-    """The gate's loss less that of the late penalty at the gate's entropy: on the straight line between plain, which is
-    a penalty of weight 0, and the late penalty, seed by seed."""
-    seeds = [{r.settings["seed"]: r for r in by_method[name]} for name in ("plain", "late penalty", "gate, defaults")]
-    shared = sorted(seeds[0].keys() & seeds[1].keys() & seeds[2].keys())
-    if len(shared) < 2:
-        return ""
-    plain, late, gate = ([of[seed] for seed in shared] for of in seeds)
-    s = [np.array([[r.result["final"]["centred_cosine"]] for r in found]) for found in (plain, late, gate)]
-    if not (s[1] < s[0]).all():
-        return ""  # the late penalty took nothing: there is no line
-    there = pieces(plain) + (pieces(late) - pieces(plain)) * (s[2] - s[0]) / (s[1] - s[0])
-    lead = over_seeds_and_text(pieces(gate) - there)
-    p = compare(list(pieces(gate).mean(1)), list(there.mean(1))).p_t
-    return f"At equal entropy the gate's loss is {interval_cell(lead, 3)} nats from the late penalty's (p {p_cell(p)})."
+def _from_penalty(by_method: dict[str, list[Record]]) -> str:
+    """Losses of the gate and of the late penalty less that of the penalty, each at its chosen point."""
+    penalty = by_method["penalty"]
+    lines = []
+    for name in ("gate", "late penalty"):
+        if (loss := versus(by_method[name], penalty, "loss")) is not None:
+            less = interval_cell(over_seeds_and_text(difference(by_method[name], penalty)), 3)
+            lines.append(f"The {name} ends {less} nats from the penalty (p {p_cell(loss.p_t)}).")
+    return " ".join(lines)
 
 
-def _on_fresh_seeds(records: list[Record]) -> str:
-    """What the penalty from the first step costs on seeds that nothing was chosen on."""
-    plain, penalty = (of_method(records, METHODS[name] | {"lr": RATE}, FRESH_SEEDS) for name in ("plain", "penalty"))
-    loss = versus(penalty, plain, "loss")
-    if loss is None or loss.seeds < 2:
-        return ""
-    change = interval_cell(over_seeds_and_text(difference(penalty, plain)), 3)
-    shared = sorted({r.settings["seed"] for r in penalty} & {r.settings["seed"] for r in plain})
-    return f" On seeds {shared[0]} to {shared[-1]}, the penalty's is {change} nats from plain's (p {p_cell(loss.p_t)})."
+def choice(records: Sequence[Record], name: str) -> dict[str, Any] | None:
+    """The point of a method with the lowest loss on the tuning seeds, of those that leave at most `ENTROPY_LEFT`."""
+
+    def mean(point: dict[str, Any], column: str) -> float:
+        return statistics.fmean(values(of_method(records, point | {"lr": RATE}, TUNING_SEEDS), column))
+
+    most = ENTROPY_LEFT * mean({}, "centred_cosine")
+    reaching = [point for point in TRIED[name] if mean(point, "centred_cosine") <= most]
+    return min(reaching, key=lambda point: mean(point, "loss"), default=None)
 
 
-def _rates(records: list[Record]) -> str:
-    """Every method at the closer rate, and plain at both, on the tuning seeds."""
+def _tuning(records: list[Record]) -> str:
+    """Plain at each rate, and the points of each method, on the tuning seeds."""
+    plain = of_method(records, {"lr": RATE}, TUNING_SEEDS)
+    tried: list[tuple[str, dict[str, Any]]] = [("plain", {"lr": rate}) for rate in CLOSER_RATES]
+    tried += [(name, point | {"lr": RATE}) for name, points in TRIED.items() for point in points]
     rows = []
-    for rate in (RATE, CLOSE):
-        plain = of_method(records, {"lr": rate}, TUNING_SEEDS)
-        for name, method in METHODS.items():
-            if not (found := of_method(records, method | {"lr": rate}, TUNING_SEEDS)):
-                continue
-            loss = None if name == "plain" else versus(found, plain, "loss")
-            entropy = None if name == "plain" else versus(found, plain, "centred_cosine")
-            cells = ["" if loss is None else interval_cell(loss.difference, 3), change_cell(entropy, 0)]
-            rows.append([f"{rate:g}", name, mean_cell(found, "loss"), *cells])
+    for name, point in tried:
+        if not (found := of_method(records, point, TUNING_SEEDS)):
+            continue
+        loss = None if found == plain else versus(found, plain, "loss")
+        entropy = None if found == plain else versus(found, plain, "centred_cosine")
+        chosen = name != "plain" and choice(records, name) == {k: v for k, v in point.items() if k != "lr"}
+        rows.append(
+            [
+                f"{name}, chosen" if chosen else name,
+                f"{point['lr']:g}",
+                f"{point.get('weight', 0.0):g}",
+                f"{point.get('objective', {}).get('start', 0)}",
+                mean_cell(found, "loss"),
+                "" if loss is None else interval_cell(loss.difference, 3),
+                change_cell(entropy, 0),
+            ]
+        )
     if not rows:
         return ""
-    lines = table(["rate of Muon", "method", "held-out loss", "against plain (nats)", "centred cosine entropy"], rows)
-    return f"\n\nThe same at a closer rate, on the tuning seeds 0 to 2:\n\n{lines}"
+    header = ["method", "rate", "weight", "from step", "held-out loss", f"against plain at {RATE:g} (nats)",
+              "centred cosine entropy"]  # fmt: skip
+    return f"\n\nWhat was tried on the tuning {seeds_line(plain)}:\n\n{table(header, rows)}"
 
 
 def pictures(records: list[Record], folder: Path) -> list[Path]:
