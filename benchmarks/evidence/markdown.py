@@ -12,12 +12,17 @@ from .stats import Comparison, Interval, compare, mean_interval
 Groups = dict[tuple[Any, ...], list[Record]]
 
 
+def by_seed(records: Iterable[Record]) -> list[Record]:
+    """Records in the order of their seeds."""
+    return sorted(records, key=lambda r: int(r.settings["seed"]))
+
+
 def group(records: Iterable[Record], *names: str) -> Groups:
     """Records by the values of some settings, each list in the order of seeds."""
     groups: Groups = {}
     for record in records:
         groups.setdefault(tuple(group_name(record.settings[name]) for name in names), []).append(record)
-    return {key: sorted(found, key=lambda r: int(r.settings["seed"])) for key, found in groups.items()}
+    return {key: by_seed(found) for key, found in groups.items()}
 
 
 def group_name(value: Any) -> Any:

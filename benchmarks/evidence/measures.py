@@ -12,7 +12,7 @@ window_mean_share the same within a window, mean over windows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,3 +87,9 @@ def mean_measures(hidden: Sequence[Tensor], window: int = 8) -> dict[str, float]
     """Mean over layers."""
     layers = [measures(h, window) for h in hidden]
     return {name: sum(layer[name] for layer in layers) / len(layers) for name in NAMES}
+
+
+def note(curve: dict[str, list[float]], point: Mapping[str, float]) -> None:
+    """Append a point to the curve of each name."""
+    for name, value in point.items():
+        curve.setdefault(name, []).append(value)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 9999
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - i) * p_values[place]))
         corrected[place] = largest
     return corrected
+
+
+def corrected(compared: Mapping[K, Comparison]) -> dict[K, float]:
+    """:func:`holm` of the paired t-tests of all comparisons, by name."""
+    return dict(zip(compared, holm([comparison.p_t for comparison in compared.values()]), strict=True))
 
 
 def over_seeds_and_text(difference: NDArray[Any]) -> Interval:

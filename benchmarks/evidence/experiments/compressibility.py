@@ -9,7 +9,7 @@ from typing import Any
 
 from ..harness import Record, Run
 from ..markdown import interval_cell, mean_cell, p_cell, seeds_line, table, versus
-from ..stats import Comparison, holm
+from ..stats import Comparison, corrected
 from ..tasks import cut, text
 from . import loss
 
@@ -60,12 +60,12 @@ def tables(records: list[Record]) -> dict[str, str]:
         and all(column in record.result["final"] for record in found)
         and (change := versus(found, plain, column)) is not None
     }
-    corrected = dict(zip(compared, holm([c.p_t for c in compared.values()]), strict=True))
+    p_values = corrected(compared)
     rows = [["plain", "", *(mean_cell(plain, column) for column in columns)]]
     for name in by_method:
         if name == "plain":
             continue
-        cells = [_cell(compared[key], corrected[key]) if (key := (name, c)) in compared else "" for c in columns]
+        cells = [_cell(compared[key], p_values[key]) if (key := (name, c)) in compared else "" for c in columns]
         rows.append([name, f"{METHODS[name]['weight']:g}", *cells])
     title = (
         f"Bytes of text, Muon at {plain[0].settings['lr']:g}, {seeds_line(plain)}, {plain[0].settings['steps']} steps. "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import Record, Run
-from ..markdown import change_cell, interval_cell, mean_cell, p_cell, seeds_line, table, versus
+from ..markdown import by_seed, change_cell, interval_cell, mean_cell, p_cell, seeds_line, table, versus
 from ..tasks import conflict
 
 SEEDS = range(300, 310)
@@ -38,7 +38,7 @@ def _of_method(records: Sequence[Record], method: dict[str, Any]) -> list[Record
     names = ("method", "weight", "center", "toward_old", "rehearsed")
     own = {name: getattr(conflict.Settings(**method), name) for name in names}
     found = [r for r in records if r.settings["seed"] in SEEDS and all(r.settings[k] == v for k, v in own.items())]
-    return sorted(found, key=lambda r: int(r.settings["seed"]))
+    return by_seed(found)
 
 
 def tables(records: list[Record]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..harness import Record, Run
 from ..markdown import (
+    by_seed,
     change_cell,
     compression_cell,
     interval_cell,
@@ -83,7 +84,7 @@ def of_method(records: Sequence[Record], method: dict[str, Any], seeds: Sequence
     """The records of a method, in the order of seeds."""
     own = {name: getattr(cut.Settings(**method), name) for name in NAMED}
     found = [r for r in records if r.settings["seed"] in seeds and all(r.settings[k] == v for k, v in own.items())]
-    return sorted(found, key=lambda r: int(r.settings["seed"]))
+    return by_seed(found)
 
 
 def tables(records: list[Record]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import Record, Run
-from ..markdown import change_cell, interval_cell, mean_cell, p_cell, seeds_line, table, versus
-from ..stats import holm
+from ..markdown import by_seed, change_cell, interval_cell, mean_cell, p_cell, seeds_line, table, versus
+from ..stats import corrected
 from ..tasks import multiplication
 
 SEEDS = range(300, 305)
@@ -41,7 +41,7 @@ def runs(first_look: bool, seeds: Sequence[int] | None) -> list[Run]:
 def of_method(records: Sequence[Record], name: str) -> list[Record]:
     """Records of a method, in the order of seeds."""
     method = METHODS[name].get("method", "plain")
-    return sorted((r for r in records if r.settings["method"] == method), key=lambda r: int(r.settings["seed"]))
+    return by_seed(r for r in records if r.settings["method"] == method)
 
 
 def tables(records: list[Record]) -> dict[str, str]:
@@ -54,7 +54,7 @@ def tables(records: list[Record]) -> dict[str, str]:
         for column in JUDGED
         if name != "plain" and (change := versus(found, plain, column)) is not None
     }
-    corrected = dict(zip(compared, holm([c.p_t for c in compared.values()]), strict=True))
+    p_values = corrected(compared)
     rows = []
     for name, found in by_method.items():
         cells = []
@@ -62,7 +62,7 @@ def tables(records: list[Record]) -> dict[str, str]:
             change = compared.get((name, column))
             shown = mean_cell(found, column)
             if change is not None:
-                shown += f" ({interval_cell(change.difference, 3)}, p {p_cell(corrected[name, column])})"
+                shown += f" ({interval_cell(change.difference, 3)}, p {p_cell(p_values[name, column])})"
             cells.append(shown)
         entropy = mean_cell(found, "centred_cosine")
         rows.append(

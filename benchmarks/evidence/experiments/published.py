@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import Record, Run
-from ..markdown import change_cell, compression_cell, interval_cell, mean_cell, p_cell, seeds_line, table, versus
-from ..stats import holm, over_seeds_and_text
+from ..markdown import (
+    by_seed,
+    change_cell,
+    compression_cell,
+    interval_cell,
+    mean_cell,
+    p_cell,
+    seeds_line,
+    table,
+    versus,
+)
+from ..stats import corrected, over_seeds_and_text
 from ..tasks import early, text
 from .loss import SEEDS, difference
 
@@ -47,18 +57,18 @@ def of_method(records: Sequence[Record], name: str) -> list[Record]:
     """Records of a method, in the order of seeds."""
     method = METHODS[name].settings.method
     found = [r for r in records if r.settings["seed"] in SEEDS and r.settings["method"] == method]
-    return sorted(found, key=lambda r: int(r.settings["seed"]))
+    return by_seed(found)
 
 
 def tables(records: list[Record]) -> dict[str, str]:
     """A row per protocol, against plain for as many steps, and against plain for as many steps of the loss."""
     by_method = {name: found for name in METHODS if (found := of_method(records, name))}
     plain = by_method["plain"]
-    compared = {name: versus(found, plain, "loss") for name, found in by_method.items() if name != "plain"}
-    p_values = {name: c.p_t for name, c in compared.items() if c is not None}
     twins = [r for r in by_method.get("early protocol", []) if "twin" in r.result["final"]]
     as_many = versus(twins, [replace(r, result={"final": {"loss": r.result["final"]["twin"]}}) for r in twins], "loss")
-    corrected = holm([*p_values.values(), *([] if as_many is None else [as_many.p_t])])
+    asked = {name: versus(found, plain, "loss") for name, found in by_method.items() if name != "plain"}
+    asked["as many steps of the loss"] = as_many
+    p_values = corrected({name: comparison for name, comparison in asked.items() if comparison is not None})
     header = ["method", "held-out loss", "against plain for as many steps (nats)", "p, corrected",
               *COLUMNS.values(), "longest token / median", "mean share", "steps pressed", "switches"]  # fmt: skip
     rows = []
@@ -69,7 +79,7 @@ def tables(records: list[Record]) -> dict[str, str]:
                 name,
                 mean_cell(found, "loss"),
                 "" if same else interval_cell(over_seeds_and_text(difference(found, plain)), 3),
-                "" if same else p_cell(corrected[list(p_values).index(name)]),
+                "" if same else p_cell(p_values[name]),
                 *(mean_cell(found, c) if same else change_cell(versus(found, plain, c), 0) for c in COLUMNS),
                 mean_cell(found, "norm_ratio", digits=1),
                 mean_cell(found, "mean_share", digits=2),
@@ -85,7 +95,7 @@ def tables(records: list[Record]) -> dict[str, str]:
     if as_many is not None:
         title += (
             f" The early protocol ends {interval_cell(as_many.difference, 3)} nats from plain for as many steps of the "
-            f"loss (p {p_cell(corrected[-1])}, corrected)."
+            f"loss (p {p_cell(p_values['as many steps of the loss'])}, corrected)."
         )
     return {"published": f"{title}\n\n{table(header, rows)}"}
 

@@ -93,14 +93,8 @@ def cut_and_train_on(
     with cut(branch, sample, TRAINED_ON):
         branch.train()
         for step in range(cut_at, s.steps):
-            for base, of_groups in zip(copied, rates, strict=True):
-                for group, rate in zip(base.param_groups, of_groups, strict=True):
-                    group["lr"] = rate * text.schedule(s, step)
             text.loss_of(branch, next_batch()).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
-            for base in copied:
-                base.step()
-                base.zero_grad()
+            text.step_at(branch, copied, rates, text.schedule(s, step))
         return _mean(text.chunk_losses(branch, held_out))
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gapt_optim import GAPTConfig, matrix_entropy
 
-from ..measures import watching
+from ..measures import note, watching
 from . import text
 
 
@@ -99,41 +99,23 @@ def train(s: Settings) -> dict[str, Any]:
         entropies = [entropy_of(h, s) for h in hidden[pressed]]
         followed = loss if of_loss else entropies[entropy_steps % len(entropies)]
         followed.backward()  # type: ignore[no-untyped-call]
-        step(model, several, rates, text.schedule(s, i))
+        text.step_at(model, several, rates, text.schedule(s, i))
         entropy_steps += not of_loss
         gate.update(loss.item(), [value.item() for value in entropies])
         of_loss = not (gate.compressing and of_loss)
         if (i + 1) % s.evaluate_every == 0 or i + 1 == s.steps:
-            point = {"step": float(i + 1), "train_loss": loss.item(),
-                     **text.evaluate(model, blocks, rows_held_out[: text.MEASURED], s.window or s.context)}  # fmt: skip
-            for name, value in point.items():
-                curve.setdefault(name, []).append(value)
-    chunks = text.chunk_losses(model, rows_held_out)
-    final: dict[str, Any] = {name: values[-1] for name, values in curve.items() if name != "step"}
-    final |= {
-        "loss": sum(chunks) / len(chunks),
-        "compression": entropy_steps / s.steps,
-        "switches": gate.switches,
-        "chunks": chunks,
-    }
+            measured = text.evaluate(model, blocks, rows_held_out[: text.MEASURED], s.window or s.context)
+            note(curve, {"step": i + 1, "train_loss": loss.item(), **measured})
+    phases = {"compression": entropy_steps / s.steps, "switches": gate.switches}
+    result = text.judged(model, rows_held_out, text.Trained(curve, phases))
     if s.twin:
         own = {name: getattr(s, name) for name in text.Settings.__dataclass_fields__}
         plain = {"method": "plain", "steps": s.steps - entropy_steps, "layers": {}}
-        final["twin"] = text.train(text.Settings(**(own | plain)))["final"]["loss"]
-    return {"final": final, "best": {}, "curve": curve}
+        result["final"]["twin"] = text.train(text.Settings(**(own | plain)))["final"]["loss"]
+    return result
 
 
 def entropy_of(hidden: Tensor, s: Settings) -> Tensor:
     """Mean over the windows of one layer."""
     windows = hidden.reshape(-1, s.window or s.context, hidden.shape[-1])
     return matrix_entropy(windows, **s.kernel_settings()).mean()
-
-
-def step(model: nn.Module, several: Sequence[torch.optim.Optimizer], rates: list[list[float]], share: float) -> None:
-    """Of all optimizers, at a share of their rates."""
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for base, of_groups in zip(several, rates, strict=True):
-        for group, rate in zip(base.param_groups, of_groups, strict=True):
-            group["lr"] = rate * share
-        base.step()
-        base.zero_grad()

@@ -4,15 +4,12 @@ follows from what is there already. Judged on held-out problems, and on factors 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from gapt_optim import GAPTOptimizer, Phase, RepresentationHook
 
 from ..measures import mean_measures, watching
 from . import text
@@ -120,39 +117,22 @@ def train(s: Settings) -> dict[str, Any]:
     }
     torch.manual_seed(s.seed)
     model = text.build(s)
-    several = text.bases(model, s)
-    hook = RepresentationHook(model, "transformer.h.*")
-    optimizer = GAPTOptimizer(several, hook, s.config())
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(base, lambda step: text.schedule(s, step)) for base in several]
-    curve: dict[str, list[float]] = {}
-    compressed = 0.0
-    model.train()
-    for step in range(1, s.steps + 1):
+
+    def losses() -> tuple[Tensor, Tensor]:
         loss = loss_of(model, draw(s, s.batch, (1, s.longest), generator, held_out=False))
-        compressed += optimizer.phase is Phase.COMPRESSION and step > s.objective.get("start", 0)
-        optimizer.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for scheduler in schedulers:
-            scheduler.step()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        if step % s.evaluate_every == 0 or step == s.steps:
-            point = {"step": float(step), "train_loss": loss.item()}
-            for name, problems in sets.items():
-                point |= {f"{name}{measure}": value for measure, value in judged(model, problems).items()}
-            for name, value in point.items():
-                curve.setdefault(name, []).append(value)
-    hook.remove()
+        return loss, loss
+
+    def measured() -> dict[str, float]:
+        return {
+            f"{name}{measure}": value
+            for name, problems in sets.items()
+            for measure, value in judged(model, problems).items()
+        }
+
+    trained = text.fit(s, model, losses, measured)
     longest = draw(s, 256, (s.longest, s.longest), generator, held_out=True)  # whose windows of 8 hold no padding
     model.eval()
     with torch.no_grad(), watching(text.blocks_of(model)) as hidden:
         logits_of(model, longest)
-    final = {
-        **{name: values[-1] for name, values in curve.items() if name != "step"},
-        **mean_measures(list(hidden), s.window or 8),
-        "compression": compressed / s.steps,
-        "switches": 0 if optimizer.metrics is None else optimizer.metrics.switches,
-    }
-    return {"final": final, "best": {}, "curve": curve}
+    final = {**trained.last, **mean_measures(list(hidden), s.window or 8), **trained.phases}
+    return {"final": final, "best": {}, "curve": trained.curve}

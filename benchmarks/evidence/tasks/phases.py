@@ -10,6 +10,7 @@ from torch import nn
 
 from gapt_optim import profile
 
+from ..measures import note
 from . import text
 
 
@@ -39,8 +40,7 @@ def train(s: Settings) -> dict[str, Any]:
             point[f"cosine_{i}"] = layer.entropy("cosine", center=True).nats or 0.0
             point[f"linear_{i}"] = layer.entropy("linear", center=False).nats or 0.0
             point[f"rankme_{i}"] = layer.rankme or 0.0
-        for name, value in point.items():
-            curve.setdefault(name, []).append(value)
+        note(curve, point)
 
     result = text.train(s, each_step)
     return {**result, "curve": curve}

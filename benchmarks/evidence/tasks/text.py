@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gapt_optim import GAPTOptimizer, Phase, RepresentationHook
 
-from ..measures import mean_measures, watching
+from ..measures import mean_measures, note, watching
 from .settings import TaskSettings
 
 # transformers imports torchao where it is installed, whose GPU libraries do not load on every machine.
@@ -168,37 +168,49 @@ def held_out_rows(s: Settings) -> tuple[Tensor, Tensor]:
     return data, held_out.view(s.evaluate_sequences, s.context + 1)
 
 
-def train(
+EachStep = Callable[[int, nn.Module, Any], None]
+"""Called before each step and once after the last, with the model and its optimizers."""
+
+
+class Trained(NamedTuple):
+    """What a training leaves besides the model."""
+
+    curve: dict[str, list[float]]
+    phases: dict[str, float]
+    """Share of the steps that pressed, and switches of the gate."""
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The end of the curve."""
+        return {name: values[-1] for name, values in self.curve.items() if name != "step"}
+
+
+def fit(
     s: Settings,
-    each_step: Callable[[int, nn.Module, Any], None] | None = None,
-    penalty: Callable[[list[Tensor]], Tensor] | None = None,
-) -> dict[str, Any]:
-    """One run. The seed alone decides weights and batches, so methods share them.
+    model: nn.Module,
+    losses: Callable[[], tuple[Tensor, Tensor]],
+    measured: Callable[[], dict[str, float]],
+    each_step: EachStep | None = None,
+) -> Trained:
+    """Train ``model`` as the settings say.
 
     Args:
-        each_step: called before each step and once after the last, with the model and its optimizers.
-        penalty: of the blocks' outputs, added to the loss that is followed.
+        losses: of the next step: the loss, and what is followed.
+        measured: what a point of the curve has beside the step and the training loss.
     """
-    data, rows_held_out = held_out_rows(s)
-    torch.manual_seed(s.seed)
-    model = build(s)
-    blocks = blocks_of(model)
     several = bases(model, s)
     hook = RepresentationHook(model, "transformer.h.*")
     optimizer = GAPTOptimizer(several, hook, s.config())
     schedulers = [torch.optim.lr_scheduler.LambdaLR(base, lambda step: schedule(s, step)) for base in several]
-    next_batch = batches(data, s)
     curve: dict[str, list[float]] = {}
     compressed = 0.0
     model.train()
     for step in range(s.steps):
         if each_step is not None:
             each_step(step, model, several)
-        rows = next_batch()
-        with watching(blocks if penalty is not None else [], graph=True) as hidden:
-            loss = loss_of(model, rows)
+        loss, followed = losses()
         compressed += optimizer.phase is Phase.COMPRESSION and step >= s.objective.get("start", 0)
-        optimizer.backward(loss if penalty is None else loss + penalty(hidden))
+        optimizer.backward(followed)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -207,29 +219,54 @@ def train(
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}")
         if (step + 1) % s.evaluate_every == 0 or step + 1 == s.steps:
-            point = {
-                "step": step + 1,
-                "train_loss": loss.item(),
-                **evaluate(model, blocks, rows_held_out[:MEASURED], s.window or s.context),
-            }
-            for name, value in point.items():
-                curve.setdefault(name, []).append(value)
+            note(curve, {"step": step + 1, "train_loss": loss.item(), **measured()})
     hook.remove()
     if each_step is not None:
         each_step(s.steps, model, several)
-    chunks = chunk_losses(model, rows_held_out)
     switches = 0 if optimizer.metrics is None else optimizer.metrics.switches
-    return {
-        "final": {
-            **{name: values[-1] for name, values in curve.items() if name != "step"},
-            "loss": sum(chunks) / len(chunks),
-            "compression": compressed / s.steps,
-            "switches": switches,
-            "chunks": chunks,
-        },
-        "best": {},
-        "curve": curve,
-    }
+    return Trained(curve, {"compression": compressed / s.steps, "switches": switches})
+
+
+def train(
+    s: Settings, each_step: EachStep | None = None, penalty: Callable[[list[Tensor]], Tensor] | None = None
+) -> dict[str, Any]:
+    """One run. The seed alone decides weights and batches, so methods share them.
+
+    Args:
+        penalty: of the blocks' outputs, added to the loss that is followed.
+    """
+    data, held_out = held_out_rows(s)
+    torch.manual_seed(s.seed)
+    model = build(s)
+    blocks = blocks_of(model)
+    next_batch = batches(data, s)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        with watching(blocks if penalty is not None else [], graph=True) as hidden:
+            loss = loss_of(model, next_batch())
+        return loss, loss if penalty is None else loss + penalty(hidden)
+
+    def measured() -> dict[str, float]:
+        return evaluate(model, blocks, held_out[:MEASURED], s.window or s.context)
+
+    return judged(model, held_out, fit(s, model, losses, measured, each_step))
+
+
+def judged(model: nn.Module, held_out: Tensor, trained: Trained) -> dict[str, Any]:
+    """The result of a run, with the loss on all held-out rows."""
+    chunks = chunk_losses(model, held_out)
+    final = {**trained.last, "loss": sum(chunks) / len(chunks), **trained.phases, "chunks": chunks}
+    return {"final": final, "best": {}, "curve": trained.curve}
+
+
+def step_at(model: nn.Module, several: Sequence[torch.optim.Optimizer], rates: list[list[float]], share: float) -> None:
+    """One step of all optimizers by hand, at a share of the ``rates`` of their groups."""
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for base, of_groups in zip(several, rates, strict=True):
+        for group, rate in zip(base.param_groups, of_groups, strict=True):
+            group["lr"] = rate * share
+        base.step()
+        base.zero_grad()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gapt_optim import GAPTOptimizer, RepresentationHook
 
-from ..measures import watching
+from ..measures import note, watching
 from . import remedies
 from .poles import Poles
 from .settings import TaskSettings
@@ -378,9 +378,3 @@ def dormant(output: Tensor) -> float:
     """Share of units that say next to nothing."""
     said = output.abs().flatten(0, -2).mean(0)
     return (said <= DORMANT * said.mean()).float().mean().item()
-
-
-def note(curve: dict[str, list[float]], point: dict[str, float]) -> None:
-    """Append."""
-    for name, value in point.items():
-        curve.setdefault(name, []).append(value)
