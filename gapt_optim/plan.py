@@ -23,6 +23,8 @@ class Plan(NamedTuple):
     memorization it is told."""
     compared: bool = False
     """Parameter alignment is due: the gradient of the mean entropy is wanted by itself."""
+    differentiated: bool = False
+    """Either of these: entropies of layers that count have a graph."""
     due: bool = False
     """Angles and measures are taken."""
     angles: bool = False
@@ -31,8 +33,3 @@ class Plan(NamedTuple):
     """Where pressing stops, by layer; None where it has no end."""
     among: int | None = None
     """Layers that the mean is over, where stages on other ranks have some of them; None where they are all here."""
-
-    @property
-    def differentiated(self) -> bool:
-        """Entropies of layers that count have a graph."""
-        return self.pressed or self.compared

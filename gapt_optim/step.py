@@ -89,6 +89,7 @@ class Step:
         self.watching.digest = self._undeclared.wanted and self.group is not None
         compressing = self.progress.phase is Phase.COMPRESSION
         started = counts.steps >= config.objective.start
+        pressed, compared = compressing and started, _is_due(counts.steps + 1, parameter_every)
         turn = self.counted
         if config.layers.schedule == "rotate" and self.counted:
             turn = (self.counted[counts.compression_steps % len(self.counted)],)
@@ -97,8 +98,9 @@ class Step:
             self._order,
             counted=self.counted,
             layers=turn,
-            pressed=compressing and started,
-            compared=_is_due(counts.steps + 1, parameter_every),
+            pressed=pressed,
+            compared=compared,
+            differentiated=pressed or compared,
             due=_is_due(counts.steps + 1, every),
             angles=every > 0,
             targets=self._targets(),

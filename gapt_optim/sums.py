@@ -72,21 +72,21 @@ class StepSums:
         of_measures = sums.new_zeros(size) if measures is None else measures.reshape(-1).to(sums.dtype)
         penalty = sums.new_zeros(1) if objective.penalty is None else objective.penalty.reshape(1).to(sums.dtype)
         row = torch.cat((loss.detach().reshape(1).to(sums.dtype), penalty, sums.reshape(-1), of_measures))
-        self._row = row if self._row is None else self._row + row
+        self._collect(row if self._row is None else self._row + row, alone=alone)
         self._ran.update(layers)
         self.micro_batches += micro_batches
-        if alone and not torch.compiler.is_compiling():
-            self._on_host = HostCopy(self._row)
 
     def add_loss(self, loss: Tensor, *, alone: bool) -> None:
         """One more loss of a micro-batch that was added."""
         if self._row is None:
             return
-        more = torch.zeros_like(self._row)
-        more[0] = loss.detach().reshape(()).to(more)
-        self._row = self._row + more
+        loss = loss.detach().reshape(1).to(self._row)
+        self._collect(torch.cat((self._row[:1] + loss, self._row[1:])), alone=alone)
+
+    def _collect(self, row: Tensor, *, alone: bool) -> None:
+        self._row = row
         if alone and not torch.compiler.is_compiling():
-            self._on_host = HostCopy(self._row)
+            self._on_host = HostCopy(row)
 
     def _spread(self, values: Tensor, layers: list[str], dim: int) -> Tensor:
         """``values`` of some layers among zeros for the others."""

@@ -78,8 +78,10 @@ class Watching:
 
     def reads(self) -> bool:
         """Some of the watched modules are read, if they run now."""
-        if self.reader is not None or self.plan is None or not torch.is_grad_enabled():
-            return self.reader is not None
+        if self.reader is not None:
+            return True
+        if self.plan is None or not torch.is_grad_enabled():
+            return False
         modules = [watch.module() for watch in self.watches.values()]
         return any(module is not None and module.training for module in modules)
 
@@ -230,8 +232,7 @@ class Watch(Unsaved):
         windows = cutting(batch, length, plan.config.entropy.window, reading.live, reading.segments)
         flows = rows.requires_grad
         # A compiled model is the same at every step of a phase, whether it is due or not.
-        pressed = plan.pressed or plan.compared  # Dynamo of torch 2.6 knows no property of a NamedTuple
-        differentiated = flows and ((pressed and self.name in plan.counted) or (not compiling and plan.due))
+        differentiated = flows and ((plan.differentiated and self.name in plan.counted) or (not compiling and plan.due))
         gram, live = self._gram(rows, windows, order, differentiated)
         measures = None
         if windows.size > rows.shape[-1] and (compiling or plan.due):
@@ -247,9 +248,7 @@ class Watch(Unsaved):
             return replaced(output, reading.h, marked)
         capture.nodes = nodes_of(output, reading.h)
         watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))
-        if not differentiated:
-            return None
-        if not plan.due:
+        if not (differentiated and plan.due):
             return None
         capture.saved = gram.view_as(gram).grad_fn
         seen = reading.h.view_as(reading.h)  # where the loss's gradient arrives alone: the entropy's joins behind it
@@ -384,5 +383,6 @@ class Ends(Unsaved):
 def _address(args: Any) -> int:
     """Of the first tensor that a module was called with: a checkpoint calls it with the same one again."""
     first = next((value for value in args if isinstance(value, Tensor)), None)
-    has_storage = first is not None and first.layout is torch.strided and not first.is_nested
-    return first.data_ptr() if first is not None and has_storage else 0
+    if first is None or first.is_nested or first.layout is not torch.strided:  # it has no storage of its own
+        return 0
+    return first.data_ptr()

@@ -26,7 +26,7 @@ from .operations import (
     argument,
     axes_after,
     indexed_axes,
-    tensors_of,
+    tensors_within,
 )
 
 Source: TypeAlias = tuple[object, str]
@@ -55,10 +55,18 @@ class Trace(NamedTuple):
 
 
 class Following(TorchFunctionMode):
-    """Notes whose rows each tensor has, from the arguments given to :meth:`begin` on."""
+    """Notes whose rows each tensor has, from the arguments given to :meth:`begin` on.
 
-    def __init__(self) -> None:
+    ``situation`` is the kind of the call that is followed.
+    """
+
+    def __init__(self, situation: object) -> None:
         super().__init__()
+        self.situation = situation
+        self.read = False
+        """A watched module was read."""
+        self.changed: dict[str, str] = {}
+        """By layer, what the axes are that an earlier pass took for others."""
         self._traces: Any = WeakIdKeyDictionary()
         self.batch_first: set[Source] = set()
         """Arguments whose tokens a module took as they were assumed to be."""
@@ -176,7 +184,7 @@ class Following(TorchFunctionMode):
 
     def _source(self, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The tensor whose rows the result has: that of a query, the first factor, the first one that is traced."""
-        tensors = list(tensors_of([*args, *kwargs.values()]))
+        tensors = list(tensors_within([*args, *kwargs.values()]))
         if name in _ATTENTION or name in PRODUCTS:
             first = tensors[0] if tensors else None
             if self.of(first) is not None:
@@ -199,7 +207,7 @@ class Following(TorchFunctionMode):
 
     def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[tuple[Tensor, Trace]]:
         if name in _UNITED:
-            for tensor in tensors_of(args[1:] if name == "where" else args):
+            for tensor in tensors_within(args[1:] if name == "where" else args):
                 trace = None if tensor is source or _is_index(name, tensor) else self.of(tensor)
                 if trace is not None:
                     yield tensor, trace

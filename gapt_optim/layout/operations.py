@@ -20,12 +20,12 @@ _SWAPPED = {"transpose", "swapaxes", "swapdims", "transpose_"}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
-def tensors_of(values: Any) -> Iterator[Tensor]:
+def tensors_within(values: Any) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from tensors_of(value)
+            yield from tensors_within(value)
 
 
 def argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
@@ -204,7 +204,7 @@ def indexed_axes(index: Any, source: Tensor) -> list[tuple[int | None, slice | N
 
 def _einsum(args: list[Any], source: Tensor, axes: Axes) -> Axes:
     inputs, output = args[0].replace(" ", "").split("->")
-    operands = list(tensors_of(args[1:]))
+    operands = list(tensors_within(args[1:]))
     position = next(i for i, tensor in enumerate(operands) if tensor is source)
     named = dict(zip(inputs.split(",")[position], axes, strict=True))
     return tuple(named.get(letter, FEATURES if i == len(output) - 1 else None) for i, letter in enumerate(output))

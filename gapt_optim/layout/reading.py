@@ -128,12 +128,8 @@ class Layout:
         self._looks = 0
         self.corrections = 0
         """Times that a pass showed, at its end, that its arguments are laid out otherwise than assumed."""
-        self._looking_at: Any = None
-        self._read_in_look = False
         self._before: dict[Any, Decision] = {}
         """Those of a pass that showed at its end that they may be wrong."""
-        self._changed: dict[str, str] = {}
-        """By layer, what its axes are now."""
         self._told: set[str] = set()
         self._checked: set[int] = set()
         """Functions of ``mask=`` whose values are known to be 0 and 1."""
@@ -157,7 +153,7 @@ class Layout:
         if compiling:
             return
         if len(self.calls) == 1 and self._following is None and self._is_new(call, reads):
-            self._following = Following()
+            self._following = Following(call.situation)
             self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
             for name, tensor in call.tensors.items():
@@ -178,7 +174,6 @@ class Layout:
         model = self._model()
         if model is None or compiled_within(model):
             return False
-        self._looking_at, self._read_in_look = call.situation, False
         self._situations.add(call.situation)
         self._looks += 1
         return True
@@ -189,12 +184,11 @@ class Layout:
             following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if following is None:
             return
-        if not self._read_in_look:  # none of the watched modules ran, or was read: the next pass is looked at
-            self._situations.discard(self._looking_at)
+        if not following.read:  # none of the watched modules ran: the next pass is looked at
+            self._situations.discard(following.situation)
             self._looks -= 1
-        if self._changed:
-            self.tell_once(turned(self._changed))
-            self._changed = {}
+        if following.changed:
+            self.tell_once(turned(following.changed))
         if turn_arguments(following):
             self.corrections += 1
             self._before = dict(self._decisions)
@@ -273,25 +267,26 @@ class Layout:
             self.calls[0].runs[name] = turn + 1
             if turn:
                 self._repeated.add(name)
-        key = self._key(name, h)
+        kind = self._key(name, h)
+        key = (*kind, turn)
         if self._following is None:
-            known = self._decisions.get((*key, turn), self._decisions.get((*key, 0)))
+            known = self._decisions.get(key, self._decisions.get((*kind, 0)))
             if known is not None:
                 return known
-            if (*key, turn) in self._refused:
-                raise ValueError(self._refused[(*key, turn)])
+            if key in self._refused:
+                raise ValueError(self._refused[key])
             return self._decided(name, h, watched, None)
-        self._read_in_look = True
+        self._following.read = True
         try:
             decision = self._decided(name, h, watched, self._following.of(own))
         except axes_.FollowedError as error:
-            self._refused[(*key, turn)] = str(error)
+            self._refused[key] = str(error)
             raise
-        before = self._before.pop((*key, turn), None)
+        before = self._before.pop(key, None)
         if before is not None and turns(before.axes, decision.axes):
-            self._changed[name] = axes_.described(decision.axes)
+            self._following.changed[name] = axes_.described(decision.axes)
         if decision.followed:
-            self._decisions[(*key, turn)] = decision
+            self._decisions[key] = decision
         return decision
 
     def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
