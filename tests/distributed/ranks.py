@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -26,7 +27,8 @@ _IGNORED = (  # what torch itself says of its own ways
 )
 
 
-_ENDED = "the process ended"
+class _AbortedError(RuntimeError):
+    """A process was ended by its own abort(), not by an exception."""
 
 
 class Ranks:
@@ -48,10 +50,8 @@ class Ranks:
         """
         try:
             return self._run(function, args, timeout)
-        except RuntimeError as error:
-            if _ENDED not in str(error):
-                raise
-        return self._run(function, args, timeout)
+        except _AbortedError:
+            return self._run(function, args, timeout)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         if not self._processes:
@@ -66,16 +66,19 @@ class Ranks:
                 try:
                     done, result = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    done, result = False, _ENDED
+                    done, result = False, "the process ended"
                 results[rank] = result
                 if not done:
                     failures.append(f"rank {rank}:\n{result}")
         if failures or len(results) < self.world:
+            processes = self._processes
             self.close()
             if "'Stream' object has no attribute 'record_event'" in "".join(failures):
                 pytest.skip("fully_shard of torch 2.6 does not run on a CPU")
             waiting = [rank for rank in range(self.world) if rank not in results]
-            raise RuntimeError("\n".join(failures) or f"ranks {waiting} did not finish within {timeout} s")
+            aborted = any(process.exitcode == -signal.SIGABRT for process in processes)
+            kind = _AbortedError if aborted else RuntimeError
+            raise kind("\n".join(failures) or f"ranks {waiting} did not finish within {timeout} s")
         return [results[rank] for rank in range(self.world)]
 
     def _start(self) -> None:

@@ -114,7 +114,7 @@ def test_recipe_for_somebody_elses_loop(
 
 
 @shards_on_a_cpu
-@pytest.mark.parametrize("name", ["fsdp2", pytest.param("torchtitan_loop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", OVER_RANKS)
 def test_under_torchrun(name: str, tmp_path: Path) -> None:
     ranks = str(OVER_RANKS[name])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, str(FOLDER / f"{name}.py")]
