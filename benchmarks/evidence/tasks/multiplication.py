@@ -19,7 +19,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Settings(text.Settings):
-    """Of one run. A problem is `7x321=7422` and an end, read from the right: 123 times 7."""
+    """Of one run. A problem is `7x321=168` and an end, read from the right: 7 times 123 is 861."""
 
     steps: int = 600
     context: int = 40
