@@ -32,11 +32,9 @@ from .kernels import (
     inverse_norms,
     kernel_rows,
     least,
-    matmul,
     measures_of_gram,
     no_trace,
     squared_norms,
-    wide,
     windows_first,
     windows_last,
 )
@@ -122,6 +120,11 @@ class Order(NamedTuple):
     alpha: float = 2.0
     kernel: Kernel = Kernel(cosine=True, center=True)
     normalize: bool = False
+
+    def dtype(self, given: torch.dtype) -> torch.dtype:
+        """In which Gram matrices of rows of the ``given`` one are computed."""
+        # Eigenvalues near zero matter where they are taken, and the Gram matrix squares the condition number.
+        return torch.promote_types(given, torch.float32) if _by_power(self.alpha) else torch.float64
 
     @property
     def fewest(self) -> int:
@@ -268,24 +271,27 @@ def gram_of(rows: Tensor, windows: Windows, order: Order) -> tuple[Tensor, Tenso
     """What :class:`Gram` gives, without a gradient of its own."""
     z = cut(rows, windows)
     size, features = z.shape[-2:]
-    live = rows_that_count(windows, *rows.shape[:2]) if order.kernel.plain else None
-    wide_rows = size <= features
-    if not order.kernel.plain and not wide_rows:
-        live = torch.cat([_live(part, order) for part in _pieces(z)])
-    grams = [_products(_for_order(part, order.alpha), order.kernel, wide=wide_rows) for part in _pieces(z)]
+    pieces, wide_rows = _pieces(z), size <= features
+    live = None
+    if order.kernel.plain:
+        live = rows_that_count(windows, *rows.shape[:2])
+    elif not wide_rows:
+        live = torch.cat([_live(piece, order) for piece in pieces])
+    grams = [_products(piece, order, wide=wide_rows) for piece in pieces]
     return (grams[0] if len(grams) == 1 else torch.cat(grams)), live
 
 
-def _products(z: Tensor, kernel: Kernel, *, wide: bool) -> Tensor:
+def _products(z: Tensor, order: Order, *, wide: bool) -> Tensor:
+    z = z.to(order.dtype(z.dtype))
     with full_precision(z):
         if wide:
-            return matmul(z, z.mT)
-        y = kernel_rows(z, kernel)
-        return matmul(y.mT, y)
+            return torch.bmm(z, z.mT)
+        y = kernel_rows(z, order.kernel)
+        return torch.bmm(y.mT, y)
 
 
 def _live(z: Tensor, order: Order) -> Tensor:
-    z = _for_order(z, order.alpha)
+    z = z.to(order.dtype(z.dtype))
     return (squared_norms(z) <= least(z)).logical_not_().sum(-1)  # a row that is not finite counts
 
 
@@ -307,10 +313,10 @@ def _gradient(factor: Tensor, z: Tensor, kernel: Kernel) -> Tensor:
     z = z.to(factor.dtype)  # a factor of order 1 / |z|² may lie outside of float32 where the gradient does not
     with full_precision(z):
         if z.shape[-2] <= z.shape[-1]:
-            return matmul(factor, z)
+            return torch.bmm(factor, z)
         if kernel.plain:
-            return matmul(z, factor)
-        d = matmul(kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
+            return torch.bmm(z, factor)
+        d = torch.bmm(kernel_rows(z, kernel), factor)  # H d = d: these rows are centered
         if kernel.cosine:
             scale = inverse_norms(squared_norms(z)).unsqueeze(-1)
             unit = z * scale
@@ -381,11 +387,6 @@ def window_weights(live: Tensor | None, like: Tensor, fewest: int, size: int) ->
     if live is None:
         return torch.ones_like(like) if size >= fewest else torch.zeros_like(like)
     return (live >= fewest).to(like.dtype)
-
-
-def _for_order(z: Tensor, alpha: float) -> Tensor:
-    # Eigenvalues near zero matter for alpha < 1, and the Gram matrix squares the condition number.
-    return wide(z) if _by_power(alpha) else z.to(torch.float64)
 
 
 def _normalizer(like: Tensor, live: Tensor | None, shape: Sequence[int], kernel: Kernel) -> Tensor:

@@ -165,7 +165,7 @@ def measures_of_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     share = z.sum(-2).square().sum(-1) * reciprocal(squares.sum(-1)) / live.clamp(min=1)
     with full_precision(z):
         y = kernel_rows(z, CENTERED_COSINE)
-        grams = (windows_last(matmul(rows.mT, rows)) for rows in (z, y))
+        grams = (windows_last(torch.bmm(rows.mT, rows)) for rows in (z, y))
         linear, cosine = (KernelMatrix(gram, LINEAR).order_2 for gram in grams)
     return torch.stack((linear, cosine, _norm_ratio(squares, live), share.clamp(0, 1))).mT, live
 
@@ -226,11 +226,6 @@ def reciprocal(values: Tensor, zero: Tensor | None = None) -> Tensor:
 def inverse_norms(squares: Tensor) -> Tensor:
     """1 / norm of rows, 0 for those that count as zero; nan where a square overflows, as that row has a direction."""
     return (reciprocal(squares) + squares * 0).sqrt_()
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    # For a batch of windows, matmul's own arrangements take as long as the product.
-    return torch.bmm(a, b) if a.ndim == 3 and b.ndim == 3 else a @ b
 
 
 def full_precision(z: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -110,7 +110,7 @@ class Notices:
         """A step with a loss: look whether its losses were divided as many times as there were of them."""
         self._silent = self._unstepped = 0
         count, divisors = len(self._divisors), set(self._divisors)
-        self.forget_losses()
+        self._divisors.clear()
         if self._divided == _DIVIDED_STEPS:
             return
         self._divided = self._divided + 1 if count > 1 and divisors == {float(count)} else 0

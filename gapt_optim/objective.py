@@ -89,10 +89,11 @@ def _sums_of_calls(calls: list[Capture], plan: Plan, device: torch.device) -> tu
     if sharded:
         sum_grams(calls)
     alike: dict[object, list[int]] = {}
+    by_features = plan.order.depends_on_features
     for i, call in enumerate(calls):
         assert call.gram is not None
         gram, (n, features) = call.gram, call.shape
-        width = features if plan.order.depends_on_features else 0
+        width = features if by_features else 0
         like = (gram.shape[1:], gram.shape[-1] < n, width, gram.dtype, gram.device, call.live is None)
         alike.setdefault(like, []).append(i)
     found = [_sums_of_alike([calls[i] for i in members], plan) for members in alike.values()]

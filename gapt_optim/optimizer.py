@@ -19,7 +19,6 @@ from .metrics import Observer, StepMetrics
 from .notices import tell_of_another_model
 from .objective import check_loss
 from .progress import checked_state
-from .ranks import meeting_device
 from .several import OptimizerWrapper, Several
 from .step import Step
 from .sums import StepNumbers
@@ -98,8 +97,8 @@ class GAPTOptimizer(OptimizerWrapper):
         self._config, self._hook, self._observers = config, hook, list(observers)
         watching = hook.watching
         try:
-            self._step = Step(config, watching, process_group)
-            self._step.refuse_incomparable(self.param_groups)
+            self._step = Step(config, watching, several, process_group)
+            self._step.refuse_incomparable()
         except BaseException:
             watching.release()
             raise
@@ -164,15 +163,14 @@ class GAPTOptimizer(OptimizerWrapper):
         total, part = self._record(loss, scaled_by), loss
         if not (isinstance(scale, float) and scale == 1.0):
             total, part = total * scale, loss * scale
-        self._step.differentiate(total, part, scale * scaled_by, self.param_groups, backward_options)
+        self._step.differentiate(total, part, scale * scaled_by, backward_options)
 
     def _record(self, loss: Tensor, scaled_by: float) -> Tensor:
         # Called by both of the above, so that a warning points at the line of the user's own that called either.
         check_loss(loss, scaled_by)
-        groups = self.param_groups
-        self._step.forget_dropped(loss, groups)
+        self._step.forget_dropped(loss)
         total = self._step.objective(loss, scaled_by)
-        self._step.gradients.note(groups)  # whether a backward left anything shows by what they are then
+        self._step.note_gradients()  # whether a backward left anything shows by what they are then
         return total
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
@@ -190,17 +188,16 @@ class GAPTOptimizer(OptimizerWrapper):
             FloatingPointError: loss or entropy was not finite for ``max_nonfinite`` steps in a row.
             ValueError: ranks differ in settings, layers or state.
         """
-        step, device = self._step, self._device()
+        step = self._step
         if self._join_config is not None and self._join_config.enable:
             from torch.distributed.algorithms.join import Join
 
             Join.notify_join_context(self)  # type: ignore[arg-type]
-        step.compare_ranks(device)
-        step.refuse_undeclared(device)
+        step.meet_ranks()
         reading = None
         if closure is None:
-            step.look_at_gradients(self.param_groups)
-            reading = step.start_reading(device, self.param_groups)
+            step.look_at_gradients()
+            reading = step.start_reading()
         step.within_step = True
         try:
             result = self._step_bases(closure, **options)
@@ -210,16 +207,14 @@ class GAPTOptimizer(OptimizerWrapper):
             self.discard_step()
             return result
         if closure is not None:
-            reading = step.start_reading(device, self.param_groups)
+            reading = step.start_reading()
         self._finish(reading)
         return result
 
     def _begin_reading(self) -> Callable[[], StepNumbers] | None:
         """Compare ranks if that is due, and begin to sum over them."""
-        step, device = self._step, self._device()
-        step.compare_ranks(device)
-        step.refuse_undeclared(device)
-        return step.start_reading(device, self.param_groups)
+        self._step.meet_ranks()
+        return self._step.start_reading()
 
     def _finish(self, reading: Callable[[], StepNumbers] | None) -> None:
         """Let the gate judge a step, and plan the next."""
@@ -229,7 +224,7 @@ class GAPTOptimizer(OptimizerWrapper):
         if numbers is None or not numbers.micro_batches:
             step.note_silence()
             return
-        metrics = step.finish(numbers, self.param_groups)
+        metrics = step.finish(numbers)
         self._notify(metrics)
         step.refuse_nonfinite(metrics)
 
@@ -272,7 +267,7 @@ class GAPTOptimizer(OptimizerWrapper):
     @property
     def join_device(self) -> torch.device:
         """Where ranks meet."""
-        return self._device()
+        return self._step.device()
 
     @property
     def join_process_group(self) -> Any:
@@ -281,12 +276,7 @@ class GAPTOptimizer(OptimizerWrapper):
 
     def join_hook(self, **kwargs: Any) -> _Follows:
         """What a rank does in the steps of others, once its own data has ended: it follows the gate."""
-        return _Follows(self, [base.join_hook(**kwargs) for base in self._wrapped.all if hasattr(base, "join_hook")])
-
-    def _device(self) -> torch.device:
-        """Where ranks meet: that of the parameters, if they can meet there."""
-        parameters = (p for group in self.param_groups for p in group["params"])
-        return meeting_device(self._step.group, next((p.device for p in parameters), torch.device("cpu")))
+        return _Follows(self, [base.join_hook(**kwargs) for base in self._several.all if hasattr(base, "join_hook")])
 
     def _notify(self, metrics: StepMetrics) -> None:
         """Call each observer; one that raises is dropped with a warning."""
@@ -318,8 +308,8 @@ class GAPTOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As on the wrapped optimizer."""
-        self._wrapped.zero_grad(set_to_none)
-        self._step.forget_gradients(self.param_groups)
+        self._several.zero_grad(set_to_none)
+        self._step.forget_gradients()
 
     # State
 
@@ -346,7 +336,7 @@ class GAPTOptimizer(OptimizerWrapper):
         raise TypeError("two optimizers cannot share a hook; use copy.deepcopy((model, optimizer))")
 
     def __repr__(self) -> str:
-        bases = ", ".join(repr(base) for base in self._wrapped.all)
+        bases = ", ".join(repr(base) for base in self._several.all)
         return f"GAPTOptimizer(phase={self.phase.value!r}, layers={len(self._hook.names)}, {bases})"
 
 

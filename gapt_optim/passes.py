@@ -80,9 +80,10 @@ class Repeat(NamedTuple):
 
 
 class Pass:
-    """One forward pass of the watched model."""
+    """One forward pass of the watched model; a ``loose`` one is of modules that are called by themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, loose: bool = False) -> None:
+        self.loose = loose
         self.captures: list[Capture] = []
         self.repeats: dict[str, list[Repeat]] = {}
         self.used = False
@@ -130,8 +131,11 @@ class Pass:
         return graph is not None and any(graph in node.metadata.get("gapt_optim", ()) for node in behind)
 
     def add(self, capture: Capture, repeat: Repeat) -> None:
+        """A call of a watched module ended."""
         self.captures.append(capture)
         self.repeats.setdefault(capture.name, []).append(repeat)
+        if self.loose:
+            self.trim(capture.name)
 
     def take_over(self, ended: Pass) -> None:
         """What a pass left whose own graph is not known: the nodes of its captures tell which loss they are of."""
@@ -154,7 +158,7 @@ class Pass:
         for capture in self.captures:
             capture.gram = capture.live = capture.measures = capture.saved = None
             capture.nodes = ()
-        self.captures, self.repeats, self._windows = [], {}, {}
+        self.captures, self.repeats, self._windows, self.used = [], {}, {}, False
 
 
 class _Graph:
@@ -165,20 +169,20 @@ class Passes:
     """The passes that one hook knows of."""
 
     def __init__(self) -> None:
-        self.open: Pass | None = None
-        """The model's call that is under way."""
-        self.loose = Pass()
+        self.loose = Pass(loose=True)
         """Of watched modules that are called by themselves, outside of any call of the model."""
+        self.current = self.loose
+        """Where a capture belongs that is made now: the model's call that is under way, if one is."""
         self.kept: list[Pass] = []
 
     def begin(self) -> None:
         """The model is called."""
-        self.open = Pass()
+        self.current = Pass()
 
     def end(self, output: Any) -> None:
         """The model returned ``output``; None where it raised."""
-        ended, self.open = self.open, None
-        if ended is None or torch.compiler.is_compiling():
+        ended, self.current = self.current, self.loose
+        if ended.loose:
             return
         ended.follow(output)
         self.kept = [each for each in self.kept if not each.gone]
@@ -190,21 +194,11 @@ class Passes:
             self.loose.take_over(ended)
         ended.forget()
 
-    def current(self) -> Pass:
-        """Where a capture belongs that is made now."""
-        return self.loose if self.open is None else self.open
-
-    def add(self, to: Pass, capture: Capture, repeat: Repeat) -> None:
-        """A call of a watched module ended in the pass ``to``."""
-        to.add(capture, repeat)
-        if to is self.loose:
-            to.trim(capture.name)
-
     def all(self) -> Iterator[Pass]:
         yield from self.kept
         yield self.loose
-        if self.open is not None:
-            yield self.open
+        if not self.current.loose:
+            yield self.current
 
     def take(self, behind: set[Any]) -> list[Capture]:
         """Captures of the passes in the graph of a loss, given the nodes ``behind`` it; they are no longer here."""
@@ -232,7 +226,6 @@ class Passes:
     def clear(self) -> None:
         """Forget what no graph would tell to be gone."""
         self.loose.forget()
-        self.loose = Pass()
 
 
 def nodes_behind(loss: Tensor) -> set[Any]:
@@ -260,7 +253,9 @@ def nodes_behind(loss: Tensor) -> set[Any]:
 
 def nodes_of(output: Any, h: Tensor) -> tuple[Any, ...]:
     """What made ``h``; or all of the module's output, where ``output=`` gave another tensor, such as a view."""
-    within = [h] if output is h else list(tensors_in(output))
+    if output is h:
+        return () if h.grad_fn is None else (h.grad_fn,)
+    within = list(tensors_in(output))
     made = [h] if any(tensor is h for tensor in within) else within
     return tuple(tensor.grad_fn for tensor in made if tensor.grad_fn is not None)
 
@@ -305,5 +300,5 @@ def in_backward() -> bool:
 
 
 def transformed() -> bool:
-    """Inside a transform of torch.func, whose gradients are no part of a step."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    """Inside a transform of torch.func, whose gradients are no part of a step; of code that is not compiled."""
+    return torch._C._functorch.maybe_current_level() is not None

@@ -261,6 +261,8 @@ class OptimizerWrapper(Optimizer):
       ``base``.
     """
 
+    _several: Several
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "step" in cls.__dict__:
@@ -269,7 +271,7 @@ class OptimizerWrapper(Optimizer):
     def _wrap(self, several: Several) -> None:
         # Gives us torch's step and state-dict hooks without Optimizer.__init__, which would make param_groups
         # and state of our own. It sets a default, so it comes before the optimizers do.
-        self._several: Several | None = None
+        self.__dict__["_several"] = None
         Optimizer.__setstate__(self, {})
         self._several = several
 
@@ -288,15 +290,7 @@ class OptimizerWrapper(Optimizer):
     @property
     def base(self) -> Any:
         """The wrapped optimizer, or a tuple of them."""
-        several = self._wrapped
-        return several.all[0] if several.single else several.all
-
-    @property
-    def _wrapped(self) -> Several:
-        several: Several | None = self.__dict__.get("_several")
-        if several is None:
-            raise AttributeError(f"this {type(self).__name__} is not built yet")
-        return several
+        return self._several.all[0] if self._several.single else self._several.all
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -305,37 +299,38 @@ class OptimizerWrapper(Optimizer):
         Each has an entry ``"gapt"`` of None, as schedulers put an ``"initial_lr"`` there: where a checkpoint was
         flattened, torch.distributed.checkpoint looks up those entries that the groups have, and no others.
         """
-        groups = self._wrapped.param_groups
+        groups = self._several.param_groups
         for group in groups:
             group.setdefault(STATE_KEY, None)
         return groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._wrapped.param_groups = groups
+        self._several.param_groups = groups
 
     @property
     def state(self) -> Any:
         """The wrapped optimizer's own state; of several, a mapping that looks up the right one."""
-        return self._wrapped.state
+        return self._several.state
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._wrapped.state = state
+        self._several.state = state
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's own defaults; of several, what all of them have."""
-        return {} if self._several is None else self._several.defaults
+        several: Several | None = self.__dict__["_several"]
+        return {} if several is None else several.defaults
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
-        self._wrapped.defaults = defaults
+        self._several.defaults = defaults
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Read by GradScaler. Every base must be able to skip a step with infinite gradients by itself.
-        return all(getattr(base, "_step_supports_amp_scaling", False) for base in self._wrapped.all)
+        return all(getattr(base, "_step_supports_amp_scaling", False) for base in self._several.all)
 
     def __getattr__(self, name: str) -> Any:
         missing = f"'{type(self).__name__}' object has no attribute '{name}'"
@@ -367,7 +362,7 @@ class OptimizerWrapper(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self._wrapped.state_dict()
+        state_dict = self._several.state_dict()
         own = {STATE_KEY: json.dumps(self._own_state())}
         if state_dict.get("param_groups"):
             state_dict["param_groups"] = [{**group, **own} for group in state_dict["param_groups"]]
@@ -399,7 +394,7 @@ class OptimizerWrapper(Optimizer):
         own, notice = self._own_part(state_dict)
         if notice is not None:
             tell(notice)  # first, so that where warnings are errors nothing is changed
-        self._wrapped.load_state_dict(state_dict)
+        self._several.load_state_dict(state_dict)
         self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -425,19 +420,19 @@ class OptimizerWrapper(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As on the wrapped optimizer; of several, add to one of ``base``."""
-        self._wrapped.add_param_group(param_group)
+        self._several.add_param_group(param_group)
 
     def _step_bases(self, closure: Callable[[], Any] | None, **options: Any) -> Any:
         # GradScaler leaves these two on an optimizer whose fused kernel unscales and skips by itself.
         passed: dict[str, Any] = {
             name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
         }
-        for base in self._wrapped.all:
+        for base in self._several.all:
             base.__dict__.update(passed)
         try:
-            return self._wrapped.step(closure, **options)
+            return self._several.step(closure, **options)
         finally:
-            for base in self._wrapped.all:
+            for base in self._several.all:
                 for name in passed:
                     base.__dict__.pop(name, None)
 

@@ -23,7 +23,8 @@ from .objective import build_objective, counted_layers
 from .passes import Capture
 from .plan import Plan
 from .progress import Progress, flat_state
-from .ranks import group_of, refuse_different_ranks
+from .ranks import group_of, meeting_device, refuse_different_ranks
+from .several import Several
 from .shards import plain
 from .sums import StepNumbers, StepSums
 from .undeclared import Undeclared
@@ -41,11 +42,14 @@ class Step:
     Args:
         config: the optimizer's settings.
         watching: of the optimizer's hook.
+        several: what is wrapped.
         process_group: ranks to average over; None for all.
     """
 
-    def __init__(self, config: GAPTConfig, watching: Watching, process_group: dist.ProcessGroup | None) -> None:
-        self.config, self.watching, self.process_group = config, watching, process_group
+    def __init__(
+        self, config: GAPTConfig, watching: Watching, several: Several, process_group: dist.ProcessGroup | None
+    ) -> None:
+        self.config, self.watching, self._several, self.process_group = config, watching, several, process_group
         self.progress = Progress(config)
         self.metrics: StepMetrics | None = None
         self.within_step = False
@@ -129,7 +133,7 @@ class Step:
         if on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured()
             return loss
-        if not self.sums.micro_batches:  # what a backward of something else left
+        if self.plan.due and not self.sums.micro_batches:  # what a backward of something else left
             self.watching.clear_angles()
         if not self.names and self.watching.watches:  # chosen in this forward pass, which captured nothing
             self._know_layers()
@@ -193,16 +197,13 @@ class Step:
             return
         self._notices.once("nothing", f"{why}. Until then nothing is known of entropies, and the gate stays")
 
-    def differentiate(
-        self, total: Tensor, loss: Tensor, scale: float | Tensor, groups: Groups, options: dict[str, Any]
-    ) -> None:
+    def differentiate(self, total: Tensor, loss: Tensor, scale: float | Tensor, options: dict[str, Any]) -> None:
         """One backward pass of ``total``, and the parameter alignment of the loss and entropy in it when it is due.
 
         Args:
             total: what is differentiated.
             loss: the loss's part of it.
             scale: factor on the entropy's part.
-            groups: the optimizer's parameter groups.
             options: of ``Tensor.backward``.
         """
         mean_entropy, self._mean_entropy = self._mean_entropy, None
@@ -210,7 +211,7 @@ class Step:
             total.backward(**options)  # type: ignore[no-untyped-call]
             return
         if self._comparison is None or not self._comparison.begun:
-            parameters = named_parameters(self.watching.model(), groups)
+            parameters = self._parameters()
             self._comparison = GradientComparison(parameters, self.names, self._weight(), self.group)
         with self.watching.without_angles():
             self._comparison.before(loss, mean_entropy * scale)
@@ -226,31 +227,41 @@ class Step:
             return None
         return config.objective.weight if config.objective.direction == "down" else -config.objective.weight
 
-    def refuse_incomparable(self, groups: Groups) -> None:
+    def _parameters(self) -> dict[str, Tensor]:
+        return named_parameters(self.watching.model(), self._several.param_groups)
+
+    def refuse_incomparable(self) -> None:
         """Raises RuntimeError where parameter alignment is wanted and cannot be."""
         if self.config.alignment.parameter_every:
-            refuse_incomparable(named_parameters(self.watching.model(), groups))
+            refuse_incomparable(self._parameters())
 
-    def forget_dropped(self, loss: Tensor, groups: Groups) -> None:
+    def forget_dropped(self, loss: Tensor) -> None:
         """Losses whose gradients are gone, or never came, are of no step: a scaler's overflow, an exception.
 
         But ``loss`` may be a further one of the same pass, before any backward.
         """
-        if self.sums.micro_batches and self.gradients.unchanged(groups) and not self.watching.had_a_loss(loss):
+        if self._dropped() and not self.watching.had_a_loss(loss):
             self.discard()
             if not self.within_step:
                 self._notices.unstepped()
 
-    def look_at_gradients(self, groups: Groups) -> None:
+    def _dropped(self) -> bool:
+        return self.sums.micro_batches > 0 and self.gradients.unchanged(self._several.param_groups)
+
+    def look_at_gradients(self) -> None:
         """At a step: where its losses left nothing in ``.grad``, that tells nothing of later ones."""
-        if self.sums.micro_batches and self.gradients.unchanged(groups):
+        if self._dropped():
             self.gradients.shown = False
 
-    def forget_gradients(self, groups: Groups) -> None:
+    def note_gradients(self) -> None:
+        """What a backward adds to ``.grad`` from now on is of the losses so far."""
+        self.gradients.note(self._several.param_groups)
+
+    def forget_gradients(self) -> None:
         """Gradients were zeroed: what was compared with them is gone."""
         self._comparison = None
         if self.sums.micro_batches:
-            self.gradients.note(groups)
+            self.note_gradients()
 
     def forget(self) -> None:
         """The step is over: what was captured and recorded for it goes."""
@@ -286,32 +297,32 @@ class Step:
 
     # How a step ends
 
-    def compare_ranks(self, device: torch.device) -> None:
-        """Before the first step, and after loading: all ranks have the same settings, layers and state.
+    def device(self) -> torch.device:
+        """Where ranks meet: that of the parameters, if they can meet there."""
+        parameters = (p for group in self._several.param_groups for p in group["params"])
+        return meeting_device(self.group, next((p.device for p in parameters), torch.device("cpu")))
+
+    def meet_ranks(self) -> None:
+        """Before the first step, and after loading: all ranks have the same settings, layers and state. At the first
+        steps over ranks, what they have is what they seem to have.
 
         Raises:
-            ValueError: on all ranks, where they differ; the message names the field and the values.
+            ValueError: on all ranks, where they differ; the message names the field and the values. Or hidden tensors
+                are parts that nobody declared, or the loss is a share.
         """
         if not self._ranks_compared:
             self.group = group_of(self.process_group)  # ranks may have met after the step began
             if self.group is not None:
-                refuse_different_ranks(flat_state(self.state_dict()), self.group, device)
+                refuse_different_ranks(flat_state(self.state_dict()), self.group, self.device())
             self._ranks_compared = True
-
-    def refuse_undeclared(self, device: torch.device) -> None:
-        """At the first step over ranks: what they have is what they seem to have.
-
-        Raises:
-            ValueError: on all ranks, where hidden tensors are parts that nobody declared, or the loss is a share.
-        """
         if self._undeclared.wanted:
             if self.group is not None:
-                self._undeclared.refuse(self.names, self.group, device)
+                self._undeclared.refuse(self.names, self.group, self.device())
             else:
                 self._undeclared.wanted = False
             self.watching.digest = self._undeclared.wanted
 
-    def start_reading(self, device: torch.device, groups: Groups) -> Callable[[], StepNumbers] | None:
+    def start_reading(self) -> Callable[[], StepNumbers] | None:
         """Begin to bring this step's numbers to the host, before the step itself keeps the device busy."""
         if self.group is None and not self.sums.micro_batches:
             return None
@@ -319,13 +330,14 @@ class Step:
             begun = self._comparison is not None and self._comparison.begun
             self._uncompared = self.sums.micro_batches > 0 and not begun
             if self.group is not None and self._of_stages is None:
-                self._compare_over_ranks(groups)
+                self._compare_over_ranks()
+        device = self.device()
         angles = self._angles(device) if self.plan.due else None
         return self.sums.start_reading(angles, self.progress.counts.unjudged_validation, device, self.group)
 
-    def _compare_over_ranks(self, groups: Groups) -> None:
+    def _compare_over_ranks(self) -> None:
         """One collective on every rank, whether or not it compared a backward of its own."""
-        parameters = named_parameters(self.watching.model(), groups)
+        parameters = self._parameters()
         if not parameters or sharded(parameters) is not None:
             return
         comparison = self._comparison
@@ -344,18 +356,16 @@ class Step:
         found[[self.names.index(name) for name in self.watching.watches]] = taken * factors
         return found
 
-    def finish(self, numbers: StepNumbers, groups: Groups) -> StepMetrics:
-        """Let the gate judge the numbers of one step, and plan the next. ``groups`` are the optimizer's."""
-        progress, phase, plan = self.progress, self.progress.phase, self.plan
+    def finish(self, numbers: StepNumbers) -> StepMetrics:
+        """Let the gate judge the numbers of one step, and plan the next."""
+        progress, counts, phase, plan = self.progress, self.progress.counts, self.progress.phase, self.plan
         judged = [name for name in self.counted if name in numbers.entropies] or list(numbers.entropies)
         entropy = math.fsum(numbers.entropies[name] for name in judged) / len(judged) if judged else None
         compared = self._comparison.finish() if self._comparison is not None else None
-        reason = progress.advance(
-            numbers.loss, entropy, numbers.entropies, numbers.validation, largest_learning_rate(groups)
-        )
+        learning_rate = largest_learning_rate(self._several.param_groups)
+        reason = progress.advance(numbers.loss, entropy, numbers.entropies, numbers.validation, learning_rate)
         self.begin()
         measured = [numbers.measures[name] for name in judged if name in numbers.measures]
-        counts = progress.counts
         whole = abs(numbers.loss) + abs(numbers.penalty)
         self.metrics = StepMetrics(
             step=counts.steps,

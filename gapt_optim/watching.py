@@ -69,6 +69,8 @@ class Watching:
         """The next call of the model leaves a digest of its arguments, by which ranks see if they have the same."""
         self.inputs: Tensor | None = None
         self.removed = False
+        self.compiled = False
+        """Some watched module ran in compiled code."""
         self.told: set[str] = set()
         """What was said of outputs that cannot be read."""
         self.why_not: dict[str, str] = {}
@@ -91,11 +93,10 @@ class Watching:
         taken: dict[str, list[Capture]] = {}
         for capture in self.passes.take(behind):
             taken.setdefault(capture.name, []).append(capture)
-        for name, watch in self.watches.items():
-            of_compiled = watch.take(behind)
-            if of_compiled:
-                taken.setdefault(name, []).extend(of_compiled)
-        return {name: taken[name] for name in self.watches if name in taken}
+        if self.compiled:
+            for name, watch in self.watches.items():
+                taken.setdefault(name, []).extend(watch.take(behind))
+        return {name: taken[name] for name in self.watches if taken.get(name)}
 
     def had_a_loss(self, loss: Tensor) -> bool:
         """The entropies of the pass that ``loss`` is of went with an earlier loss."""
@@ -167,13 +168,14 @@ class Watching:
         """The step is over: forget what no graph would tell to be gone."""
         self.passes.clear()
         self.why_not, self.unread = {}, set()
-        for watch in self.watches.values():
-            watch.clear()
+        if self.compiled or (self.plan is not None and self.plan.due):
+            for watch in self.watches.values():
+                watch.clear()
 
     def release(self) -> None:
         """No optimizer listens any more."""
-        self.plan = None
         self.clear()
+        self.plan = None
         self.passes = Passes()
 
 
@@ -184,7 +186,7 @@ class Watch(Unsaved):
         self.name, self.watching = name, watching
         self.module = weakref.ref(module)
         self.angles = Angles(next((p.device for p in module.parameters()), torch.device("cpu")))
-        self.recent = self._nothing = [Capture(name) for _ in range(MOST_COMPILED)]
+        self.recent = [Capture(name) for _ in range(MOST_COMPILED)]
         """Of a compiled model, the last calls. Its length never changes, as each would be traced anew."""
         self.of_angle = 1.0
         """Factor on the sums of its angle, where several ranks have parts or copies of its output."""
@@ -198,56 +200,38 @@ class Watch(Unsaved):
         plan = watching.plan
         if plan is None:
             return None
-        why_not = self._why_not(module)
+        compiling = torch.compiler.is_compiling()
+        why_not = _why_not(module, compiling=compiling)
         if why_not is not None:
             watching.why_not[self.name] = why_not
             return None
+        if compiling:
+            return self._capture_compiled(plan, output)
         if in_backward():
             if recomputing():
                 self._repeat(args, output)
             return None
         return self._capture(plan, args, output)
 
-    def _why_not(self, module: nn.Module) -> str | None:
-        """Why nothing is captured in this call; None where something is."""
-        if getattr(module, "_is_replica", False):
-            return "replica"
-        if not module.training:
-            return "evaluation"
-        if not torch.is_grad_enabled():
-            return "without gradients"
-        return "transform" if transformed() else None
-
     def _capture(self, plan: Plan, args: Any, output: Any) -> Any:
-        """Leave the Gram matrices of ``output`` for the objective; at times returns the output with an angle in it."""
-        watching, compiling = self.watching, torch.compiler.is_compiling()
-        found = self._understood(plan, output) if compiling else self._read(plan, output)
-        if found is None:
+        """Leave the Gram matrices of ``output`` for the objective; where angles are due, returns a view of it."""
+        try:
+            reading, shards, features = self._understood(plan, output)
+        except (TypeError, ValueError) as error:
+            if plan.pressed and self.name in plan.counted:
+                raise
+            self._tell_unread(error)
             return None
-        (reading, shards, features), order = found, plan.order
-        rows = reading.rows
-        batch, length = rows.shape[:2]
-        into = None if compiling else watching.passes.current()
-        cutting = windows_of if into is None else into.windows_of
-        windows = cutting(batch, length, plan.config.entropy.window, reading.live, reading.segments)
-        flows = rows.requires_grad
-        # A compiled model is the same at every step of a phase, whether it is due or not.
-        differentiated = flows and ((plan.differentiated and self.name in plan.counted) or (not compiling and plan.due))
-        gram, live = self._gram(rows, windows, order, differentiated)
-        measures = None
-        if windows.size > rows.shape[-1] and (compiling or plan.due):
-            with torch.no_grad():
-                measures = measures_of_rows(cut(rows.detach(), windows))
-        capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures, shards)
-        if into is None:
-            self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
-            if not (flows and plan.angles):
-                return None
-            others = () if shards is None else shards.features
-            marked = self.angles.in_graph(reading.h, reading.view, windows, order, features, others)
-            return replaced(output, reading.h, marked)
+        into, order = self.watching.passes.current, plan.order
+        batch, length, width = reading.rows.shape
+        windows = into.windows_of(batch, length, plan.config.entropy.window, reading.live, reading.segments)
+        wanted = plan.due or (plan.differentiated and self.name in plan.counted)
+        differentiated = wanted and reading.rows.requires_grad
+        gram, live = self._gram(reading.rows, windows, order, differentiated)
+        measures = self._measures(reading.rows, windows) if plan.due and windows.size > width else None
+        capture = Capture(self.name, gram, live, (windows.size, features), reading.rows.dtype, measures, shards)
         capture.nodes = nodes_of(output, reading.h)
-        watching.passes.add(into, capture, Repeat(_address(args), reading.view, windows, differentiated))
+        into.add(capture, Repeat(_address(args), reading.view, windows, differentiated))
         if not (differentiated and plan.due):
             return None
         capture.saved = gram.view_as(gram).grad_fn
@@ -257,6 +241,24 @@ class Watch(Unsaved):
             capture.angled = True
             self.angles.watch(seen, capture, windows, order, reading.view)
         return result
+
+    def _capture_compiled(self, plan: Plan, output: Any) -> Any:
+        """The same in code that is traced. It is the same at every step of a phase, whether that is due or not."""
+        reading, shards, features = self._understood(plan, output)
+        rows, order = reading.rows, plan.order
+        batch, length, width = rows.shape
+        windows = windows_of(batch, length, plan.config.entropy.window, reading.live, reading.segments)
+        differentiated = plan.differentiated and self.name in plan.counted and rows.requires_grad
+        gram, live = self._gram(rows, windows, order, differentiated)
+        measures = self._measures(rows, windows) if windows.size > width else None
+        capture = Capture(self.name, gram, live, (windows.size, features), rows.dtype, measures, shards)
+        self.recent = [capture, *self.recent[: MOST_COMPILED - 1]]
+        self.watching.compiled = True
+        if not (rows.requires_grad and plan.angles):
+            return None
+        others = () if shards is None else shards.features
+        marked = self.angles.in_graph(reading.h, reading.view, windows, order, features, others)
+        return replaced(output, reading.h, marked)
 
     def _placed(self, output: Any) -> tuple[Any, Placed | None]:
         """The hidden tensor, and where its parts lie if this rank does not have all of it."""
@@ -282,20 +284,13 @@ class Watch(Unsaved):
         self.of_angle = shards.of_angle
         return reading, shards, features
 
-    def _read(self, plan: Plan, output: Any) -> tuple[Reading, Shards | None, int] | None:
-        """What the output means. Where that is not known, memorization goes on without this layer."""
-        try:
-            return self._understood(plan, output)
-        except (TypeError, ValueError) as error:
-            if plan.pressed and self.name in plan.counted:
-                raise
-            watching = self.watching
-            problem, told = str(error).replace(f'"{self.name}"', ""), watching.told
-            if not {problem, self.name} & told:  # neither of this layer nor of another
-                tell(f"{error}. Until then the layer is left out, and compression will refuse it")
-            told |= {problem, self.name}
-            watching.unread.add(self.name)
-            return None
+    def _tell_unread(self, error: Exception) -> None:
+        """The output cannot be read: memorization goes on without this layer."""
+        problem, told = str(error).replace(f'"{self.name}"', ""), self.watching.told
+        if not {problem, self.name} & told:  # neither of this layer nor of another
+            tell(f"{error}. Until then the layer is left out, and compression will refuse it")
+        told |= {problem, self.name}
+        self.watching.unread.add(self.name)
 
     def _gram(self, rows: Tensor, windows: Windows, order: Order, differentiated: bool) -> tuple[Tensor, Tensor | None]:
         if not differentiated:
@@ -303,6 +298,10 @@ class Watch(Unsaved):
                 return gram_of(rows.detach(), windows, order)
         name = None if torch.compiler.is_compiling() else self.name
         return gram_with_gradient(rows, windows, order, name)
+
+    def _measures(self, rows: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return measures_of_rows(cut(rows.detach(), windows))
 
     def _repeat(self, args: Any, output: Any) -> None:
         """A recomputed call saves what the call saved, whatever the phase is now, and records nothing."""
@@ -318,8 +317,6 @@ class Watch(Unsaved):
 
     def take(self, behind: set[Any]) -> list[Capture]:
         """Captures of the compiled calls that a loss is made of, oldest first."""
-        if self.recent is self._nothing:
-            return []
         own = [capture for capture in self.recent if capture.gram is not None]
         # Without gradients nothing tells which call a loss is of.
         taken = [capture for capture in own if is_of(capture.gram, behind)]
@@ -342,7 +339,7 @@ class Watch(Unsaved):
 
     def clear(self) -> None:
         self.angles.clear()
-        self.recent = self._nothing
+        self.recent = [Capture(self.name) for _ in range(MOST_COMPILED)]
 
 
 class Begins(Unsaved):
@@ -357,7 +354,7 @@ class Begins(Unsaved):
         self.calls.enter(args, kwargs, watching.reads)
         if not self.is_model or torch.compiler.is_compiling():
             return
-        if watching.passes.open is not None and len(watching.layout.calls) > 1:  # not one that an interrupt ended
+        if not watching.passes.current.loose and len(watching.layout.calls) > 1:  # not one that an interrupt ended
             return
         if watching.plan is not None and watching.reader is None and torch.is_grad_enabled() and not in_backward():
             if watching.digest:
@@ -378,6 +375,17 @@ class Ends(Unsaved):
         if begins.opened and not torch.compiler.is_compiling():
             begins.opened = False
             begins.watching.passes.end(output)
+
+
+def _why_not(module: nn.Module, *, compiling: bool) -> str | None:
+    """Why nothing is captured in a call of ``module``; None where something is."""
+    if getattr(module, "_is_replica", False):
+        return "replica"
+    if not module.training:
+        return "evaluation"
+    if not torch.is_grad_enabled():
+        return "without gradients"
+    return "transform" if not compiling and transformed() else None
 
 
 def _address(args: Any) -> int:

@@ -111,7 +111,7 @@ def test_a_pass_that_raises_is_not_kept() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(64, 10))
     assert kept(optimizer) == []
-    assert optimizer.hook.watching.passes.open is None
+    assert optimizer.hook.watching.passes.current.loose
 
 
 def test_calls_outside_of_the_model_are_kept_up_to_a_number() -> None:
