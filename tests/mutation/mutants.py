@@ -21,7 +21,9 @@ GROUPS: dict[str, list[str]] = {
     "layout": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gapt_optim" / "layout").glob("*.py")),
     "capture": ["gapt_optim/hook.py", "gapt_optim/watching.py", "gapt_optim/passes.py", "gapt_optim/shards.py"],
     "objective": ["gapt_optim/objective.py", "gapt_optim/sums.py"],
-    "step": ["gapt_optim/step.py", "gapt_optim/progress.py", "gapt_optim/notices.py"],
+    "step": [
+        f"gapt_optim/{name}.py" for name in ("step", "progress", "notices", "gradients", "undeclared", "optimizer")
+    ],
 }
 
 # Within a family, so that a mutant computes something else and does not merely raise TypeError at once.
