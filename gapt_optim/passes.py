@@ -158,7 +158,7 @@ class Pass:
         for capture in self.captures:
             capture.gram = capture.live = capture.measures = capture.saved = None
             capture.nodes = ()
-        self.captures, self.repeats, self._windows, self.used = [], {}, {}, False
+        self.captures, self.repeats, self._windows = [], {}, {}
 
 
 class _Graph:
