@@ -65,7 +65,6 @@ def _windows_of_documents(size: int, live: Tensor | None, segments: Tensor) -> W
     begins = counts & (before == before[start])
     origin = torch.where(begins, place, -1).cummax(0).values
     within = place - origin
-    counts = counts & (origin >= start)
     if size == segments.shape[1] and not compiling:
         size = int(torch.where(counts, within, 0).max()) + 1
     opens = (origin >= start) & (within % size == 0)

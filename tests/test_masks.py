@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gapt_optim import EntropyConfig, GAPTConfig, GAPTOptimizer, GateConfig, RepresentationHook
@@ -302,3 +304,36 @@ def test_windows_of_documents_are_as_long_as_the_longest(rows: list[int]) -> Non
     assert windows.size == longest
     assert windows.keep is not None
     assert int(windows.keep.sum()) == int(live.sum())
+
+
+@given(data=st.data(), batch=st.integers(1, 3), length=st.integers(1, 12), size=st.none() | st.integers(1, 5))
+def test_windows_of_documents_hold_the_rows_that_count(
+    data: st.DataObject, batch: int, length: int, size: int | None
+) -> None:
+    """Of one document each, from its first row that counts on, with holes where rows between do not."""
+    numbers = st.lists(st.integers(0, 2), min_size=batch * length, max_size=batch * length)
+    segments = torch.tensor(data.draw(numbers)).reshape(batch, length)
+    live = torch.tensor(data.draw(numbers)).reshape(batch, length) > 0
+    documents: list[list[int]] = []  # places of rows that count
+    for row in range(batch):
+        for column in range(length):
+            if column == 0 or segments[row, column] != segments[row, column - 1]:
+                documents.append([])
+            if live[row, column]:
+                documents[-1].append(row * length + column)
+    documents = [document for document in documents if document]
+    longest = max((document[-1] - document[0] + 1 for document in documents), default=1)
+    rows = longest if size is None or size >= length else size
+    expected = [
+        [place for place in document if begin <= place < begin + rows]
+        for document in documents
+        for begin in range(document[0], document[-1] + 1, rows)
+    ]
+
+    windows = windows_of(batch, length, size, live, segments)
+    assert windows.places is not None
+    assert windows.keep is not None
+    pairs = zip(windows.places, windows.keep, strict=True)
+    found = [places[keep].tolist() for places, keep in pairs]
+    assert windows.size == rows
+    assert [places for places in found if places] == [places for places in expected if places]
