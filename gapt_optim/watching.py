@@ -168,14 +168,14 @@ class Watching:
         """The step is over: forget what no graph would tell to be gone."""
         self.passes.clear()
         self.why_not, self.unread = {}, set()
-        if self.compiled or (self.plan is not None and self.plan.due):
+        if self.compiled:
             for watch in self.watches.values():
                 watch.clear()
 
     def release(self) -> None:
         """No optimizer listens any more."""
-        self.clear()
         self.plan = None
+        self.clear()
         self.passes = Passes()
 
 

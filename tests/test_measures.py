@@ -183,3 +183,19 @@ def test_a_layer_of_zeros_has_no_entropy_and_no_measures(width: int, kernel: str
     assert optimizer.metrics.layer_entropy == ({"0": 0.0} if plain else {})
     assert optimizer.metrics.layer_measures == {}
     assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+def test_a_pass_that_began_before_measures_were_due_has_none() -> None:
+    """Where rows outnumber features they are taken in the forward pass, and this one ran in the step before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = wrapped(model, "0", alignment={"every": 3})
+    for step in (1, 2, 3):
+        if step != 3:
+            loss = model(torch.randn(64, 4)).square().mean()
+        optimizer.objective(loss)
+        if step == 2:
+            loss = model(torch.randn(64, 4)).square().mean()
+        optimizer.step()
+        assert list(optimizer.metrics.layer_measures) == (["0"] if step == 1 else [])
+        assert list(optimizer.metrics.layer_entropy) == ["0"]
