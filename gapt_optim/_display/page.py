@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,17 +79,17 @@ class Page:
         """Raises ImportError where plotly, which brings the drawing code, is not installed."""
         from plotly.offline import get_plotlyjs
 
-        body, count = [], 0
+        files, places = resources.files(__package__), count()
+        body = []
         for heading, content, charts in self.sections:
-            figures = "".join(self._figure(chart, f"chart{count + i}") for i, chart in enumerate(charts))
-            count += len(charts)
+            figures = "".join(self._figure(chart, f"chart{next(places)}") for chart in charts)
             grid = f'<div class="grid">{figures}</div>' if figures else ""
             body.append(f"<section><h2>{html.escape(heading)}</h2>{content}{grid}</section>")
         return _FRAME.format(
             title=html.escape(self.title),
             subtitle=html.escape(self.subtitle),
-            css=_resource("page.css"),
-            js=_resource("page.js"),
+            css=files.joinpath("page.css").read_text(encoding="utf-8"),
+            js=files.joinpath("page.js").read_text(encoding="utf-8"),
             controls=self._controls(),
             body="".join(body),
             version=html.escape(__version__),
@@ -217,10 +218,6 @@ def _select(name: str, options: Sequence[tuple[str, str]], about: str = "", chos
     )
     said = f' aria-label="{about}"' if about else ""
     return f'<select id="{name}"{said}>{items}</select>'
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 _FIRST = '<script>performance.mark("first-chart")</script>'

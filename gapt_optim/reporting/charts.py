@@ -12,7 +12,7 @@ from pandas import DataFrame, Series
 from .._display.page import Chart, Trace, base_layout, heat_trace, label, line_trace, shortened
 from .._display.tables import common_prefix, number, short_names, with_minus
 from .records import MEASURES
-from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
+from .run import Run, compression_spans, is_again, mean_of_last, pressed_entropy, smoothed, switches
 
 MOST_POINTS = 2000
 """Of a line: more than a screen has columns."""
@@ -51,12 +51,9 @@ COLUMNS = {
 
 
 class RunCharts:
-    """Charts of runs, each with its seeds.
+    """Charts of runs, each with its seeds and in its colour.
 
-    Args:
-        runs: seeds of each run, by name.
-        colors: of each run.
-        baseline: the run that is drawn wide and pale below the others, so that it shows where they agree with it.
+    The baseline is drawn wide and pale below the others, so that it shows where they agree with it.
     """
 
     def __init__(self, runs: Mapping[str, Seeds], colors: Sequence[str], baseline: str) -> None:
@@ -74,8 +71,8 @@ class RunCharts:
         """One column over the steps."""
         traces: list[Trace] = []
         late: list[Series] = []
-        ends = {name: Series([last_value(run, column) for run in seeds]).mean() for name, seeds in self.runs.items()}
-        for place, (name, seeds) in self._drawn():
+        ends = {name: mean_of_last(seeds, column) for name, seeds in self.runs.items()}
+        for place, name, seeds in self._drawn():
             held_out = [values for run in seeds if len(values := run.held_out[column].dropna())]
             trained = [values for run in seeds if len(values := run.steps[column].dropna())]
             found = self._training(place, name, trained, dots=column == "entropy_share", faint=bool(held_out))
@@ -97,22 +94,22 @@ class RunCharts:
             layout["yaxis"]["rangemode"] = "tozero"
         if column == "entropy" and self.kernels:
             note = f"{' / '.join(self.kernels).capitalize()}. {note}"
-        said = "; ".join(f"{name} {number(ends[name])}" for _, (name, _) in self._drawn())
+        said = "; ".join(f"{name} {number(ends[name])}" for _, name, _ in self._drawn())
         alternative = f"{title} over {self.end:,} steps, in {unit}. At the end: {said}."
         return Chart(title, note, alternative, traces, layout, over_steps=True)
 
-    def _drawn(self) -> list[tuple[int, tuple[str, Seeds]]]:
+    def _drawn(self) -> list[tuple[int, str, Seeds]]:
         """Runs with their places, the baseline first: it lies below the others."""
-        return sorted(enumerate(self.runs.items()), key=lambda item: item[1][0] != self.baseline)
+        runs = [(place, name, seeds) for place, (name, seeds) in enumerate(self.runs.items())]
+        return sorted(runs, key=lambda run: run[1] != self.baseline)
 
-    def _training(
-        self, place: int, name: str, seeds: list[Series], *, dots: bool, faint: bool, kind: str = ""
-    ) -> list[Trace]:
+    def _training(self, place: int, name: str, seeds: list[Series], *, dots: bool, faint: bool) -> list[Trace]:
         if not seeds:
             return []
-        color, said = self.colors[place], f"{name}{kind}{', training' if faint else ''}"
+        color, said = self.colors[place], f"{name}, training" if faint else name
         if dots:
-            return [self._line(place, said, extremes(seeds[0])) | {"mode": "markers", "marker": _dot(color, 3)}]
+            marks = {"mode": "markers", "marker": {"size": 3, "color": color}}
+            return [self._line(place, said, extremes(seeds[0])) | marks]
         if len(seeds) > 1:
             return self._band(place, said, [smoothed(values) for values in seeds])
         raw = self._line(place, said, extremes(seeds[0]))
@@ -127,7 +124,7 @@ class RunCharts:
         said = f"{name}, held out"
         if len(seeds) > 1:
             return self._band(place, said, seeds)
-        marks = {"mode": "lines+markers", "marker": _dot(self.colors[place], 6)}
+        marks = {"mode": "lines+markers", "marker": {"size": 6, "color": self.colors[place]}}
         return [self._line(place, said, extremes(values)) | (marks if len(values) <= 60 else {}) for values in seeds]
 
     def _band(self, place: int, name: str, seeds: list[Series]) -> list[Trace]:
@@ -166,6 +163,7 @@ class RunCharts:
             if not switch_marks or switched.empty:
                 continue
             up = switched.next_phase == "compression"
+            symbols = np.where(up, "triangle-right", "triangle-left")
             said = [f"{row.reason}: {row.next_phase} from step {row.Index + 1:,}" for row in switched.itertuples()]
             traces.append(
                 {
@@ -174,11 +172,7 @@ class RunCharts:
                     "x": switched.index.to_numpy(),
                     "y": np.where(up, 0.97, 0.92),
                     "yaxis": "y2",
-                    "marker": {
-                        "size": 8,
-                        "color": "#8b949e",
-                        "symbol": np.where(up, "triangle-right", "triangle-left"),
-                    },
+                    "marker": {"size": 8, "color": "#8b949e", "symbol": symbols},
                     "text": [label(text) for text in said],
                     "hovertemplate": "%{text}<extra></extra>",
                     "meta": meta,
@@ -234,7 +228,7 @@ class RunCharts:
     def alignment(self) -> list[Chart]:
         """The cosine of the two gradients: a running mean with the spread of single steps, dots, and by layer."""
         traces: list[Trace] = []
-        for place, (name, seeds) in self._drawn():
+        for place, name, seeds in self._drawn():
             at_layers = [values for run in seeds if len(values := run.steps.alignment.dropna())]
             if len(at_layers) == 1:
                 mean, spread = with_noise(at_layers[0])
@@ -244,7 +238,7 @@ class RunCharts:
             else:
                 traces += self._training(place, name, at_layers, dots=False, faint=False)
             dots = [values for run in seeds if len(values := run.steps.parameter_alignment.dropna())]
-            traces += self._training(place, name, dots, dots=True, faint=False, kind=", of the parameters")
+            traces += self._training(place, f"{name}, of the parameters", dots, dots=True, faint=False)
         if not traces:
             return []
         layout = self._layout("cosine")
@@ -253,12 +247,8 @@ class RunCharts:
         if any(trace["mode"] == "markers" for trace in traces):
             note += " Dots: of the parameters."
         alternative = f"Cosine between loss gradient and entropy gradient over {self.end:,} steps."
-        charts = [
-            Chart(
-                "Cosine of the two gradients", note, alternative, traces + self.phases(switch_marks=False), layout,
-                over_steps=True,
-            )
-        ]  # fmt: skip
+        traces += self.phases(switch_marks=False)
+        charts = [Chart("Cosine of the two gradients", note, alternative, traces, layout, over_steps=True)]
         for place, (name, seeds) in enumerate(self.runs.items()):
             if "cosine" not in seeds[0].layers:
                 continue
@@ -306,10 +296,6 @@ def clear(color: str, opacity: float) -> str:
 def _of_layers(run: Run) -> str:
     prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values())).columns]))
     return f"A row per layer {prefix}*." if prefix else "A row per layer."
-
-
-def _dot(color: str, size: int) -> dict[str, Any]:
-    return {"size": size, "color": color}
 
 
 def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[str, Any]) -> Trace:

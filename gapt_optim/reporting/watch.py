@@ -100,14 +100,7 @@ def screen(run: RunFollower, width: int, state: str = "") -> Any:
 
 
 def follow(folder: Path, *, interval: float, patience: float, once: bool = False) -> Iterator[tuple[RunFollower, str]]:
-    """The run again and again, with a word on its state, until it ends.
-
-    Args:
-        folder: of the run.
-        interval: seconds between two looks.
-        patience: seconds without a new step after which the run counts as ended.
-        once: look only once.
-    """
+    """The run every ``interval`` seconds, with a word on its state, until it ends or adds no step for ``patience``."""
     run = RunFollower(folder)
     latest = time.monotonic()
     while True:
