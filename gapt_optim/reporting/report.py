@@ -208,15 +208,15 @@ def _alignment(runs: Mapping[str, Sequence[Run]]) -> str:
     rows = {}
     for name, seeds in runs.items():
         cosines = [run.steps.alignment.dropna() for run in seeds]
-        phases = [run.steps.phase[values.index] for run, values in zip(seeds, cosines, strict=True)]
         if not any(map(len, cosines)):
             continue
-        found = {}
-        for phase in ("memorization", "compression"):
-            means = [values[phase_of == phase].mean() for values, phase_of in zip(cosines, phases, strict=True)]
-            found[f"mean cosine in {phase}"] = number(float(Series(means, dtype=float).mean()))
+        means = DataFrame([run.steps.groupby("phase").alignment.mean() for run in seeds]).mean()
         changed = sum(int((np.diff(np.sign(values)) != 0).sum()) for values in cosines)
-        rows[name] = found | {"changes of sign": f"{changed:,}"}
+        rows[name] = {
+            "mean cosine in memorization": number(means.get("memorization")),
+            "mean cosine in compression": number(means.get("compression")),
+            "changes of sign": f"{changed:,}",
+        }
     said = "Between the loss gradient and the entropy gradient: above 0 they agree, below 0 compression costs loss."
     return f"<p>{said}</p>" + (html_table(DataFrame(rows).T) if rows else "")
 
