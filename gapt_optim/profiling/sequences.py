@@ -96,11 +96,9 @@ class SimilaritySums:
 
     def value(self) -> tuple[tuple[float, ...], ...] | None:
         """(layers, layers), 1 on the diagonal; None where there are too few rows for it."""
-        if self.hsic is None:
+        if self.hsic is None or not bool((self.hsic.diagonal() > 0).all()):
             return None
         own = self.hsic.diagonal()
-        if not bool((own > 0).all()):
-            return None
         return tuple(map(tuple, (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()))
 
 

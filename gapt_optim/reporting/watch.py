@@ -105,16 +105,14 @@ def follow(folder: Path, *, interval: float, patience: float, once: bool = False
     latest = time.monotonic()
     while True:
         over = (folder / "results.json").exists()  # before reading, so that nothing written until then is missed
-        now = time.monotonic()
+        now, state = time.monotonic(), ""
         if run.read():
             latest = now
         if over:
-            yield run, "ended"
-            return
-        if now - latest > patience:
-            yield run, f"no new step for {patience:g} s"
-            return
-        yield run, ""
-        if once:
+            state = "ended"
+        elif now - latest > patience:
+            state = f"no new step for {patience:g} s"
+        yield run, state
+        if state or once:
             return
         time.sleep(interval)
