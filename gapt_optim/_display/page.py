@@ -80,16 +80,17 @@ class Page:
         from plotly.offline import get_plotlyjs
 
         files, places = resources.files(__package__), count()
+        frame, css, js = (files.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
         body = []
         for heading, content, charts in self.sections:
             figures = "".join(self._figure(chart, f"chart{next(places)}") for chart in charts)
             grid = f'<div class="grid">{figures}</div>' if figures else ""
             body.append(f"<section><h2>{html.escape(heading)}</h2>{content}{grid}</section>")
-        return _FRAME.format(
+        return frame.format(
             title=html.escape(self.title),
             subtitle=html.escape(self.subtitle),
-            css=files.joinpath("page.css").read_text(encoding="utf-8"),
-            js=files.joinpath("page.js").read_text(encoding="utf-8"),
+            css=css,
+            js=js,
             controls=self._controls(),
             body="".join(body),
             version=html.escape(__version__),
@@ -133,12 +134,13 @@ class Page:
             about = f"What {title} shows"
             choose = f'<label class="choose">Show {_select(f"{name}-view", chart.views, about)}</label>'
             view = f': <span class="view">{html.escape(chart.views[0][1])}</span>'
+        mark = '<script>performance.mark("first-chart")</script>' if name == "chart0" else ""
         of_run = "" if chart.run is None else f' data-run="{chart.run}"'
         kinds = f"plot{' tall' if chart.tall else ''}{' over-steps' if chart.over_steps else ''}"
         return (
             f"<figure{of_run}><figcaption><h3>{title}{view}</h3><p>{html.escape(chart.note)}</p></figcaption>{choose}"
             f'<div class="{kinds}" role="img" tabindex="0" aria-label="{html.escape(chart.alternative)}">{drawn}</div>'
-            f"</figure>{_FIRST if name == 'chart0' else ''}"
+            f"</figure>{mark}"
         )
 
 
@@ -218,32 +220,3 @@ def _select(name: str, options: Sequence[tuple[str, str]], about: str = "", chos
     )
     said = f' aria-label="{about}"' if about else ""
     return f'<select id="{name}"{said}>{items}</select>'
-
-
-_FIRST = '<script>performance.mark("first-chart")</script>'
-
-_FRAME = """<!DOCTYPE html>
-<html lang="en" data-theme="light">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{css}</style>
-<script>{plotly}</script>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-<p class="faint">{subtitle}</p>
-<div class="controls" role="group" aria-label="What the page shows">{controls}</div>
-</header>
-<noscript><p>Charts need JavaScript. The tables hold the last values.</p></noscript>
-<main>
-{body}
-</main>
-<footer><p>Made by gapt_optim {version}. Everything on this page is in this file.</p></footer>
-<script>{js}</script>
-</body>
-</html>
-"""

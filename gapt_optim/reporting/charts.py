@@ -157,8 +157,7 @@ class RunCharts:
         traces = []
         for place, seeds in enumerate(self.runs.values()):
             meta = {"run": place, "phases": place}
-            if spans := compression_spans(seeds[0].steps):
-                traces.append(_shade(spans, meta, "rgba(56, 139, 253, 0.15)"))
+            traces += _shade(compression_spans(seeds[0].steps), meta, "rgba(56, 139, 253, 0.15)")
             switched = switches(seeds[0].steps)
             if not switch_marks or switched.empty:
                 continue
@@ -211,9 +210,8 @@ class RunCharts:
     ) -> Chart:
         run = list(self.runs.values())[place][0]
         layers = len(traces[0]["y"])
-        strip = [_shade([(1, self.end)], {"run": place}, "rgba(139, 148, 158, 0.2)")]
-        if spans := compression_spans(run.steps):
-            strip.append(_shade(spans, {"run": place}, "#388bfd"))
+        strip = _shade([(1, self.end)], {"run": place}, "rgba(139, 148, 158, 0.2)")
+        strip += _shade(compression_spans(run.steps), {"run": place}, "#388bfd")
         layout = base_layout(
             hovermode="closest",
             xaxis={"range": [0, self.end]},
@@ -309,9 +307,9 @@ def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[
     )  # fmt: skip
 
 
-def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> Trace:
-    """A filled box per span, from the step before its first to its last."""
-    return {
+def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> list[Trace]:
+    """A trace of a filled box per span, from the step before its first to its last; none where there is no span."""
+    boxes: Trace = {
         "type": "scatter",
         "mode": "none",
         "x": [at for first, last in spans for at in (first - 1, first - 1, last, last, first - 1, None)][:-1],
@@ -322,3 +320,4 @@ def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: st
         "hoverinfo": "skip",
         "meta": meta,
     }
+    return [boxes] if spans else []
