@@ -158,7 +158,7 @@ def line_trace(x: Any, y: Any, name: str, color: str, *, width: float = 2, dash:
     return trace | more
 
 
-def heat_trace(frame: DataFrame, unit: str, limits: tuple[float, float] | None, **more: Any) -> Trace:
+def heat_trace(frame: DataFrame, unit: str, **more: Any) -> Trace:
     """A heat map of plotly's, whose values show on hover; ``more`` of it replaces what is so."""
     trace: Trace = {
         "type": "heatmap",
@@ -169,8 +169,6 @@ def heat_trace(frame: DataFrame, unit: str, limits: tuple[float, float] | None, 
         "colorbar": {"thickness": 10, "title": {"text": label(unit)}},
         "hovertemplate": "%{y}<br>%{x}: %{z:.4g}<extra></extra>",
     }
-    if limits is not None:
-        trace |= {"zmin": limits[0], "zmax": limits[1]}
     return trace | more
 
 

@@ -169,7 +169,7 @@ def similarity(one: Profile) -> list[Chart]:
     shown = matrix.drop(index=other)[other or list(one.cka_names)].rename(columns=lambda name: name.removeprefix(mark))
     note = "1 where two layers hold the same up to rotation and one scale, 0 where they share nothing. Linear kernel."
     title = "CKA with the other model" if other else "CKA between layers"
-    return [_heat(title, "CKA", note, {"": shown}, "layer of the other" if other else "layer", (0.0, 1.0))]
+    return [_heat(title, "CKA", note, {"": shown}, "layer of the other" if other else "layer", zmin=0.0, zmax=1.0)]
 
 
 def norms_by_position(one: Profile) -> list[Chart]:
@@ -210,16 +210,9 @@ def _bounds(values: list[float], limits: Sequence[tuple[str, float]]) -> tuple[f
     return low - edge, high + edge
 
 
-def _heat(
-    title: str,
-    unit: str,
-    note: str,
-    frames: Mapping[str, DataFrame],
-    x_title: str,
-    bounds: tuple[float, float] | None = None,
-) -> Chart:
+def _heat(title: str, unit: str, note: str, frames: Mapping[str, DataFrame], x_title: str, **more: Any) -> Chart:
     """A heat map with a row for each layer; of several frames, a select chooses one."""
-    traces = [heat_trace(frame, unit, bounds, meta={"view": name} if name else {}) for name, frame in frames.items()]
+    traces = [heat_trace(frame, unit, **more, meta={"view": name} if name else {}) for name, frame in frames.items()]
     frame = next(iter(frames.values()))
     x, y = list(frame.columns), short_names(list(frame.index))
     layout = base_layout(

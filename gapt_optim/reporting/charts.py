@@ -181,34 +181,32 @@ class RunCharts:
 
     def layer_maps(self) -> list[Chart]:
         """A heat map per run; a select shows the other measures. All runs have one scale."""
-        keys = [key for key in ("entropy", *MEASURES) if any(key in run.layers for run in self.every)]
-        highs = {
-            key: max(float(np.nanquantile(run.layers[key], 0.995)) for run in self.every if key in run.layers)
-            for key in keys
-        }
+        frames = {key: [run.layers[key] for run in self.every if key in run.layers] for key in ("entropy", *MEASURES)}
+        highs = {key: max(np.nanquantile(one, 0.995) for one in found) for key, found in frames.items() if found}
         charts = []
         for place, (name, (run, *others)) in enumerate(self.runs.items()):
             traces, views = [], []
-            for key in keys:
+            for key, high in highs.items():
                 if key not in run.layers or is_again(run, key):
                     continue
                 kernel = pressed_entropy(run) if key == "entropy" else ""
                 said = f"entropy, {kernel}" if kernel else COLUMNS[key].title.lower()
                 views.append((key, said))
-                limits = (1.0 if key == "norm_ratio" else 0.0, highs[key])
+                limits = (1.0 if key == "norm_ratio" else 0.0, float(high))
                 traces.append(_heat(run.layers[key], limits, said, {"run": place, "view": key}))
             if traces:
                 last = run.layers[views[0][0]].ffill().iloc[-1]
                 said = f"At the end the lowest is {number(last.min())}, in {last.idxmin()}."
                 title = f"{name}, first seed" if others else name
-                note = f"{_of_layers(run)} Blue strip: compression."
-                charts.append(self._map(place, title, traces, note, said, views))
+                charts.append(self._map(place, title, traces, "Blue strip: compression.", said, views))
         return charts
 
     def _map(
         self, place: int, title: str, traces: list[Trace], note: str, said: str, views: Sequence[tuple[str, str]] = ()
     ) -> Chart:
         run = list(self.runs.values())[place][0]
+        prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values()))]))
+        note = f"A row per layer{f' {prefix}*' if prefix else ''}. {note}"
         layers = len(traces[0]["y"])
         strip = _shade([(1, self.end)], {"run": place}, "rgba(139, 148, 158, 0.2)")
         strip += _shade(compression_spans(run.steps), {"run": place}, "#388bfd")
@@ -253,7 +251,7 @@ class RunCharts:
             values = seeds[0].layers["cosine"]
             limit = float(np.nanquantile(values.abs(), 0.98)) or 1.0
             trace = _heat(values, (-limit, limit), "cosine", {"run": place}) | {"colorscale": "RdBu"}
-            note = f"{_of_layers(seeds[0])} Blue: the gradients agree. Red: they oppose each other."
+            note = "Blue: the gradients agree. Red: they oppose each other."
             said = f"The mean is lowest in {values.mean().idxmin()}."
             charts.append(self._map(place, f"Cosine at each layer, {name}", [trace], note, said))
         return charts
@@ -291,16 +289,11 @@ def clear(color: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
-def _of_layers(run: Run) -> str:
-    prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values())).columns]))
-    return f"A row per layer {prefix}*." if prefix else "A row per layer."
-
-
 def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[str, Any]) -> Trace:
     shown = blocks(values, max(60, min(500, MOST_CELLS // max(1, values.shape[1]))))
     low, high = limits
     return heat_trace(
-        shown.set_axis(short_names(shown.columns), axis=1).T, "", (low, high if high > low else low + 1),
+        shown.set_axis(short_names(shown.columns), axis=1).T, "", zmin=low, zmax=high if high > low else low + 1,
         x=shown.index.to_numpy(), meta=meta,
         colorbar={"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
         hovertemplate="%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
