@@ -17,35 +17,16 @@ if TYPE_CHECKING:
     from .profiling import Profile, compare, monitor, profile
 
 # Imported when they are used: `gapt-optim report` needs no torch, and a logger that is not used is not imported.
-_HOMES = {
-    "Alignment": "alignment",
-    "AlignmentConfig": "config",
-    "Angle": "alignment",
-    "EntropyConfig": "config",
-    "GAPTConfig": "config",
-    "GAPTOptimizer": "optimizer",
-    "GateConfig": "config",
-    "JSONLines": "metrics",
-    "LayerConfig": "config",
-    "MLflow": "integrations.trackers",
-    "Measurement": "hook",
-    "Measures": "metrics",
-    "ObjectiveConfig": "config",
-    "Observer": "metrics",
-    "Phase": "gate",
-    "PhaseGate": "gate",
-    "Profile": "profiling",
-    "ProgressBar": "metrics",
-    "RepresentationHook": "hook",
-    "StepMetrics": "metrics",
-    "TensorBoard": "integrations.trackers",
-    "WandB": "integrations.trackers",
-    "compare": "profiling",
-    "gradient_alignment": "alignment",
-    "gradient_cosines": "alignment",
-    "matrix_entropy": "entropy",
-    "monitor": "profiling",
-    "profile": "profiling",
+_NAMES = {
+    "alignment": ["Alignment", "Angle", "gradient_alignment", "gradient_cosines"],
+    "config": ["AlignmentConfig", "EntropyConfig", "GAPTConfig", "GateConfig", "LayerConfig", "ObjectiveConfig"],
+    "entropy": ["matrix_entropy"],
+    "gate": ["Phase", "PhaseGate"],
+    "hook": ["Measurement", "RepresentationHook"],
+    "integrations.trackers": ["MLflow", "TensorBoard", "WandB"],
+    "metrics": ["JSONLines", "Measures", "Observer", "ProgressBar", "StepMetrics"],
+    "optimizer": ["GAPTOptimizer"],
+    "profiling": ["Profile", "compare", "monitor", "profile"],
 }
 
 __all__ = [
@@ -80,4 +61,4 @@ __all__ = [
     "profile",
 ]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOMES)
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

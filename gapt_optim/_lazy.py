@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 
 def lazy_names(
-    namespace: dict[str, Any], homes: Mapping[str, str]
+    namespace: dict[str, Any], names_of: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """A package's ``__getattr__`` and ``__dir__`` (PEP 562).
 
     Args:
         namespace: the package's ``globals()``.
-        homes: by name, the module of the package that has it.
+        names_of: by module of the package, what it has.
     """
     package = namespace["__name__"]
+    homes = {name: module for module, names in names_of.items() for name in names}
 
     def get(name: str) -> Any:
         if name not in homes:
@@ -25,7 +26,4 @@ def lazy_names(
         namespace[name] = value
         return value
 
-    def names() -> list[str]:
-        return sorted({*namespace, *homes})
-
-    return get, names
+    return get, lambda: sorted({*namespace, *homes})

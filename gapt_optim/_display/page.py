@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,17 +79,18 @@ class Page:
         """Raises ImportError where plotly, which brings the drawing code, is not installed."""
         from plotly.offline import get_plotlyjs
 
-        body, count = [], 0
+        files, places = resources.files(__package__), count()
+        frame, css, js = (files.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+        body = []
         for heading, content, charts in self.sections:
-            figures = "".join(self._figure(chart, f"chart{count + i}") for i, chart in enumerate(charts))
-            count += len(charts)
+            figures = "".join(self._figure(chart, f"chart{next(places)}") for chart in charts)
             grid = f'<div class="grid">{figures}</div>' if figures else ""
             body.append(f"<section><h2>{html.escape(heading)}</h2>{content}{grid}</section>")
-        return _FRAME.format(
+        return frame.format(
             title=html.escape(self.title),
             subtitle=html.escape(self.subtitle),
-            css=_resource("page.css"),
-            js=_resource("page.js"),
+            css=css,
+            js=js,
             controls=self._controls(),
             body="".join(body),
             version=html.escape(__version__),
@@ -132,12 +134,13 @@ class Page:
             about = f"What {title} shows"
             choose = f'<label class="choose">Show {_select(f"{name}-view", chart.views, about)}</label>'
             view = f': <span class="view">{html.escape(chart.views[0][1])}</span>'
+        mark = '<script>performance.mark("first-chart")</script>' if name == "chart0" else ""
         of_run = "" if chart.run is None else f' data-run="{chart.run}"'
         kinds = f"plot{' tall' if chart.tall else ''}{' over-steps' if chart.over_steps else ''}"
         return (
             f"<figure{of_run}><figcaption><h3>{title}{view}</h3><p>{html.escape(chart.note)}</p></figcaption>{choose}"
             f'<div class="{kinds}" role="img" tabindex="0" aria-label="{html.escape(chart.alternative)}">{drawn}</div>'
-            f"</figure>{_FIRST if name == 'chart0' else ''}"
+            f"</figure>{mark}"
         )
 
 
@@ -155,7 +158,7 @@ def line_trace(x: Any, y: Any, name: str, color: str, *, width: float = 2, dash:
     return trace | more
 
 
-def heat_trace(frame: DataFrame, unit: str, limits: tuple[float, float] | None, **more: Any) -> Trace:
+def heat_trace(frame: DataFrame, unit: str, **more: Any) -> Trace:
     """A heat map of plotly's, whose values show on hover; ``more`` of it replaces what is so."""
     trace: Trace = {
         "type": "heatmap",
@@ -166,8 +169,6 @@ def heat_trace(frame: DataFrame, unit: str, limits: tuple[float, float] | None, 
         "colorbar": {"thickness": 10, "title": {"text": label(unit)}},
         "hovertemplate": "%{y}<br>%{x}: %{z:.4g}<extra></extra>",
     }
-    if limits is not None:
-        trace |= {"zmin": limits[0], "zmax": limits[1]}
     return trace | more
 
 
@@ -217,36 +218,3 @@ def _select(name: str, options: Sequence[tuple[str, str]], about: str = "", chos
     )
     said = f' aria-label="{about}"' if about else ""
     return f'<select id="{name}"{said}>{items}</select>'
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-_FIRST = '<script>performance.mark("first-chart")</script>'
-
-_FRAME = """<!DOCTYPE html>
-<html lang="en" data-theme="light">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{css}</style>
-<script>{plotly}</script>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-<p class="faint">{subtitle}</p>
-<div class="controls" role="group" aria-label="What the page shows">{controls}</div>
-</header>
-<noscript><p>Charts need JavaScript. The tables hold the last values.</p></noscript>
-<main>
-{body}
-</main>
-<footer><p>Made by gapt_optim {version}. Everything on this page is in this file.</p></footer>
-<script>{js}</script>
-</body>
-</html>
-"""

@@ -47,14 +47,9 @@ def color_of(name: str, place: int) -> str:
 def draw_charts(
     charts: Sequence[Chart], path: str | os.PathLike[str], *, title: str, columns: int = 1, phases: int | None = None
 ) -> Path:
-    """Write charts as one picture, in the format that the suffix names; missing folders are made.
+    """Write what charts show at first as one picture, in the format that the suffix names; missing folders are made.
 
-    Args:
-        charts: of a page; of each, what shows at first.
-        path: of the picture.
-        title: of the picture.
-        columns: of charts. In a single one they have one axis of steps, and legends beside them.
-        phases: the run whose phases are shaded.
+    In a single column they have one axis of steps, and legends beside them. ``phases`` is the run whose are shaded.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure  # without pyplot: needs no display, and leaves the caller's backend alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,12 +51,9 @@ def html_table(frame: DataFrame, caption: str = "") -> str:
 
 
 def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
-    """Print it so that no number is ever broken: what all names begin with goes, then columns on the right.
+    """Print numbers or texts so that none is ever broken: what all names begin with goes, then columns on the right.
 
-    Args:
-        frame: its cells are numbers or texts.
-        title: a line above it.
-        wide: print all columns, however narrow the terminal is.
+    ``wide`` prints all columns, however narrow the terminal is.
     """
     from rich.console import Console
     from rich.text import Text
@@ -66,8 +64,8 @@ def print_table(frame: DataFrame, title: str, *, wide: bool = False) -> None:
     cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     headers = [str(column) for column in frame.columns]
     widths = [max(map(len, (*header.split(), *(row[i] for row in cells)))) for i, header in enumerate(headers)]
-    room = _room(wide)
-    shown = _fitting(widths, room - first)
+    room, ends = _room(wide), accumulate(_GAP + width for width in widths)
+    shown = max(1, sum(first + end <= room for end in ends))
     table = _bare_table()
     table.add_column(Text(corner), overflow="fold", width=first)
     for header, width in zip(headers[:shown], widths, strict=False):
@@ -118,13 +116,8 @@ def common_prefix(names: Sequence[str]) -> str:
     >>> common_prefix(["transformer.h.0", "transformer.h.1"])
     'transformer.h.'
     """
-    parts = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
-    shared = []
-    for here in zip(*parts, strict=False):
-        if len(set(here)) > 1:
-            break
-        shared.append(f"{here[0]}.")
-    return "".join(shared)
+    parts = [name.split(".")[:-1] for name in names] if len(names) > 1 else []
+    return "".join(f"{part}." for part in os.path.commonprefix(parts))  # noqa: RUF071, of lists
 
 
 def short_names(names: Sequence[object]) -> list[str]:
@@ -142,16 +135,6 @@ def shared_start(names: Sequence[str]) -> str:
     start = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071, of characters
     start = start[: 1 + max(start.rfind(mark) for mark in "-_./ ")]
     return "" if start in names else start
-
-
-def _fitting(widths: Sequence[int], room: int) -> int:
-    """How many columns fit beside the names, at least one."""
-    used = 0
-    for count, width in enumerate(widths):
-        used += _GAP + width
-        if used > room:
-            return max(1, count)
-    return len(widths)
 
 
 def _cell(value: Any) -> str:

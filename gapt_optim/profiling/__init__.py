@@ -18,19 +18,13 @@ if TYPE_CHECKING:
     from .page import draw_profile, write_profile
     from .results import LayerProfile, Profile, load_profiles, save_profiles
 
-_HOMES = {
-    "Comparison": "comparison",
-    "LayerProfile": "results",
-    "Monitor": "monitoring",
-    "Profile": "results",
-    "compare": "comparison",
-    "draw_profile": "page",
-    "load_profiles": "results",
-    "monitor": "monitoring",
-    "profile": "measuring",
-    "save_profiles": "results",
-    "untrained": "loading",
-    "write_profile": "page",
+_NAMES = {
+    "comparison": ["Comparison", "compare"],
+    "loading": ["untrained"],
+    "measuring": ["profile"],
+    "monitoring": ["Monitor", "monitor"],
+    "page": ["draw_profile", "write_profile"],
+    "results": ["LayerProfile", "Profile", "load_profiles", "save_profiles"],
 }
 
 __all__ = [
@@ -48,4 +42,4 @@ __all__ = [
     "write_profile",
 ]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOMES)
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

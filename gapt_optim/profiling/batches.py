@@ -74,13 +74,13 @@ def padded(sequences: list[list[int]], pad: int | None) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
 
 
-def token_ids(batch: Any) -> Tensor | None:
-    """The (batch, length) ids in a batch, where it has them."""
-    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    found = batch.get("input_ids") if isinstance(batch, Mapping) else first
-    if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point():
-        return found
-    return None
+def inputs_of(batch: Any) -> dict[str, Any]:
+    """What a batch passes to a model, by keyword, or as "": of a tuple or list the first item alone."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, tuple | list):
+        return {"": batch[0] if batch else None}
+    return {"": batch}
 
 
 def moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -107,20 +107,19 @@ class DataSeen:
     def add(self, batch: Any) -> Tensor | None:
         """One batch; returns its token ids (batch, length), where it has them."""
         self.batches += 1
-        self._add_samples(batch)
-        ids = token_ids(batch)
-        if ids is not None:
-            self.length = max(self.length or 0, ids.shape[1])
-            if self.tokenizer is not None and len(self.prompts) < MOST_PROMPTS:
-                self.prompts += [self.tokenizer.decode(row[:24], skip_special_tokens=True)[:80] for row in ids]
+        inputs = inputs_of(batch)
+        self._add_samples(inputs)
+        ids = inputs.get("input_ids", inputs.get(""))
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            return None
+        self.length = max(self.length or 0, ids.shape[1])
+        if self.tokenizer is not None and len(self.prompts) < MOST_PROMPTS:
+            self.prompts += [self.tokenizer.decode(row[:24], skip_special_tokens=True)[:80] for row in ids]
         return ids
 
-    def _add_samples(self, batch: Any) -> None:
-        named = dict(batch) if isinstance(batch, Mapping) else {"": batch}
-        if isinstance(batch, tuple | list):
-            named = {"": batch[0] if batch else None}
-        tensors = {key: value.detach().cpu() for key, value in sorted(named.items()) if isinstance(value, Tensor)}
-        tensors = {key: value for key, value in tensors.items() if value.ndim}
+    def _add_samples(self, inputs: dict[str, Any]) -> None:
+        found = {key: value for key, value in sorted(inputs.items()) if isinstance(value, Tensor) and value.ndim}
+        tensors = {key: value.detach().cpu() for key, value in found.items()}
         mask = tensors.pop("attention_mask", None)
         size = len(next(iter(tensors.values()), torch.zeros(0)))
         self.batch_size = max(self.batch_size, size)

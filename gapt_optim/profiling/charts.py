@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pandas import DataFrame
@@ -31,19 +30,8 @@ GREY = "#7d8590"
 DASHED = "dashed: without first tokens"
 
 
-@dataclass
-class Line:
-    """One line over the layers."""
-
-    name: str
-    values: list[float]
-    color: str
-    dashed: bool = False
-    errors: list[float] | None = None
-    """Standard errors."""
-    run: int | None = None
-    """Number of the profile it belongs to, where there are several."""
-    view: str | None = None
+Line = tuple[str, Trace]
+"""A line over the layers, with its name as it is: a trace has it for plotly."""
 
 
 class ProfileCharts:
@@ -62,7 +50,7 @@ class ProfileCharts:
             lines = []
             for place, kind in enumerate(kinds_of(self.first)):
                 column, name = entropy_column(kind, alpha, window), KINDS[kind]
-                lines += self._lines(column, column + WITHOUT_FIRST, name=name, place=place, errors=f"{column}, error")
+                lines += self._lines(column, name=name, place=place)
             views = [(KINDS[kind], f"{KINDS[kind]} kernel") for kind in kinds_of(self.first)] if self.several else []
             order = "" if alpha == 2 else f", order {alpha:g}"
             note, limits = "Bars are standard errors over sequences.", self._entropy_limits(window)
@@ -76,23 +64,21 @@ class ProfileCharts:
         found = []
         for window in self.first.windows:
             where = window_name(window)
-            for title, unit, note, column in (
-                ("Norm ratio", "largest / median norm", long, f"norm ratio, {where}"),
-                ("Share of the mean token", "share of squared norm", common, f"mean share, {where}"),
-            ):
-                found.append(self._chart(f"{title}, {where}", unit, note, self._lines(column, column + WITHOUT_FIRST)))
+            ratios, shares = self._lines(f"norm ratio, {where}"), self._lines(f"mean share, {where}")
+            found.append(self._chart(f"Norm ratio, {where}", "largest / median norm", long, ratios))
+            found.append(self._chart(f"Share of the mean token, {where}", "share of squared norm", common, shares))
         few = " Fewer than ten rows per feature: more rows alone would raise it."
         ranked = "Of all rows together, not of windows." + few * any(layer.few_rows for layer in self.first.layers)
         features = max(layer.features for layer in self.first.layers)
+        most = [(f"{features} features", float(features))]
         chance = [("independent tokens", 120.0), ("random walk", 90.0)]
         bent = "Mean angle between successive steps from token to token."
+        share = self._lines("first_token_share")
         found += [
-            self._chart("RankMe", "effective rank", ranked, self._lines("rankme", "rankme_without_first"),
-                        [(f"{features} features", float(features))]),
-            self._chart("Curvature", "degrees", bent, self._lines("curvature", "curvature_without_first"), chance),
-            self._chart("Share of the first token", "share of squared norm", "Of each sequence.",
-                        self._lines("first_token_share")),
-        ]  # fmt: skip
+            self._chart("RankMe", "effective rank", ranked, self._lines("rankme"), most),
+            self._chart("Curvature", "degrees", bent, self._lines("curvature"), chance),
+            self._chart("Share of the first token", "share of squared norm", "Of each sequence.", share),
+        ]
         rows = max((level.rows for layer in self.first.layers for level in layer.sequence_level), default=0)
         note = f"One row for each of {rows:,} sequences: how many directions the sequences of the data use."
         for title, unit, column in (("entropy", "nats", "S"), ("RankMe", "effective rank", "RankMe")):
@@ -104,24 +90,31 @@ class ProfileCharts:
             found.append(self._chart(f"Sequence level: {title}", unit, note, lines, (), views if self.several else ()))
         return [chart for chart in found if chart.traces]
 
-    def _lines(
-        self, column: str, without: str = "", *, name: str | None = None, place: int = 0, errors: str = ""
-    ) -> list[Line]:
-        """A column of each profile, and another one dashed; ``name`` is that of a view where there are several."""
-        found = []
+    def _lines(self, column: str, *, name: str = "", place: int = 0) -> list[Line]:
+        """A column of each profile, dashed without first tokens; ``name`` is that of a view where there are several."""
+        errors = f"{column}, error"
+        found: list[Line] = []
         for i, (profile, numbers) in enumerate(self.numbers.items()):
-            for each, dashed in ((column, False), (without, True)):
+            for each in (column, column + WITHOUT_FIRST, f"{column}_without_first"):
                 if each not in numbers or numbers[each].isna().all():
                     continue
+                dashed = each != column
                 said = profile if self.several else name or ("without first token" if dashed else "all tokens")
                 said += WITHOUT_FIRST if dashed and (self.several or name) else ""
                 color = COLORS[(i if self.several else place) % len(COLORS)]
-                line = Line(said, numbers[each].astype(float).tolist(), color, dashed)
+                meta: dict[str, Any] = {"run": i} if self.several else {}
+                if self.several and name:
+                    meta["view"] = name
+                trace = line_trace(
+                    list(range(len(numbers))), numbers[each].astype(float).tolist(), said, color,
+                    dash="dash" if dashed else "solid", mode="lines+markers", marker={"size": 5, "color": color},
+                    showlegend=not dashed and not self.several,  # the page's head has the colours of several
+                    meta=meta,
+                )  # fmt: skip
                 if errors in numbers and not dashed and numbers[errors].notna().any():
-                    line.errors = numbers[errors].astype(float).tolist()
-                if self.several:
-                    line.run, line.view = i, name
-                found.append(line)
+                    bars = numbers[errors].astype(float).tolist()
+                    trace["error_y"] = {"type": "data", "array": bars, "thickness": 1, "width": 2}
+                found.append((said, trace))
         return found
 
     def _entropy_limits(self, window: int | None) -> list[tuple[str, float]]:
@@ -142,11 +135,11 @@ class ProfileCharts:
     ) -> Chart:
         """Lines over the layers. The axis is fitted to them; of the limits, those that are near are shown too."""
         names = self.first.names
-        traces = [_trace(line) for line in lines]
-        dashed = any(line.dashed for line in lines)
+        traces = [trace for _, trace in lines]
+        dashed = any(trace["line"]["dash"] == "dash" for trace in traces)
         if dashed:
             traces.append(line_trace([0], [None], DASHED, GREY, dash="dash"))
-        low, high = _bounds([value for line in lines for value in line.values if math.isfinite(value)], limits)
+        low, high = _bounds([value for _, trace in lines for value in trace["y"] if math.isfinite(value)], limits)
         across = [-0.3, len(names) - 0.7]
         for name, limit in limits if lines else ():
             if low <= limit <= high:
@@ -159,7 +152,7 @@ class ProfileCharts:
             xaxis={"range": across, "title": {"text": "layer", "standoff": 6}, **_ticks(short_names(names), 12)},
             yaxis={"title": {"text": label(unit), "standoff": 4}, "range": [low, high]},
         )
-        ends = "; ".join(f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in lines)
+        ends = "; ".join(f"{name} from {number(line['y'][0])} to {number(line['y'][-1])}" for name, line in lines)
         near = "; ".join(f"{name}: {number(value)}" for name, value in limits)
         said = [note, f"{DASHED.capitalize()}." if dashed else "", f"Dotted where near: {near}." if limits else ""]
         alternative = f"{title} over {len(names)} layers, in {unit}: {ends}."
@@ -176,7 +169,7 @@ def similarity(one: Profile) -> list[Chart]:
     shown = matrix.drop(index=other)[other or list(one.cka_names)].rename(columns=lambda name: name.removeprefix(mark))
     note = "1 where two layers hold the same up to rotation and one scale, 0 where they share nothing. Linear kernel."
     title = "CKA with the other model" if other else "CKA between layers"
-    return [_heat(title, "CKA", note, {"": shown}, "layer of the other" if other else "layer", (0.0, 1.0))]
+    return [_heat(title, "CKA", note, {"": shown}, "layer of the other" if other else "layer", zmin=0.0, zmax=1.0)]
 
 
 def norms_by_position(one: Profile) -> list[Chart]:
@@ -206,19 +199,6 @@ def over_profiles(found: Comparison) -> Chart:
     return _heat("Layers over profiles", "", "A column for each profile.", frames, axis)
 
 
-def _trace(line: Line) -> Trace:
-    meta = {"run": line.run, "view": line.view}
-    trace = line_trace(
-        list(range(len(line.values))), line.values, line.name, line.color, dash="dash" if line.dashed else "solid",
-        mode="lines+markers", marker={"size": 5, "color": line.color},
-        showlegend=not line.dashed and line.run is None,  # the page's head has the colours of several
-        meta={key: value for key, value in meta.items() if value is not None},
-    )  # fmt: skip
-    if line.errors is not None:
-        trace["error_y"] = {"type": "data", "array": line.errors, "thickness": 1, "width": 2}
-    return trace
-
-
 def _bounds(values: list[float], limits: Sequence[tuple[str, float]]) -> tuple[float, float]:
     """An axis fitted to the data; a limit that is near is on it too."""
     low, high = min(values, default=0.0), max(values, default=1.0)
@@ -230,16 +210,9 @@ def _bounds(values: list[float], limits: Sequence[tuple[str, float]]) -> tuple[f
     return low - edge, high + edge
 
 
-def _heat(
-    title: str,
-    unit: str,
-    note: str,
-    frames: Mapping[str, DataFrame],
-    x_title: str,
-    bounds: tuple[float, float] | None = None,
-) -> Chart:
+def _heat(title: str, unit: str, note: str, frames: Mapping[str, DataFrame], x_title: str, **more: Any) -> Chart:
     """A heat map with a row for each layer; of several frames, a select chooses one."""
-    traces = [heat_trace(frame, unit, bounds, meta={"view": name} if name else {}) for name, frame in frames.items()]
+    traces = [heat_trace(frame, unit, **more, meta={"view": name} if name else {}) for name, frame in frames.items()]
     frame = next(iter(frames.values()))
     x, y = list(frame.columns), short_names(list(frame.index))
     layout = base_layout(

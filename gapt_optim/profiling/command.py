@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,11 +66,13 @@ def profile(
     """
     check_outputs(out, SUFFIXES)
     sizes = [_window(text) for text in windows]
+    import torch
+
     from .loading import checked_device, checkpoints, is_python, load_model, untrained
     from .measuring import profile as profile_layers
 
     on = checked_device(device)
-    weights = None if dtype == "auto" else _dtype(dtype)
+    weights = None if dtype == "auto" else getattr(torch, dtype)
     found: dict[str, Profile] = {}
     other = None if against is None else load_model(against, dtype=weights, trust_remote_code=trust_remote_code)
     for name, spec, at in checkpoints(model, revision):
@@ -152,7 +154,7 @@ def explain(
     from ..explain import explain as explained
     from ..explain import modules_of
     from ..hook import RepresentationHook
-    from .batches import batch_of_texts, caller, device_of, moved
+    from .batches import batch_of_texts, caller, device_of, inputs_of, moved
 
     loaded, tokenizer, batches = _loaded(
         model, data, {"length": None, "batch_size": 4, "tokens": 4096}, trust_remote_code=trust_remote_code
@@ -164,9 +166,8 @@ def explain(
     print_texts(_listed(modules_of(loaded, lambda: run(loaded, batch))), wide=wide)
     print()
     with RepresentationHook(loaded, layers or None) as hook:
-        arguments = batch if isinstance(batch, Mapping) else {}
-        first = batch[0] if isinstance(batch, tuple | list) else batch
-        print(explained(hook, **arguments) if arguments else explained(hook, first))
+        inputs = inputs_of(batch)
+        print(explained(hook, inputs[""]) if "" in inputs else explained(hook, **inputs))
 
 
 def _loaded(spec: str, data: str, text: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
@@ -245,9 +246,3 @@ def _window(text: str) -> int | None:
     if not (text.isdecimal() and int(text) >= 2):
         raise ValueError(f'--windows takes numbers of at least 2 and "all", found {text!r}')
     return int(text)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)

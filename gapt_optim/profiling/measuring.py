@@ -174,12 +174,7 @@ def _runner(
 
 
 class Collector:
-    """Reads the outputs of layers, each call of a pass for itself.
-
-    Args:
-        what: is summed.
-        model: whose layers they are.
-    """
+    """Reads the outputs of layers, each call of a pass for itself."""
 
     def __init__(self, what: What, model: nn.Module) -> None:
         self.what, self.modules = what, dict(model.named_modules())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -79,23 +78,20 @@ class Monitor:
         self._passes = _Passes(self.entropy)
         self._handles: list[Any] = []
         self._reading: Any = None
-        self._looks = False
+        self._looking = False
 
     def __enter__(self) -> Monitor:
         model = self._model()
         if model is None or self.hook.removed:
             raise RuntimeError("this monitor has ended; make a new one")
-        if self.hook.names:
-            self._look()
-        else:  # the first forward pass shows which modules are the model's blocks, and the next one is read
-            self._handles.append(model.register_forward_hook(self._chosen))
+        self._look()
+        if not self._looking:  # the first forward pass shows which modules are the model's blocks; the next one is read
+            self._handles.append(model.register_forward_hook(self._look))
         self._handles.append(register_optimizer_step_post_hook(self._stepped))
         self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
         for handle in self._handles:
             handle.remove()
@@ -114,18 +110,17 @@ class Monitor:
         if (self.steps + 1) % self.every == 0:
             self._open()
 
-    def _look(self) -> None:
+    def _look(self, *call: object) -> None:
+        """Look at the calls of the layers, once it is known which these are."""
+        if self._looking:
+            return
         model = self._model()
         assert model is not None
         modules = dict(model.named_modules())
         for name in self.hook.names:
             # Before the hook that reads, which runs without gradients and does not know the module's mode.
             self._handles.append(modules[name].register_forward_hook(self._passes.look, prepend=True))
-
-    def _chosen(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._looks and self.hook.names:
-            self._looks = True
-            self._look()
+            self._looking = True
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         model = self._model()

@@ -64,8 +64,8 @@ def draw_profile(
     found = _one_or_several(profiles)
     named = found.profiles if isinstance(found, Comparison) else {found.model or "model": found}
     charts = ProfileCharts(named)
-    heats = ([over_profiles(found)], []) if isinstance(found, Comparison) else ([], similarity(found))
-    shown = [*heats[0], *charts.entropies(), *charts.others(), *heats[1]]
+    shown = [*charts.entropies(), *charts.others()]
+    shown = [over_profiles(found), *shown] if isinstance(found, Comparison) else [*shown, *similarity(found)]
     return draw_charts(shown, path, title=title or ", ".join(named), columns=2)
 
 

@@ -60,7 +60,7 @@ class SimilaritySums:
         self.of_tokens: bool | None = None
         self.hsic: Tensor | None = None
         """(layers, layers)"""
-        self._pass: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._pass: dict[str, tuple[Tensor, Tensor, tuple[float, ...]]] = {}
 
     @torch.no_grad()
     def add(self, name: str, reading: Reading) -> None:
@@ -76,8 +76,7 @@ class SimilaritySums:
             samples = rows if live is None else rows.masked_fill(~live.unsqueeze(-1), 0)
             samples = rows if reading.axes == "batch features" else samples.flatten(1).unsqueeze(0)
             of_samples = _vector(samples, samples.new_ones(samples.shape[:2]))
-        shape = torch.tensor([batch, length, *keep.sum(1).tolist()])
-        self._pass[name] = of_tokens, of_samples, shape
+        self._pass[name] = of_tokens, of_samples, (batch, length, *keep.sum(1).tolist())
 
     def end_of_pass(self) -> None:
         """The pass is over: its layers meet. A pass with other layers than the first one is left out."""
@@ -87,10 +86,7 @@ class SimilaritySums:
         if not self.names:
             self.names = list(found)
         if self.of_tokens is None:
-            shapes = [shape for _, _, shape in found.values()]
-            self.of_tokens = all(
-                shape.shape == shapes[0].shape and bool((shape == shapes[0]).all()) for shape in shapes
-            )
+            self.of_tokens = len({shape for _, _, shape in found.values()}) == 1
         columns = [vectors[0] if self.of_tokens else vectors[1] for vectors in found.values()]
         if list(found) != self.names or len({len(column) for column in columns}) > 1:
             return
@@ -100,11 +96,9 @@ class SimilaritySums:
 
     def value(self) -> tuple[tuple[float, ...], ...] | None:
         """(layers, layers), 1 on the diagonal; None where there are too few rows for it."""
-        if self.hsic is None:
+        if self.hsic is None or not bool((self.hsic.diagonal() > 0).all()):
             return None
         own = self.hsic.diagonal()
-        if not bool((own > 0).all()):
-            return None
         return tuple(map(tuple, (self.hsic / (own[:, None] * own[None]).sqrt()).clamp(-1, 1).tolist()))
 
 

@@ -78,7 +78,7 @@ class Mean:
 
         Returns the means (columns, sequences), nan where nothing counts.
         """
-        wide = wide_type(values)
+        wide = torch.float32 if values.device.type == "mps" else torch.float64  # which mps has not
         weights = torch.where(values.isfinite(), weights, 0).to(wide)
         weighted = torch.where(weights > 0, values, 0) * weights
         zeros = weights.new_zeros(len(values), sequences)
@@ -105,10 +105,7 @@ class LayerSums:
 
     def __init__(self, what: What) -> None:
         self.what = what
-        self.features = 0
-        self.rows = 0
-        self.sequences = 0
-        self.nonfinite = 0
+        self.features = self.rows = self.sequences = self.nonfinite = 0
         self.dtype: torch.dtype | None = None
         self.axes = ""
         self.tokens = False
@@ -145,7 +142,8 @@ class LayerSums:
             rows, norms = rows.masked_fill(~keep, 0), norms.masked_fill(~live, 0)
             squares = squares.masked_fill_(~keep, 0)
         begins = starts(every, reading.segments)
-        first = first_of_documents(live, begins) if tokens else torch.zeros_like(live)
+        # Of each document, the first row that counts.
+        first = live & (places(live, begins) == 0) if tokens else torch.zeros_like(live)
         self.rows += count
         if rows.numel() == 0:
             return
@@ -232,7 +230,9 @@ class RankSums:
         if not bool(live.all()):
             rows, heads = rows[live.flatten()], heads[live.flatten()]
         while len(rows) and (wanted is None or self.rows < wanted):
-            stop = next(mark for mark in _marks(rows.shape[1]) if mark > self.rows)
+            stop = 256  # or eight times as many, and so on: RankMe is kept after so many rows
+            while stop <= self.rows or stop < rows.shape[1]:  # of fewer rows than features it says little
+                stop *= 8
             stop = stop if wanted is None else min(stop, wanted)
             part = rows[: stop - self.rows].to(torch.float64, copy=True)
             head = heads[: stop - self.rows]
@@ -258,15 +258,6 @@ class RankSums:
         return exp_entropy(sigma)
 
 
-def _marks(features: int) -> Iterator[int]:
-    """After how many rows RankMe is kept. Fewer rows than features say little, and eigenvalues take long."""
-    mark = 256
-    while True:
-        if mark >= features:
-            yield mark
-        mark *= 8
-
-
 def exp_entropy(weights: Tensor) -> float | None:
     """exp(-sum p log p) for p = weights / sum; None where all are 0."""
     total = float(weights.sum())
@@ -284,16 +275,10 @@ def centred(rows: Tensor, live: Tensor) -> Tensor:
 def starts(every: Tensor, segments: Tensor | None) -> Tensor:
     """(batch, length), true where a document begins."""
     begins = torch.zeros_like(every)
-    if every.numel():
-        begins[:, 0] = True
+    begins[:, :1] = True
     if segments is not None:
         begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return begins
-
-
-def first_of_documents(live: Tensor, begins: Tensor) -> Tensor:
-    """(batch, length), true at the first row of each document that counts."""
-    return live & (places(live, begins) == 0)
 
 
 def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:
@@ -304,8 +289,3 @@ def _parts(rows: Tensor, window: int | None) -> Iterator[slice]:
     step = max(1, limit // max(1, per_row * length))
     for start in range(0, len(rows), step):
         yield slice(start, start + step)
-
-
-def wide_type(values: Tensor) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if values.device.type == "mps" else torch.float64

@@ -76,22 +76,21 @@ class TextBatches:
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, tokenizer.cls_token_id}
         self.suffix = [token for token in special[-1:] if token in ends]
         self.prefix = special[: len(special) - len(self.suffix)]
-        self.read = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        self.read = 0
+        read = 0
         batch: list[list[int]] = []
         for sequence in self._sequences():
             batch.append(sequence)
-            self.read += len(sequence)
+            read += len(sequence)
             if len(batch) == self.batch_size:
                 yield padded(batch, self.tokenizer.pad_token_id)
                 batch = []
-            if self.read >= self.tokens:
+            if read >= self.tokens:
                 break
         if batch:
             yield padded(batch, self.tokenizer.pad_token_id)
-        if self.read == 0:
+        if read == 0:
             raise ValueError(f"{self.spec} is too short: it has no sequence of 2 tokens")
 
     def _sequences(self) -> Iterator[list[int]]:

@@ -16,17 +16,11 @@ if TYPE_CHECKING:
     from .report import draw_runs, write_report
     from .run import Run, compression_spans, find_runs, read_run
 
-_HOMES = {
-    "Diagnosis": "findings",
-    "FINDINGS": "findings",
-    "Finding": "findings",
-    "Run": "run",
-    "compression_spans": "run",
-    "diagnose": "doctor",
-    "draw_runs": "report",
-    "find_runs": "run",
-    "read_run": "run",
-    "write_report": "report",
+_NAMES = {
+    "doctor": ["diagnose"],
+    "findings": ["Diagnosis", "FINDINGS", "Finding"],
+    "report": ["draw_runs", "write_report"],
+    "run": ["Run", "compression_spans", "find_runs", "read_run"],
 }
 
 __all__ = [
@@ -42,4 +36,4 @@ __all__ = [
     "write_report",
 ]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOMES)
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

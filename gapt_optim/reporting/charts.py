@@ -12,7 +12,7 @@ from pandas import DataFrame, Series
 from .._display.page import Chart, Trace, base_layout, heat_trace, label, line_trace, shortened
 from .._display.tables import common_prefix, number, short_names, with_minus
 from .records import MEASURES
-from .run import Run, compression_spans, is_again, last_value, pressed_entropy, smoothed, switches
+from .run import Run, compression_spans, is_again, mean_of_last, pressed_entropy, smoothed, switches
 
 MOST_POINTS = 2000
 """Of a line: more than a screen has columns."""
@@ -51,12 +51,9 @@ COLUMNS = {
 
 
 class RunCharts:
-    """Charts of runs, each with its seeds.
+    """Charts of runs, each with its seeds and in its colour.
 
-    Args:
-        runs: seeds of each run, by name.
-        colors: of each run.
-        baseline: the run that is drawn wide and pale below the others, so that it shows where they agree with it.
+    The baseline is drawn wide and pale below the others, so that it shows where they agree with it.
     """
 
     def __init__(self, runs: Mapping[str, Seeds], colors: Sequence[str], baseline: str) -> None:
@@ -74,8 +71,8 @@ class RunCharts:
         """One column over the steps."""
         traces: list[Trace] = []
         late: list[Series] = []
-        ends = {name: Series([last_value(run, column) for run in seeds]).mean() for name, seeds in self.runs.items()}
-        for place, (name, seeds) in self._drawn():
+        ends = {name: mean_of_last(seeds, column) for name, seeds in self.runs.items()}
+        for place, name, seeds in self._drawn():
             held_out = [values for run in seeds if len(values := run.held_out[column].dropna())]
             trained = [values for run in seeds if len(values := run.steps[column].dropna())]
             found = self._training(place, name, trained, dots=column == "entropy_share", faint=bool(held_out))
@@ -97,22 +94,22 @@ class RunCharts:
             layout["yaxis"]["rangemode"] = "tozero"
         if column == "entropy" and self.kernels:
             note = f"{' / '.join(self.kernels).capitalize()}. {note}"
-        said = "; ".join(f"{name} {number(ends[name])}" for _, (name, _) in self._drawn())
+        said = "; ".join(f"{name} {number(ends[name])}" for _, name, _ in self._drawn())
         alternative = f"{title} over {self.end:,} steps, in {unit}. At the end: {said}."
         return Chart(title, note, alternative, traces, layout, over_steps=True)
 
-    def _drawn(self) -> list[tuple[int, tuple[str, Seeds]]]:
+    def _drawn(self) -> list[tuple[int, str, Seeds]]:
         """Runs with their places, the baseline first: it lies below the others."""
-        return sorted(enumerate(self.runs.items()), key=lambda item: item[1][0] != self.baseline)
+        runs = [(place, name, seeds) for place, (name, seeds) in enumerate(self.runs.items())]
+        return sorted(runs, key=lambda run: run[1] != self.baseline)
 
-    def _training(
-        self, place: int, name: str, seeds: list[Series], *, dots: bool, faint: bool, kind: str = ""
-    ) -> list[Trace]:
+    def _training(self, place: int, name: str, seeds: list[Series], *, dots: bool, faint: bool) -> list[Trace]:
         if not seeds:
             return []
-        color, said = self.colors[place], f"{name}{kind}{', training' if faint else ''}"
+        color, said = self.colors[place], f"{name}, training" if faint else name
         if dots:
-            return [self._line(place, said, extremes(seeds[0])) | {"mode": "markers", "marker": _dot(color, 3)}]
+            marks = {"mode": "markers", "marker": {"size": 3, "color": color}}
+            return [self._line(place, said, extremes(seeds[0])) | marks]
         if len(seeds) > 1:
             return self._band(place, said, [smoothed(values) for values in seeds])
         raw = self._line(place, said, extremes(seeds[0]))
@@ -127,7 +124,7 @@ class RunCharts:
         said = f"{name}, held out"
         if len(seeds) > 1:
             return self._band(place, said, seeds)
-        marks = {"mode": "lines+markers", "marker": _dot(self.colors[place], 6)}
+        marks = {"mode": "lines+markers", "marker": {"size": 6, "color": self.colors[place]}}
         return [self._line(place, said, extremes(values)) | (marks if len(values) <= 60 else {}) for values in seeds]
 
     def _band(self, place: int, name: str, seeds: list[Series]) -> list[Trace]:
@@ -160,12 +157,12 @@ class RunCharts:
         traces = []
         for place, seeds in enumerate(self.runs.values()):
             meta = {"run": place, "phases": place}
-            if spans := compression_spans(seeds[0].steps):
-                traces.append(_shade(spans, meta, "rgba(56, 139, 253, 0.15)"))
+            traces += _shade(compression_spans(seeds[0].steps), meta, "rgba(56, 139, 253, 0.15)")
             switched = switches(seeds[0].steps)
             if not switch_marks or switched.empty:
                 continue
             up = switched.next_phase == "compression"
+            symbols = np.where(up, "triangle-right", "triangle-left")
             said = [f"{row.reason}: {row.next_phase} from step {row.Index + 1:,}" for row in switched.itertuples()]
             traces.append(
                 {
@@ -174,11 +171,7 @@ class RunCharts:
                     "x": switched.index.to_numpy(),
                     "y": np.where(up, 0.97, 0.92),
                     "yaxis": "y2",
-                    "marker": {
-                        "size": 8,
-                        "color": "#8b949e",
-                        "symbol": np.where(up, "triangle-right", "triangle-left"),
-                    },
+                    "marker": {"size": 8, "color": "#8b949e", "symbol": symbols},
                     "text": [label(text) for text in said],
                     "hovertemplate": "%{text}<extra></extra>",
                     "meta": meta,
@@ -188,38 +181,35 @@ class RunCharts:
 
     def layer_maps(self) -> list[Chart]:
         """A heat map per run; a select shows the other measures. All runs have one scale."""
-        keys = [key for key in ("entropy", *MEASURES) if any(key in run.layers for run in self.every)]
-        highs = {
-            key: max(float(np.nanquantile(run.layers[key], 0.995)) for run in self.every if key in run.layers)
-            for key in keys
-        }
+        frames = {key: [run.layers[key] for run in self.every if key in run.layers] for key in ("entropy", *MEASURES)}
+        highs = {key: max(np.nanquantile(one, 0.995) for one in found) for key, found in frames.items() if found}
         charts = []
         for place, (name, (run, *others)) in enumerate(self.runs.items()):
             traces, views = [], []
-            for key in keys:
+            for key, high in highs.items():
                 if key not in run.layers or is_again(run, key):
                     continue
                 kernel = pressed_entropy(run) if key == "entropy" else ""
                 said = f"entropy, {kernel}" if kernel else COLUMNS[key].title.lower()
                 views.append((key, said))
-                limits = (1.0 if key == "norm_ratio" else 0.0, highs[key])
+                limits = (1.0 if key == "norm_ratio" else 0.0, float(high))
                 traces.append(_heat(run.layers[key], limits, said, {"run": place, "view": key}))
             if traces:
                 last = run.layers[views[0][0]].ffill().iloc[-1]
                 said = f"At the end the lowest is {number(last.min())}, in {last.idxmin()}."
                 title = f"{name}, first seed" if others else name
-                note = f"{_of_layers(run)} Blue strip: compression."
-                charts.append(self._map(place, title, traces, note, said, views))
+                charts.append(self._map(place, title, traces, "Blue strip: compression.", said, views))
         return charts
 
     def _map(
         self, place: int, title: str, traces: list[Trace], note: str, said: str, views: Sequence[tuple[str, str]] = ()
     ) -> Chart:
         run = list(self.runs.values())[place][0]
+        prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values()))]))
+        note = f"A row per layer{f' {prefix}*' if prefix else ''}. {note}"
         layers = len(traces[0]["y"])
-        strip = [_shade([(1, self.end)], {"run": place}, "rgba(139, 148, 158, 0.2)")]
-        if spans := compression_spans(run.steps):
-            strip.append(_shade(spans, {"run": place}, "#388bfd"))
+        strip = _shade([(1, self.end)], {"run": place}, "rgba(139, 148, 158, 0.2)")
+        strip += _shade(compression_spans(run.steps), {"run": place}, "#388bfd")
         layout = base_layout(
             hovermode="closest",
             xaxis={"range": [0, self.end]},
@@ -234,7 +224,7 @@ class RunCharts:
     def alignment(self) -> list[Chart]:
         """The cosine of the two gradients: a running mean with the spread of single steps, dots, and by layer."""
         traces: list[Trace] = []
-        for place, (name, seeds) in self._drawn():
+        for place, name, seeds in self._drawn():
             at_layers = [values for run in seeds if len(values := run.steps.alignment.dropna())]
             if len(at_layers) == 1:
                 mean, spread = with_noise(at_layers[0])
@@ -244,7 +234,7 @@ class RunCharts:
             else:
                 traces += self._training(place, name, at_layers, dots=False, faint=False)
             dots = [values for run in seeds if len(values := run.steps.parameter_alignment.dropna())]
-            traces += self._training(place, name, dots, dots=True, faint=False, kind=", of the parameters")
+            traces += self._training(place, f"{name}, of the parameters", dots, dots=True, faint=False)
         if not traces:
             return []
         layout = self._layout("cosine")
@@ -253,19 +243,15 @@ class RunCharts:
         if any(trace["mode"] == "markers" for trace in traces):
             note += " Dots: of the parameters."
         alternative = f"Cosine between loss gradient and entropy gradient over {self.end:,} steps."
-        charts = [
-            Chart(
-                "Cosine of the two gradients", note, alternative, traces + self.phases(switch_marks=False), layout,
-                over_steps=True,
-            )
-        ]  # fmt: skip
+        traces += self.phases(switch_marks=False)
+        charts = [Chart("Cosine of the two gradients", note, alternative, traces, layout, over_steps=True)]
         for place, (name, seeds) in enumerate(self.runs.items()):
             if "cosine" not in seeds[0].layers:
                 continue
             values = seeds[0].layers["cosine"]
             limit = float(np.nanquantile(values.abs(), 0.98)) or 1.0
             trace = _heat(values, (-limit, limit), "cosine", {"run": place}) | {"colorscale": "RdBu"}
-            note = f"{_of_layers(seeds[0])} Blue: the gradients agree. Red: they oppose each other."
+            note = "Blue: the gradients agree. Red: they oppose each other."
             said = f"The mean is lowest in {values.mean().idxmin()}."
             charts.append(self._map(place, f"Cosine at each layer, {name}", [trace], note, said))
         return charts
@@ -303,29 +289,20 @@ def clear(color: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
-def _of_layers(run: Run) -> str:
-    prefix = shortened(common_prefix([str(name) for name in next(iter(run.layers.values())).columns]))
-    return f"A row per layer {prefix}*." if prefix else "A row per layer."
-
-
-def _dot(color: str, size: int) -> dict[str, Any]:
-    return {"size": size, "color": color}
-
-
 def _heat(values: DataFrame, limits: tuple[float, float], unit: str, meta: dict[str, Any]) -> Trace:
     shown = blocks(values, max(60, min(500, MOST_CELLS // max(1, values.shape[1]))))
     low, high = limits
     return heat_trace(
-        shown.set_axis(short_names(shown.columns), axis=1).T, "", (low, high if high > low else low + 1),
+        shown.set_axis(short_names(shown.columns), axis=1).T, "", zmin=low, zmax=high if high > low else low + 1,
         x=shown.index.to_numpy(), meta=meta,
         colorbar={"thickness": 10, "len": 0.95, "y": 0.47, "outlinewidth": 0, "tickfont": {"size": 11}},
         hovertemplate="%{y}, step %{x:,}: %{z:.4g}<extra>" + label(unit) + "</extra>",
     )  # fmt: skip
 
 
-def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> Trace:
-    """A filled box per span, from the step before its first to its last."""
-    return {
+def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: str) -> list[Trace]:
+    """A trace of a filled box per span, from the step before its first to its last; none where there is no span."""
+    boxes: Trace = {
         "type": "scatter",
         "mode": "none",
         "x": [at for first, last in spans for at in (first - 1, first - 1, last, last, first - 1, None)][:-1],
@@ -336,3 +313,4 @@ def _shade(spans: Sequence[tuple[float, float]], meta: dict[str, Any], color: st
         "hoverinfo": "skip",
         "meta": meta,
     }
+    return [boxes] if spans else []

@@ -80,6 +80,8 @@ class _Case:
         self.n = len(run.steps)
         self.spans = compression_spans(run.steps)
         self.defaults = GAPTConfig().model_dump()
+        self.gate_known = bool(section_of(run.settings, "gate"))
+        """The run says how its gate was set."""
         rising = section_of(run.settings, "objective").get("direction") == "up"
         self.sign = 1 if rising else -1
         self.moved = "rose" if rising else "fell"
@@ -89,11 +91,6 @@ class _Case:
         table = section_of(self.run.settings, section)
         value, default = table.get(name), self.defaults[section][name]
         return value if isinstance(value, int | float if isinstance(default, float) else type(default)) else default
-
-    @property
-    def gate_known(self) -> bool:
-        """The run says how its gate was set."""
-        return bool(section_of(self.run.settings, "gate"))
 
     def gate(self) -> list[Diagnosis]:
         if self.setting("gate", "frozen"):
@@ -205,11 +202,7 @@ class _Case:
     def _evaded(self, where: str, values: DataFrame, least: float, most: float) -> tuple[float, Diagnosis] | None:
         """By how much an entropy moved, and which of the two ways out was taken: that which went further of its way.
 
-        Args:
-            where: whose entropy it is.
-            values: by step, the entropy and what shows what hides in it.
-            least: the share by which the entropy must have moved.
-            most: the share of that by which the centred cosine entropy may have moved.
+        It must have moved by the share ``least``, and the centred cosine entropy at most by the share ``most`` of that.
         """
         changes = [self._change(values[key]) for key in ("entropy", *_HIDES)]
         entropy, cosine, ratio, share = (change or (math.nan, math.nan) for change in changes)

@@ -185,7 +185,7 @@ _ALL = [
     ),
 ]  # fmt: skip
 
-FINDINGS: dict[str, Finding] = {finding.key: finding for finding in _ALL}
+FINDINGS = {finding.key: finding for finding in _ALL}
 
 NOTHING_FOUND = "Nothing stands out: the gate switched as it should, and the entropies agree on what compression did."
 NOT_ALL_SEEN = (

@@ -15,7 +15,7 @@ from .._display.pictures import color_of, draw_charts
 from .._display.tables import MISSING, html_table, number, with_minus
 from .charts import RunCharts
 from .doctor import diagnose, judged_by, verdict
-from .run import Run, each_seed, flat, is_again, last_value, of_interest, share_in_compression, switches
+from .run import Run, each_seed, flat, is_again, mean_of_last, of_interest, share_in_compression, switches
 
 Runs = Mapping[str, Run | Sequence[Run]]
 
@@ -104,26 +104,24 @@ def report_page(runs: Runs, *, baseline: str | None = None, title: str = "Traini
     shaded = of_interest({name: histories[0] for name, histories in seeds.items()})
     phases = None if shaded is None else list(seeds).index(shaded)
     page = Page(title, _subtitle(seeds), list(zip(seeds, colors, strict=True)), phases)
-    if notes := _notes(seeds):
-        page.add("What is missing", bullets(notes))
+    page.add("What is missing", bullets(_notes(seeds)))
     said = "At the end: the last held-out values where there are some, else means over the last training steps."
     compared = f" Changes are against {baseline}." if len(seeds) > 1 else ""
     page.add("Summary", html_table(summary(seeds, baseline), said + compared))
     page.add("First aid", _first_aid(seeds))
     page.add("Over the steps", _how_to_read(seeds, baseline, shaded), charts.over_steps())
-    if maps := charts.layer_maps():
-        page.add("By layer", "", maps)
+    page.add("By layer", "", charts.layer_maps())
     if alignment := charts.alignment():
         page.add("Angle between the gradients", _alignment(seeds), alignment)
     page.add("Settings", _settings(seeds))
     return page
 
 
-def summary(runs: Mapping[str, Sequence[Run]], baseline: str | None = None) -> DataFrame:
+def summary(runs: Mapping[str, Sequence[Run]], baseline: str) -> DataFrame:
     """A row per run: means over its seeds of what it ended with, and the change from the baseline.
 
     >>> from gapt_optim.reporting import Run
-    >>> summary({"plain": [Run.of([{"step": 1, "loss": 2.0}])]}).loc["plain", "loss"]
+    >>> summary({"plain": [Run.of([{"step": 1, "loss": 2.0}])]}, "plain").loc["plain", "loss"]
     '2.000'
     """
     every = [run for seeds in runs.values() for run in seeds]
@@ -133,24 +131,19 @@ def summary(runs: Mapping[str, Sequence[Run]], baseline: str | None = None) -> D
                "norm_ratio": "norm ratio", "mean_share": "mean share"}  # fmt: skip
     shown = {column: title for column, title in columns.items() if not all(is_again(run, column) for run in every)}
     means = DataFrame(
-        {name: {title: _mean(seeds, column) for column, title in shown.items()} for name, seeds in runs.items()}
+        {name: {title: mean_of_last(seeds, column) for column, title in shown.items()} for name, seeds in runs.items()}
     ).T.dropna(axis=1, how="all")
     table = means.map(lambda value: number(value, 4))
-    if baseline is not None:
-        changes = means / means.loc[baseline] - 1
-        for name in set(runs) - {baseline}:
-            for title in table.columns:
-                if np.isfinite(changes.loc[name, title]):
-                    table.loc[name, title] += with_minus(f" ({changes.loc[name, title]:+.1%})")
+    changes = means / means.loc[baseline] - 1
+    for name in set(runs) - {baseline}:
+        for title in table.columns:
+            if np.isfinite(changes.loc[name, title]):
+                table.loc[name, title] += with_minus(f" ({changes.loc[name, title]:+.1%})")
     table.insert(0, "steps", [f"{max(len(run.steps) for run in seeds):,}" for seeds in runs.values()])
     table["in compression"] = [_share(seeds) for seeds in runs.values()]
     table["switches"] = [_switches(seeds) for seeds in runs.values()]
     table.index = [f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name for name, seeds in runs.items()]
     return table
-
-
-def _mean(seeds: Sequence[Run], column: str) -> float:
-    return float(Series([last_value(run, column) for run in seeds]).mean())
 
 
 def _share(seeds: Sequence[Run]) -> str:
@@ -215,15 +208,15 @@ def _alignment(runs: Mapping[str, Sequence[Run]]) -> str:
     rows = {}
     for name, seeds in runs.items():
         cosines = [run.steps.alignment.dropna() for run in seeds]
-        phases = [run.steps.phase[values.index] for run, values in zip(seeds, cosines, strict=True)]
         if not any(map(len, cosines)):
             continue
-        found = {}
-        for phase in ("memorization", "compression"):
-            means = [values[phase_of == phase].mean() for values, phase_of in zip(cosines, phases, strict=True)]
-            found[f"mean cosine in {phase}"] = number(float(Series(means, dtype=float).mean()))
+        means = DataFrame([run.steps.groupby("phase").alignment.mean() for run in seeds]).mean()
         changed = sum(int((np.diff(np.sign(values)) != 0).sum()) for values in cosines)
-        rows[name] = found | {"changes of sign": f"{changed:,}"}
+        rows[name] = {
+            "mean cosine in memorization": number(means.get("memorization")),
+            "mean cosine in compression": number(means.get("compression")),
+            "changes of sign": f"{changed:,}",
+        }
     said = "Between the loss gradient and the entropy gradient: above 0 they agree, below 0 compression costs loss."
     return f"<p>{said}</p>" + (html_table(DataFrame(rows).T) if rows else "")
 

@@ -48,12 +48,11 @@ class Run:
     @classmethod
     def of(cls, steps: Sequence[Record], held_out: Sequence[Record] = (), settings: Record | None = None) -> Run:
         """A run from records like those of ``metrics.jsonl`` and ``validation.jsonl``."""
-        files = []
-        for name, records in (("metrics.jsonl", steps), ("validation.jsonl", held_out)):
-            files.append(Records(Path(name)))
+        metrics, validations = Records(Path("metrics.jsonl")), Records(Path("validation.jsonl"))
+        for file, records in ((metrics, steps), (validations, held_out)):
             for record in records:
-                files[-1].add(json.dumps(record).encode())
-        return _run(files[0], files[1], settings or {}, ())
+                file.add(json.dumps(record).encode())
+        return _run(metrics, validations, settings or {}, ())
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -203,6 +202,11 @@ def last_value(run: Run, column: str) -> float:
     held_out = run.held_out[column].dropna()
     values = held_out if len(held_out) else smoothed(run.steps[column])
     return float(values.iloc[-1]) if len(values) else float("nan")
+
+
+def mean_of_last(seeds: Sequence[Run], column: str) -> float:
+    """The mean of :func:`last_value` over the seeds that have one."""
+    return float(Series([last_value(run, column) for run in seeds]).mean())
 
 
 def pressed_entropy(run: Run) -> str:

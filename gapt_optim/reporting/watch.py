@@ -100,28 +100,19 @@ def screen(run: RunFollower, width: int, state: str = "") -> Any:
 
 
 def follow(folder: Path, *, interval: float, patience: float, once: bool = False) -> Iterator[tuple[RunFollower, str]]:
-    """The run again and again, with a word on its state, until it ends.
-
-    Args:
-        folder: of the run.
-        interval: seconds between two looks.
-        patience: seconds without a new step after which the run counts as ended.
-        once: look only once.
-    """
+    """The run every ``interval`` seconds, with a word on its state, until it ends or adds no step for ``patience``."""
     run = RunFollower(folder)
     latest = time.monotonic()
     while True:
         over = (folder / "results.json").exists()  # before reading, so that nothing written until then is missed
-        now = time.monotonic()
+        now, state = time.monotonic(), ""
         if run.read():
             latest = now
         if over:
-            yield run, "ended"
-            return
-        if now - latest > patience:
-            yield run, f"no new step for {patience:g} s"
-            return
-        yield run, ""
-        if once:
+            state = "ended"
+        elif now - latest > patience:
+            state = f"no new step for {patience:g} s"
+        yield run, state
+        if state or once:
             return
         time.sleep(interval)

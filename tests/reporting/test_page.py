@@ -111,7 +111,7 @@ def test_no_entropy_is_shown_twice() -> None:
     assert "Cosine entropy, centred" not in titles
     assert "Linear entropy, not centred" in titles
     assert "Cosine kernel, centred, windows of 8." in titled(charts_of({"gapt": run}), "Pressed entropy").note
-    assert "centred cosine entropy" not in summary({"gapt": [run]})
+    assert "centred cosine entropy" not in summary({"gapt": [run]}, "gapt")
     both = [chart.title for chart in charts_of({"gapt": run, "other": history()})]
     assert "Cosine entropy, centred" in both  # it is another one for the other run
 
