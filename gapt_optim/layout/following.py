@@ -29,7 +29,7 @@ from .operations import (
     tensors_within,
 )
 
-Source: TypeAlias = tuple[object, str]
+Source: TypeAlias = tuple[Any, str]
 """A call, and the name of an argument of it."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 BATCH, LENGTH, POSITION, FEATURES = "batch", "length", "position", "features"
-FLAT, FLAT_SEQUENCE_FIRST = "batch * length", "length * batch"
+FLAT, FLAT_SEQUENCE_FIRST = FLATTENED = "batch * length", "length * batch"
 
 Axes: TypeAlias = tuple[str | None, ...]
 """What each axis of a tensor is, None where that is not known."""
