@@ -130,12 +130,6 @@ def decided(
         return (*batch, FEATURES, *positions), f"its type {kind.typename}", None
     complete = None if followed is None else completed(followed, h, kind)
     if complete is not None:
-        if FEATURES not in complete:
-            raise FollowedError(
-                f'the output of module "{name}" ({kind.typename}), of shape {tuple(h.shape)}, was followed as '
-                f'"{described(complete)}", which leaves no axis for features of rows, as in attention weights. Leave '
-                "it out of layers, or say with layout= what its axes are"
-            )
         return complete, _FOLLOWED, None
     by_sizes = _of_sizes(h, kind, sizes)
     if by_sizes is not None:
@@ -146,8 +140,18 @@ def decided(
 _FOLLOWED = "followed through the operations before it"
 
 
-class FollowedError(ValueError):
-    """What was followed has no rows, whatever its sizes are."""
+def check_features(name: str, h: Tensor, kind: Kind, axes: Axes) -> None:
+    """What was followed may have no rows, whatever its sizes are.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if FEATURES not in axes:
+        raise ValueError(
+            f'the output of module "{name}" ({kind.typename}), of shape {tuple(h.shape)}, was followed as '
+            f'"{described(axes)}", which leaves no axis for features of rows, as in attention weights. Leave it out '
+            "of layers, or say with layout= what its axes are"
+        )
 
 
 def _of_two(h: Tensor, kind: Kind, followed: Axes | None, sizes: list[tuple[int, int]]) -> tuple[Axes, str, str | None]:

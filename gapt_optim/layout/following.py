@@ -192,7 +192,7 @@ class Following(TorchFunctionMode):
 
     def _source(self, op: Operation) -> Tensor | None:
         """The tensor whose rows the result has: that of a query, the first factor, the first one that is traced."""
-        tensors = list(tensors_within([*op.args, *op.kwargs.values()]))
+        tensors = list(tensors_within([op.args, op.kwargs]))
         if op.name in _ATTENTION or op.name in PRODUCTS:
             first = tensors[0] if tensors else None
             if self.of(first) is not None:

@@ -45,6 +45,8 @@ def tensors_within(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from tensors_within(value)
+        elif isinstance(value, Mapping):
+            yield from tensors_within(value.values())
 
 
 def axes_after(op: Operation, source: Tensor, axes: Axes, last: str | None) -> Axes:

@@ -148,7 +148,6 @@ class Layout:
         """Under way, the innermost last."""
         self._following: Following | None = None
         self._decisions: dict[Any, Decision] = {}
-        self._refused: dict[Any, str] = {}
         self._plain: dict[Any, tuple[View, tuple[str, str, str, str | None]]] = {}
         """How outputs are read of which every row counts, whatever their sizes are."""
         self._repeated: set[str] = set()
@@ -220,7 +219,7 @@ class Layout:
         if turn_arguments(following):
             self.corrections += 1
             self._before = dict(self._decisions)
-            for known in (self._decisions, self._refused, self._plain, self._situations):  # read them anew
+            for known in (self._decisions, self._plain, self._situations):  # read them anew
                 known.clear()
         elif following.batch_first:
             self._decisions = {
@@ -254,6 +253,7 @@ class Layout:
         if h.is_nested:
             return self._read_nested(name, h, watched)
         decision = self._decision(name, kind, h, watched, own)
+        axes_.check_features(name, h, watched.kind, decision.axes)
         view = self._view(decision.axes, h)
         if view.axes != decision.axes:  # not as many rows as tokens this time
             decision = decision._replace(axes=view.axes, mask=None)
@@ -298,17 +298,9 @@ class Layout:
         key = (kind, turn)
         if self._following is None:
             known = self._decisions.get(key, self._decisions.get((kind, 0)))
-            if known is not None:
-                return known
-            if key in self._refused:
-                raise ValueError(self._refused[key])
-            return Decision(*self._axes(name, h, watched, None), None, followed=False)
+            return known or Decision(*self._axes(name, h, watched, None), None, followed=False)
         self._following.read = True
-        try:
-            decision = self._followed(name, h, watched, self._following, self._following.of(own))
-        except axes_.FollowedError as error:
-            self._refused[key] = str(error)
-            raise
+        decision = self._followed(name, h, watched, self._following, self._following.of(own))
         before = self._before.pop(key, None)
         if before is not None and axes_.turns(before.axes, decision.axes):
             self._following.changed[name] = axes_.described(decision.axes)
@@ -328,7 +320,7 @@ class Layout:
             known = following.batch_first | following.sequence_first
             if any(source not in known and may_turn(source) for source in trace.spans):
                 why, guess = "assumed, with the batch first", guess or _TURN
-        if self._picks_masks:
+        if self._picks_masks or FEATURES not in axes:
             return Decision(axes, why, guess, None, followed=True)
         batch, length = self._view(axes, h)(h).shape[:2]
         if trace is not None and trace.spans:
