@@ -22,17 +22,16 @@ from .tokens import (
     Call,
     Caller,
     Choice,
-    are_lengths,
     axes_of,
     by_shape,
     callers_of,
-    counts_rows,
     documents,
     fits,
     followed,
     has_ones,
     is_on_stack,
     live_rows,
+    may_be_lengths,
     may_mask,
     may_turn,
     turn_arguments,
@@ -66,8 +65,6 @@ class Decision(NamedTuple):
     guess: str | None
     mask: Choice | str | None
     """Which one, or what to tell of one that does not fit."""
-    followed: bool
-    """Where nothing was followed, each pass looks for a mask anew, by its shape."""
 
 
 class Calls(Caller):
@@ -298,40 +295,42 @@ class Layout:
         key = (kind, turn)
         if self._following is None:
             known = self._decisions.get(key, self._decisions.get((kind, 0)))
-            return known or Decision(*self._axes(name, h, watched, None), None, followed=False)
+            return known or self._decided(name, h, watched, None)
         self._following.read = True
-        decision = self._followed(name, h, watched, self._following, self._following.of(own))
+        decision = self._decided(name, h, watched, self._following.of(own))
         before = self._before.pop(key, None)
         if before is not None and axes_.turns(before.axes, decision.axes):
             self._following.changed[name] = axes_.described(decision.axes)
         self._decisions[key] = decision
         return decision
 
-    def _axes(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> tuple[Axes, str, str | None]:
-        """The axes of ``h``, why, and what of it is a guess."""
+    def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
         if watched.layout is not None:
-            return axes_.given(name, watched.layout, h), "layout=", None
-        return axes_.decided(name, h, watched.kind, None if trace is None else trace.axes, self._sizes())
-
-    def _followed(self, name: str, h: Tensor, watched: Watched, following: Following, trace: Trace | None) -> Decision:
-        """What a pass that is followed shows of outputs of this kind."""
-        axes, why, guess = self._axes(name, h, watched, trace)
-        if trace is not None and self._batch_second and watched.layout is None and axes[:2] == (BATCH, LENGTH):
-            known = following.batch_first | following.sequence_first
-            if any(source not in known and may_turn(source) for source in trace.spans):
+            axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
+        else:
+            axes, why, guess = axes_.decided(
+                name, h, watched.kind, None if trace is None else trace.axes, self._sizes()
+            )
+            if trace is not None and self._is_assumed(axes, trace):
                 why, guess = "assumed, with the batch first", guess or _TURN
         if self._picks_masks or FEATURES not in axes:
-            return Decision(axes, why, guess, None, followed=True)
+            return Decision(axes, why, guess, None)
         batch, length = self._view(axes, h)(h).shape[:2]
         if trace is not None and trace.spans:
-            mask = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
-            return Decision(axes, why, guess, mask, followed=True)
-        # It comes from no argument, or got lost.
-        mask, _ = by_shape(self.calls, name, (batch, length))
-        if h.ndim == 2 or not isinstance(mask, Choice):
-            return Decision(axes, why, guess, None, followed=True)
-        lost = "its rows could not be followed from the arguments of the call"
-        return Decision(axes, why, guess or lost, mask, followed=True)
+            return Decision(axes, why, guess, followed(self.calls, trace, (batch, length), flat=h.ndim == 2))
+        mask, guessed = by_shape(self.calls, name, (batch, length))
+        if self._following is not None:
+            guessed = "its rows could not be followed from the arguments of the call"
+            if h.ndim == 2 or not isinstance(mask, Choice):
+                mask = guessed = None
+        return Decision(axes, why, guess or guessed, mask)
+
+    def _is_assumed(self, axes: Axes, trace: Trace) -> bool:
+        """Nothing but habit says so far that the batch of a layer comes first."""
+        if self._following is None or not self._batch_second or axes[:2] != (BATCH, LENGTH):
+            return False
+        known = self._following.batch_first | self._following.sequence_first
+        return any(source not in known and may_turn(source) for source in trace.spans)
 
     def _sizes(self) -> list[tuple[int, int]]:
         """(batch, length) of the tokens that the calls under way were given, the innermost first."""
@@ -353,9 +352,6 @@ class Layout:
             return self._picked(name, "mask", watched.mask, rows, h), "mask=", decision.guess
         sizes = rows.shape[0], rows.shape[1]
         mask, guess = decision.mask, decision.guess
-        if not decision.followed:
-            mask, guessed = by_shape(self.calls, name, sizes)
-            guess = guess or guessed
         if isinstance(mask, Choice) and not fits(self.calls[mask.call], mask, sizes):
             mask = self.calls[mask.call].described(mask.name)
         if guess is not None and not guess.startswith("layout="):
@@ -457,15 +453,13 @@ class Layout:
         """A call was given what may be a mask of these rows, or how many there are of each sequence."""
         for call in self.calls:
             for argument, value in call.tensors.items():
-                if counts_rows(argument) and self._following is not None and are_lengths(value, rows):
-                    length = next(
-                        (f'call["{k}"].shape[1]' for k, v in call.tensors.items() if v.shape[:2] == rows), rows[1]
-                    )
+                if self._following is not None and may_be_lengths(argument, value, rows):
+                    tokens = (f'call["{k}"].shape[1]' for k, v in call.tensors.items() if v.shape[:2] == rows)
                     self.tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may say how many rows of each sequence '
                         f'count in layer "{name}": all {rows[1]} do until mask= says otherwise, as mask=lambda call: '
-                        f'torch.arange({length}, device=call["{argument}"].device) < call["{argument}"][:, None], or '
-                        "lambda call: None",
+                        f'torch.arange({next(tokens, rows[1])}, device=call["{argument}"].device) < '
+                        f'call["{argument}"][:, None], or lambda call: None',
                         subject=f"argument {argument}",
                     )
                 if may_mask(argument) and value.shape == rows and not value.is_floating_point():

@@ -73,7 +73,6 @@ class Call:
         own = (caller.name, *[(name, value.ndim) for name, value in self.tensors.items()])
         self.situation: tuple[Any, ...] = (own,) if around is None else (*around.situation, own)
         """What kind of call it is, behind what kinds of calls it is in."""
-        self.live: dict[str, Tensor] = {}
         ids = any(name.endswith(("input_ids", "inputs_embeds")) for name in self.tensors)
         self.counts_tokens = "position_ids" in self.tensors and (caller.is_model or ids)
         """It was given the positions of the tokens of a whole model, not of a layer in it."""
@@ -81,8 +80,12 @@ class Call:
         self.knows_documents = self.counts_tokens or named
         self.documents: tuple[Tensor | None, Tensor] | None = None
         """The mask, and the documents of the rows that count by it."""
+        self.live: dict[str, Tensor] = {}
+        """Where tokens count, by each mask that was read."""
         self.picked: dict[tuple[str, int], Any] = {}
+        """What functions of ``mask=`` and ``segments=`` gave."""
         self.runs: dict[str, int] = {}
+        """How often each layer ran."""
         self.frame: FrameType | None = None
         """Of the module's call; a frame that is no longer on the stack ended."""
 
@@ -156,7 +159,7 @@ def tensors_of(arguments: Mapping[str, Any], *, within: bool) -> dict[str, Tenso
         if isinstance(value, Tensor):
             if not value.is_nested:  # which has no shape
                 found[name] = value
-        elif within and not isinstance(value, (str, int, float, bool, type(None))):
+        elif within:
             for key, item in _items(name, value):
                 if isinstance(item, Tensor):
                     found.setdefault(key, item)
@@ -182,13 +185,10 @@ def may_mask(name: str) -> bool:
     return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
 
 
-def counts_rows(name: str) -> bool:
-    """An argument whose name says that it has the lengths of sequences."""
-    return name.endswith(("lengths", "seq_lens", "_lens", "_len")) or name == "lens"
-
-
-def are_lengths(value: Tensor, rows: tuple[int, int]) -> bool:
-    """``value`` may be the lengths of sequences that have ``rows`` (batch, length). It waits for the device."""
+def may_be_lengths(name: str, value: Tensor, rows: tuple[int, int]) -> bool:
+    """The name says lengths of sequences, and they may be of ``rows`` (batch, length); waits for the device."""
+    if not (name.endswith(("lengths", "_lens", "_len")) or name == "lens"):
+        return False
     counts = value.shape == rows[:1] and not value.is_floating_point() and value.dtype != torch.bool
     return bool(counts and rows[1] > 1 and value.numel() and int(value.max()) <= rows[1])
 
@@ -419,21 +419,15 @@ def documents(calls: list[Call], rows: Tensor, live: Tensor | None) -> tuple[Ten
                 ends = call.tensors[name]
                 places = torch.arange(length, device=ends.device, dtype=ends.dtype)
                 return torch.searchsorted(ends, places, right=True)[None], name
-        positions = positions_of(call, batch, length)
-        if positions is not None and length:
+        if not call.counts_tokens or not length:
+            continue
+        positions = call.tensors["position_ids"]
+        positions = positions[None] if positions.ndim == 1 else positions
+        if positions.shape in ((batch, length), (1, length)):  # all sequences may share them
             if call.documents is None or call.documents[0] is not live:  # once for all layers of one mask
                 call.documents = live, restarted(positions, live)
             return call.documents[1].expand(batch, -1), "position_ids that restart"
     return None, ""
-
-
-def positions_of(call: Call, batch: int, length: int) -> Tensor | None:
-    """The positions of the tokens of a whole model, (batch, length), or (1, length) where all sequences share them."""
-    if not call.counts_tokens:
-        return None
-    positions = call.tensors["position_ids"]
-    positions = positions[None] if positions.ndim == 1 else positions
-    return positions if positions.shape in ((batch, length), (1, length)) else None
 
 
 def restarted(positions: Tensor, live: Tensor | None) -> Tensor:
