@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .operations import BATCH, FEATURES, FLAT, FLATTENED, LENGTH, POSITION, Axes
 from .tokens import TRANSFORMERS, sequence_first
 
+_FOLLOWED = "followed through the operations before it"
 _WORDS = {
     BATCH: BATCH,
     **dict.fromkeys(("features", "channels", "heads", "streams", "dim"), FEATURES),
@@ -135,9 +136,6 @@ def decided(
     if by_sizes is not None:
         return by_sizes, "the (batch, length) of the tokens", None
     return _of_width(name, h, kind)
-
-
-_FOLLOWED = "followed through the operations before it"
 
 
 def check_features(name: str, h: Tensor, kind: Kind, axes: Axes) -> None:

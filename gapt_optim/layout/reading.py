@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from .._tell import tell
-from . import axes as axes_
-from .axes import Kind, View, kind_of
+from .axes import Kind, View, check_features, decided, described, given, kind_of, parsed, turns
 from .following import Following, Trace, compiled_within
 from .operations import BATCH, FEATURES, FLATTENED, LENGTH, Axes
 from .outputs import Reading, checked_hidden, hidden_tensor, padded
@@ -42,7 +41,6 @@ Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 
 _MOST_LOOKS = 32
 """Forward passes under :class:`Following`, of one model: one for each kind of call that it gets."""
-
 
 _TURN = 'layout="length batch features" if the model is called with the sequence first'
 """What is a guess in a first forward pass: a layer runs before the module that says it."""
@@ -128,7 +126,7 @@ class Layout:
             for glob, pick in value.items():
                 _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
-            axes_.parsed(text)
+            parsed(text)
         self._callers = [
             (weakref.ref(module), Calls(self, name, module)) for name, module in callers_of(model, modules)
         ]
@@ -250,7 +248,7 @@ class Layout:
         if h.is_nested:
             return self._read_nested(name, h, watched)
         decision = self._decision(name, kind, h, watched, own)
-        axes_.check_features(name, h, watched.kind, decision.axes)
+        check_features(name, h, watched.kind, decision.axes)
         view = self._view(decision.axes, h)
         if view.axes != decision.axes:  # not as many rows as tokens this time
             decision = decision._replace(axes=view.axes, mask=None)
@@ -262,7 +260,7 @@ class Layout:
             rows = view(h)
         segments, why_segments = self._segments(name, watched, rows, live)
         why_rows += f"; documents by {why_segments}" if why_segments else ""
-        why = axes_.described(decision.axes), decision.why_axes, why_rows, guess
+        why = described(decision.axes), decision.why_axes, why_rows, guess
         if keeps and live is None and segments is None and self._is_plain(name, watched, view):
             self._plain[kind] = view, why
         return Reading(h, rows, live, segments, *why, view)
@@ -295,22 +293,20 @@ class Layout:
         key = (kind, turn)
         if self._following is None:
             known = self._decisions.get(key, self._decisions.get((kind, 0)))
-            return known or self._decided(name, h, watched, None)
+            return self._decided(name, h, watched, None) if known is None else known
         self._following.read = True
         decision = self._decided(name, h, watched, self._following.of(own))
         before = self._before.pop(key, None)
-        if before is not None and axes_.turns(before.axes, decision.axes):
-            self._following.changed[name] = axes_.described(decision.axes)
+        if before is not None and turns(before.axes, decision.axes):
+            self._following.changed[name] = described(decision.axes)
         self._decisions[key] = decision
         return decision
 
     def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
         if watched.layout is not None:
-            axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
+            axes, why, guess = given(name, watched.layout, h), "layout=", None
         else:
-            axes, why, guess = axes_.decided(
-                name, h, watched.kind, None if trace is None else trace.axes, self._sizes()
-            )
+            axes, why, guess = decided(name, h, watched.kind, None if trace is None else trace.axes, self._sizes())
             if trace is not None and self._is_assumed(axes, trace):
                 why, guess = "assumed, with the batch first", guess or _TURN
         if self._picks_masks or FEATURES not in axes:
@@ -441,9 +437,11 @@ class Layout:
 
     def _tell_bypassed(self, name: str) -> None:
         """A module around the layer takes a mask, but did not run as a module: its forward was called."""
+        if not self.calls or torch.compiler.is_compiling():
+            return
         around = [calls for _, calls in self._callers if f"{name}.".startswith(f"{calls.name}.") or calls.is_model]
         innermost = around[-1]
-        if self.calls and innermost.masks and all(call.caller is not innermost for call in self.calls):
+        if innermost.masks and all(call.caller is not innermost for call in self.calls):
             self.tell_once(
                 f'module "{innermost.name}" takes {innermost.masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='

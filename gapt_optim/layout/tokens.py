@@ -159,7 +159,7 @@ def tensors_of(arguments: Mapping[str, Any], *, within: bool) -> dict[str, Tenso
         if isinstance(value, Tensor):
             if not value.is_nested:  # which has no shape
                 found[name] = value
-        elif within:
+        elif within and not isinstance(value, (str, int, float, bool, type(None))):
             for key, item in _items(name, value):
                 if isinstance(item, Tensor):
                     found.setdefault(key, item)
