@@ -349,7 +349,7 @@ class Layout:
         sizes = rows.shape[0], rows.shape[1]
         mask, guess = decision.mask, decision.guess
         if isinstance(mask, Choice) and not fits(self.calls[mask.call], mask, sizes):
-            mask = self.calls[mask.call].described(mask.name)
+            mask = self.calls[mask.call].with_shape(mask.name)
         if guess is not None and not guess.startswith("layout="):
             self.tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
         if not isinstance(mask, Choice):

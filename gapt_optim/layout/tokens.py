@@ -96,7 +96,7 @@ class Call:
         decodes = "encoder_hidden_states" in parameters or "tgt_key_padding_mask" in parameters
         return decodes and not self.caller.is_model and ("encoder_hidden_states" in given or "memory" in given)
 
-    def described(self, name: str) -> str:
+    def with_shape(self, name: str) -> str:
         """The argument ``name``, as errors and warnings call it."""
         return f"{name} of shape {tuple(self.tensors[name].shape)}"
 
@@ -279,7 +279,7 @@ def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bo
             span = Span(0, call.sizes(name)[1])
         if span is not None and fits_span(call.sizes(name), span, rows):
             return Choice(position, name, span.start, f"{name} of {call.caller.kind}")
-        problem = problem or call.described(name)
+        problem = problem or call.with_shape(name)
     return _labels(calls, trace, rows) or problem
 
 
@@ -321,7 +321,7 @@ def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choi
                 if others and any(word in layer for word in _NOT_TEXT):
                     return None, f"{name} is not taken for that of {others[0]}"
                 return choice, f"{name} may belong to another argument than {others[0]}" if others else None
-            problem = problem or call.described(name)
+            problem = problem or call.with_shape(name)
         if decoding and not names and "labels" in call.tensors and call.tensors["labels"].shape == rows:
             return Choice(position, "labels", 0, f"labels of {IGNORED}"), None
         if not names and (decoding or call.reads_memory):
