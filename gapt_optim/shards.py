@@ -54,13 +54,18 @@ def plain(loss: Tensor) -> Tensor:
     return loss.full_tensor() if is_dtensor(loss) else loss  # type: ignore[attr-defined]
 
 
+def _local(h: Any) -> Any:
+    """The part of a DTensor that this rank has."""
+    return h.to_local() if is_dtensor(h) else h
+
+
 def digest(tensors: Iterable[Tensor]) -> Tensor | None:
     """Two numbers that are the same for the same tensors, and hardly for others; None where there are none."""
     found: Tensor | None = None
     for i, tensor in enumerate(tensors):
         if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
             continue
-        flat = (tensor.to_local() if is_dtensor(tensor) else tensor).detach().reshape(-1)  # type: ignore[attr-defined]
+        flat = _local(tensor).detach().reshape(-1)
         values = flat.abs().to(torch.float32) if flat.is_complex() else flat.to(torch.float32)
         places = torch.arange(len(values), device=values.device, dtype=torch.float32).add_(i + 1).sin_()
         own = torch.stack((values.sum(), values @ places))
@@ -99,11 +104,12 @@ def placed(name: str, h: Any, declared: Any) -> Placed | None:
         ValueError: parts are sums, or not equally large.
     """
     if is_dtensor(h):
-        mesh, placements, whole = h.device_mesh, h.placements, list(h.shape)
+        mesh, placements = h.device_mesh, h.placements
     elif declared:
-        mesh, placements, whole = declared[0], _all(declared[1]), list(h.shape)
+        mesh, placements = declared[0], _all(declared[1])
     else:
         return None
+    whole = list(h.shape)
     parts: list[tuple[Group, int]] = []
     for i, placement in enumerate(placements):
         if placement.is_replicate():
@@ -145,9 +151,7 @@ class PartView:  # Dynamo of torch 2.6 calls no NamedTuple
             if tuple(h.placements) != tuple(self.placements):  # of a gradient
                 h = h.redistribute(placements=self.placements)
             h = h.to_local(grad_placements=self.placements)
-        for group, axis in self.gathered:
-            h = _Gather.apply(h, group, axis)  # type: ignore[no-untyped-call]
-        rows = self.view(h)
+        rows = self.view(_gathered(h, self.gathered))
         missing = self.fewest - rows.shape[-1]
         return F.pad(rows, (0, missing)) if missing > 0 else rows
 
@@ -165,11 +169,10 @@ def read_part(
         at: where its parts lie.
         window: rows of a window; None = whole sequences.
     """
-    local = h.to_local() if is_dtensor(h) else h
-    stand_in = local.detach().new_zeros(()).expand(at.whole)
+    stand_in = _local(h).detach().new_zeros(()).expand(at.whole)
     reading = layout.read(name, output, whole=stand_in)
     view: Any = reading.view
-    rows = view(stand_in)
+    length, width = reading.rows.shape[1:]
     simple = view.flat is None and view.shape is None
     positions = [axis for axis in view.axes if axis in (LENGTH, POSITION)]
     unmasked = reading.live is None and reading.segments is None
@@ -192,22 +195,25 @@ def read_part(
         else:
             gathered.append((group, axis))
             _tell_gathered(layout, name, window, part, unmasked)
-    length = rows.shape[1]
     fewest = (length if window is None else min(window, length)) if features else 0
     placements = h.placements if is_dtensor(h) else None
     to_rows: Any = PartView(view, tuple(gathered), placements, fewest)
     copies = at.copies * math.prod(dist.get_world_size(group) for group, _ in gathered)
     shards = Shards(tuple(own), tuple(features), at.ranks**2 / copies)
     part_of = reading._replace(h=h, rows=to_rows(h), live=live, segments=segments, view=to_rows)
-    return part_of, shards, rows.shape[-1]
+    return part_of, shards, width
 
 
 def read_whole(layout: Layout, name: str, output: Any, h: Any, at: Placed) -> Reading:
     """The whole output, put together from the parts of all ranks."""
-    local = h.to_local() if is_dtensor(h) else h
-    for group, axis in at.parts:
-        local = _Gather.apply(local, group, axis)  # type: ignore[no-untyped-call]
-    return layout.read(name, output, whole=local)
+    return layout.read(name, output, whole=_gathered(_local(h), at.parts))
+
+
+def _gathered(part: Tensor, parts: Sequence[tuple[Group, int]]) -> Tensor:
+    """The parts of all ranks along these axes, put together."""
+    for group, axis in parts:
+        part = _Gather.apply(part, group, axis)  # type: ignore[no-untyped-call]
+    return part
 
 
 def _tell_gathered(layout: Layout, name: str, window: int | None, part: int, unmasked: bool) -> None:

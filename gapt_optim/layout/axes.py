@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .following import Trace
-from .operations import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH, POSITION, Axes
-from .tokens import sequence_first
+from .operations import BATCH, FEATURES, FLAT, FLATTENED, LENGTH, POSITION, Axes
+from .tokens import TRANSFORMERS, sequence_first
 
-_FEATURES = {"features", "channels", "heads", "streams", "dim"}
-_POSITIONS = {"length", "sequence", "seq", "tokens", "height", "width", "depth", "time", "frames", "positions"}
-_TRANSFORMERS = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
+_FOLLOWED = "followed through the operations before it"
+_WORDS = {
+    BATCH: BATCH,
+    **dict.fromkeys(("features", "channels", "heads", "streams", "dim"), FEATURES),
+    **dict.fromkeys(("length", "sequence", "seq", "tokens"), LENGTH),
+    **dict.fromkeys(("height", "width", "depth", "time", "frames", "positions"), POSITION),
+}
+"""Of ``layout=``, and what they mean."""
+_FIRST = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
-_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RNNBase, nn.MultiheadAttention, *_TRANSFORMERS)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RNNBase, nn.MultiheadAttention, *TRANSFORMERS)
 
 
 class Kind(NamedTuple):
@@ -55,9 +55,7 @@ def by_type(module: nn.Module) -> tuple[str | None, int | None]:
     """Where a module of this type has the features, and how many axes of positions."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return "first", len(module.kernel_size)
-    if isinstance(module, (*_NORMS, *_INSTANCE_NORMS)):
-        return "first", None
-    if isinstance(module, nn.GroupNorm):
+    if isinstance(module, _FIRST):
         return "first", None
     if isinstance(module, nn.Unfold):
         return "first", 1
@@ -73,18 +71,13 @@ def _by_predecessor(model: nn.Module, name: str) -> str | None:
     """Of a module without weights in an nn.Sequential: what the one before it says."""
     parent, _, child = name.rpartition(".")
     around = model.get_submodule(parent) if name else None
-    if not isinstance(around, nn.Sequential):
-        return None
-    before = []
-    for key, module in around.named_children():
+    features = None
+    for key, module in around.named_children() if isinstance(around, nn.Sequential) else ():
         if key == child:
             break
-        before.append(module)
-    for module in reversed(before):
-        last = next((m for m in reversed(list(module.modules())) if by_type(m)[0]), None)
-        if last is not None:
-            return by_type(last)[0]
-    return None
+        says = [by_type(inner)[0] for inner in module.modules()]
+        features = next((each for each in reversed(says) if each), features)
+    return features
 
 
 def _width(module: nn.Module) -> int | None:
@@ -110,8 +103,8 @@ def puts_sequence_first(model: nn.Module, name: str) -> bool:
     for part in name.split(".") if name else []:
         module = module.get_submodule(part)
         around.append(module)
-    own = sequence_first(module)
-    flags = [own, *(sequence_first(outer) for outer in reversed(around[:-1]) if isinstance(outer, _TRANSFORMERS))]
+    transformers = [outer for outer in around[:-1] if isinstance(outer, TRANSFORMERS)]
+    flags = map(sequence_first, (module, *reversed(transformers)))
     return next((flag for flag in flags if flag is not None), False)
 
 
@@ -119,125 +112,117 @@ def puts_sequence_first(model: nn.Module, name: str) -> bool:
 
 
 def decided(
-    name: str, h: Tensor, kind: Kind, trace: Trace | None, sizes: list[tuple[int, int]]
+    name: str, h: Tensor, kind: Kind, followed: Axes | None, sizes: list[tuple[int, int]]
 ) -> tuple[Axes, str, str | None]:
-    """The axes of ``h``, why, and what to pass if that is a guess.
+    """The axes of ``h``, why, and what to pass if that is a guess; ``sizes`` are (batch, length) of the tokens.
 
     Raises:
         ValueError: it can be read in two ways.
     """
-    axes = None if trace is None else trace.axes
     if h.ndim == 2:
-        return _of_two(h, kind, axes, sizes)
+        return _of_two(h, kind, followed, sizes)
     if kind.sequence_first and h.ndim == 3:
         return (LENGTH, BATCH, FEATURES), "batch_first=False", None
     if kind.features == "first" and (kind.spatial is None or h.ndim in (kind.spatial + 1, kind.spatial + 2)):
         batch: Axes = () if kind.spatial == h.ndim - 1 else (BATCH,)
         positions: Axes = (POSITION,) * (h.ndim - 1 - len(batch))
-        if axes is not None and LENGTH in axes[-len(positions) :]:
-            positions = axes[-len(positions) :]
-        return (*batch, FEATURES, *(axis or POSITION for axis in positions)), f"its type {kind.typename}", None
-    if axes is not None:
-        complete = completed(axes, h, kind)
-        if complete is not None:
-            _refuse_unreadable(name, h, kind, complete)
-            return complete, "followed through the operations before it", None
+        if followed is not None and LENGTH in followed[-len(positions) :]:
+            positions = tuple(axis or POSITION for axis in followed[-len(positions) :])
+        return (*batch, FEATURES, *positions), f"its type {kind.typename}", None
+    complete = None if followed is None else completed(followed, h, kind)
+    if complete is not None:
+        return complete, _FOLLOWED, None
     by_sizes = _of_sizes(h, kind, sizes)
     if by_sizes is not None:
         return by_sizes, "the (batch, length) of the tokens", None
     return _of_width(name, h, kind)
 
 
-class FollowedError(ValueError):
-    """What was followed has no rows, whatever its sizes are."""
+def check_features(name: str, h: Tensor, kind: Kind, axes: Axes) -> None:
+    """What was followed may have no rows, whatever its sizes are.
 
-
-def _refuse_unreadable(name: str, h: Tensor, kind: Kind, axes: Axes) -> None:
+    Raises:
+        ValueError: it has none.
+    """
     if FEATURES not in axes:
-        raise FollowedError(
+        raise ValueError(
             f'the output of module "{name}" ({kind.typename}), of shape {tuple(h.shape)}, was followed as '
             f'"{described(axes)}", which leaves no axis for features of rows, as in attention weights. Leave it out '
             "of layers, or say with layout= what its axes are"
         )
 
 
-def _of_two(h: Tensor, kind: Kind, axes: Axes | None, sizes: list[tuple[int, int]]) -> tuple[Axes, str, str | None]:
+def _of_two(h: Tensor, kind: Kind, followed: Axes | None, sizes: list[tuple[int, int]]) -> tuple[Axes, str, str | None]:
+    first, second = (None, None) if followed is None else followed
+    fitting = [size for size in sizes if size[0] * size[1] == len(h)]
     if kind.spatial == 1:
         return (FEATURES, POSITION), f"its type {kind.typename}", None
-    if axes is not None and axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
-        if any(batch * length == len(h) for batch, length in sizes):
-            return (axes[0], FEATURES), "followed through the operations before it", None
+    if first in FLATTENED and fitting:
+        return (first, FEATURES), _FOLLOWED, None
+    if first in FLATTENED:
         return (BATCH, FEATURES), "rows of several sequences", None
-    if axes is not None and axes[0] == FEATURES and axes[1] is not None:
-        return axes, "followed through the operations before it", None
-    if axes is None and any(batch * length == len(h) and 1 not in (batch, length) for batch, length in sizes):
+    if first == FEATURES and second is not None:
+        return (first, second), _FOLLOWED, None
+    if first == LENGTH:
+        return (LENGTH, FEATURES), _FOLLOWED, None
+    if followed is None and any(1 not in size for size in fitting):
         return (FLAT, FEATURES), "as many rows as the call has tokens", 'layout="batch features" for rows of their own'
-    if axes is not None and axes[0] == LENGTH:
-        return (LENGTH, FEATURES), "followed through the operations before it", None
     return (BATCH, FEATURES), "two dimensions", None
 
 
 def completed(axes: Axes, h: Tensor, kind: Kind) -> Axes | None:
     """Followed axes with the unknown ones filled in; None where that is not possible."""
+    n = h.ndim
     places = [axis for axis, what in enumerate(axes) if what == FEATURES]
-    tokens = LENGTH in axes and BATCH in axes
-    if any(axis in (FLAT, FLAT_SEQUENCE_FIRST) for axis in axes):
+    width_is_last = kind.width == h.shape[-1] and [size == kind.width for size in h.shape].count(True) == 1
+    if any(axis in FLATTENED for axis in axes):
         return None
-    if tokens:
+    if LENGTH in axes and BATCH in axes:
         return tuple(axis or FEATURES for axis in axes)
-    several = len(places) > 1 and len(places) == h.ndim - 1
-    if several and axes[0] is None and h.shape[0] > 1 and not _fits_width(h, kind, h.ndim - 1):  # heads of nodes, say
+    if len(places) == n - 1 > 1 and axes[0] is None and h.shape[0] > 1 and not width_is_last:  # heads of nodes, say
         return (BATCH, *axes[1:])
-    known = bool(places)
+    other = POSITION if places else FEATURES
+    if not places and (kind.features == "last" or width_is_last):
+        places = [n - 1]
     if not places:
-        if kind.features != "last" and not _fits_width(h, kind, h.ndim - 1):
-            return None
-        places = [h.ndim - 1]
-    if LENGTH in axes:  # of one sequence, or of a batch that got lost
-        rest = [axis for axis, what in enumerate(axes) if what is None and axis not in places]
-        filled = [axis or (POSITION if known else FEATURES) for axis in axes]
-        if rest:
-            filled[rest[0]] = BATCH
-        return tuple(filled)
-    batch = axes.index(BATCH) if BATCH in axes else 0
-    if batch in places or len(places) == h.ndim - 1:
         return None
-    positions = LENGTH if h.ndim == 3 and places[-1] == 2 else POSITION
+    if LENGTH in axes:  # of one sequence, or of a batch that got lost
+        batch = next((axis for axis, what in enumerate(axes) if what is None and axis not in places), None)
+        return tuple(BATCH if axis == batch else (what or other) for axis, what in enumerate(axes))
+    batch = axes.index(BATCH) if BATCH in axes else 0
+    if batch in places or len(places) == n - 1:
+        return None
+    positions = LENGTH if n == 3 and places[-1] == 2 else POSITION
     return tuple(
         FEATURES if axis in places else BATCH if axis == batch else (what or positions)
         for axis, what in enumerate(axes)
     )
 
 
-def _fits_width(h: Tensor, kind: Kind, axis: int) -> bool:
-    return kind.width == h.shape[axis] and [size == kind.width for size in h.shape].count(True) == 1
+_BY_SIZES: dict[int, tuple[Axes, ...]] = {
+    3: ((BATCH, LENGTH, FEATURES), (LENGTH, BATCH, FEATURES), (BATCH, FEATURES, LENGTH)),
+    4: (
+        (BATCH, LENGTH, FEATURES, FEATURES),
+        (LENGTH, BATCH, FEATURES, FEATURES),
+        (FEATURES, BATCH, LENGTH, FEATURES),
+        (BATCH, FEATURES, LENGTH, FEATURES),
+    ),
+}
+"""By the number of dimensions, where the batch and the length of the tokens may stand."""
 
 
 def _of_sizes(h: Tensor, kind: Kind, sizes: list[tuple[int, int]]) -> Axes | None:
-    """By the places where an output has the (batch, length) of the tokens, if there is one such reading."""
+    """By the places where an output has the (batch, length) of the tokens: of three dimensions the first that fit."""
     for batch, length in sizes:
-        if batch == length:
-            continue
-        shape = tuple(h.shape)
-        if h.ndim == 3 and shape[:2] == (batch, length):
-            return (BATCH, LENGTH, FEATURES)
-        if h.ndim == 3 and shape[:2] == (length, batch):
-            return (LENGTH, BATCH, FEATURES)
-        if h.ndim == 3 and (shape[0], shape[2]) == (batch, length) and kind.width != length:
-            return (BATCH, FEATURES, LENGTH)
-        if h.ndim == 4:
-            readings = [
-                reading
-                for reading, sized in (
-                    ((BATCH, LENGTH, FEATURES, FEATURES), shape[:2]),
-                    ((LENGTH, BATCH, FEATURES, FEATURES), (shape[1], shape[0])),
-                    ((FEATURES, BATCH, LENGTH, FEATURES), shape[1:3]),
-                    ((BATCH, FEATURES, LENGTH, FEATURES), (shape[0], shape[2])),
-                )
-                if sized == (batch, length)
-            ]
-            if len(readings) == 1:
-                return readings[0]
+        readings = [
+            axes
+            for axes in _BY_SIZES.get(h.ndim, ())
+            if (h.shape[axes.index(BATCH)], h.shape[axes.index(LENGTH)]) == (batch, length) and batch != length
+        ]
+        if kind.width == length:  # which the features have too
+            readings = [axes for axes in readings if axes[-1] == FEATURES]
+        if len(readings) == 1 or (readings and h.ndim == 3):
+            return readings[0]
     return None
 
 
@@ -246,14 +231,11 @@ def _of_width(name: str, h: Tensor, kind: Kind) -> tuple[Axes, str, str | None]:
     n = h.ndim
     last: Axes = (BATCH, *((LENGTH,) if n == 3 else (POSITION,) * (n - 2)), FEATURES)
     first: Axes = (BATCH, FEATURES, *(POSITION,) * (n - 2))
-    if kind.features == "last" and (h.shape[-1] == kind.width or kind.width is None or h.shape[1] != kind.width):
-        return last, f"its type {kind.typename}", None
-    why = f"the size {kind.width} of its last weight"
     fits_last, fits_first = h.shape[-1] == kind.width, h.shape[1] == kind.width
-    if fits_last and not fits_first:
-        return last, why, None
-    if fits_first and not fits_last:
-        return first, why, None
+    if kind.features == "last" and (fits_last or not fits_first):
+        return last, f"its type {kind.typename}", None
+    if fits_last != fits_first:
+        return last if fits_last else first, f"the size {kind.width} of its last weight", None
     if n == 3 and kind.ending != "first":
         return last, "three dimensions", f'layout="{described(last)}" or "{described(first)}"'
     if kind.ending is not None and not fits_last:
@@ -278,20 +260,13 @@ def parsed(text: str) -> Axes:
     """
     if not isinstance(text, str):
         raise TypeError(f"layout must be a string or a mapping from globs to strings, found {type(text).__name__}")
-    axes: list[str | None] = []
     for word in text.split():
-        if word == BATCH:
-            axes.append(BATCH)
-        elif word in _FEATURES:
-            axes.append(FEATURES)
-        elif word in _POSITIONS:
-            axes.append(LENGTH if word in ("length", "sequence", "seq", "tokens") else POSITION)
-        else:
-            known = ", ".join(sorted({BATCH} | _FEATURES | _POSITIONS))
-            raise ValueError(f'layout="{text}" has "{word}"; the words for axes are {known}')
+        if word not in _WORDS:
+            raise ValueError(f'layout="{text}" has "{word}"; the words for axes are {", ".join(sorted(_WORDS))}')
+    axes = tuple(_WORDS[word] for word in text.split())
     if FEATURES not in axes or axes.count(BATCH) > 1 or len(axes) < 2:
         raise ValueError(f'layout="{text}" must have one axis of features at least, and at most one "batch"')
-    return tuple(axes)
+    return axes
 
 
 def given(name: str, text: str, h: Tensor) -> Axes:
@@ -326,55 +301,50 @@ def described(axes: Axes) -> str:
     return " ".join(words)
 
 
+def turns(before: Axes, now: Axes) -> bool:
+    """Other axes than before have the batch or the features."""
+    roles = [[axis if axis in (BATCH, FEATURES) else None for axis in axes] for axes in (before, now)]
+    return roles[0] != roles[1]
+
+
 # Rows
-
-
-def batch_and_length(h: Tensor, axes: Axes) -> tuple[int, int]:
-    positions = [size for size, axis in zip(h.shape, axes, strict=True) if axis in (LENGTH, POSITION)]
-    batch = [size for size, axis in zip(h.shape, axes, strict=True) if axis == BATCH]
-    if not positions:
-        return 1, batch[0] if batch else 1
-    length = 1
-    for size in positions:
-        length *= size
-    return (batch[0] if batch else 1), length
 
 
 @dataclass
 class View:  # Dynamo of torch 2.6 calls no NamedTuple
-    """From a hidden tensor, or a gradient of it, to its rows."""
+    """From a hidden tensor, or a gradient of it, to its rows: (batch, length, features)."""
 
     axes: Axes
-    flat: tuple[int, int] | None
+    flat: tuple[int, int] | None = None
     """(batch, length) of rows that lie one behind another."""
     shape: tuple[int, int] | None = None
     """(batch, length), where the mask tells another than the axes."""
 
     def __call__(self, h: Tensor) -> Tensor:
-        rows = as_rows(h, self.axes, self.flat)
+        rows = h
+        if self.flat is not None:
+            batch, length = self.flat
+            if self.axes[0] == FLAT:
+                rows = h.reshape(batch, length, -1)
+            else:
+                rows = h.reshape(length, batch, -1).transpose(0, 1)
+        elif self.axes == (BATCH, FEATURES):  # samples are the rows of one sequence
+            rows = h.unsqueeze(0)
+        elif self.axes != (BATCH, LENGTH, FEATURES):
+            rows = self._ordered(h)
         return rows if self.shape is None else rows.reshape(*self.shape, rows.shape[-1])
 
-
-def as_rows(h: Tensor, axes: Axes, flat: tuple[int, int] | None) -> Tensor:
-    """``h`` as (batch, length, features)."""
-    if flat is not None:
-        if axes[0] == FLAT_SEQUENCE_FIRST:
-            return h.reshape(flat[1], flat[0], -1).transpose(0, 1)
-        return h.reshape(flat[0], flat[1], -1)
-    if axes == (BATCH, LENGTH, FEATURES):
-        return h
-    if axes == (BATCH, FEATURES):  # samples are the rows of one sequence
-        return h.unsqueeze(0)
-    batch = [i for i, axis in enumerate(axes) if axis == BATCH]
-    positions = [i for i, axis in enumerate(axes) if axis in (LENGTH, POSITION)]
-    features = [i for i, axis in enumerate(axes) if i not in batch and i not in positions]
-    if not positions:  # samples are the rows of one sequence
-        positions, batch = batch, []
-    rows = h.permute(*batch, *positions, *features)
-    if len(features) > 1:
-        rows = rows.flatten(len(batch) + len(positions))
-    if len(positions) > 1:
-        rows = rows.flatten(len(batch), len(batch) + len(positions) - 1)
-    if not positions:
-        rows = rows.unsqueeze(0)
-    return rows if batch else rows.unsqueeze(0)
+    def _ordered(self, h: Tensor) -> Tensor:
+        batch = [i for i, axis in enumerate(self.axes) if axis == BATCH]
+        positions = [i for i, axis in enumerate(self.axes) if axis in (LENGTH, POSITION)]
+        features = [i for i, axis in enumerate(self.axes) if i not in batch and i not in positions]
+        if not positions:  # samples are the rows of one sequence
+            positions, batch = batch, []
+        rows = h.permute(*batch, *positions, *features)
+        if len(features) > 1:
+            rows = rows.flatten(-len(features))
+        if len(positions) > 1:
+            rows = rows.flatten(len(batch), -2)
+        if not positions:
+            rows = rows.unsqueeze(0)
+        return rows if batch else rows.unsqueeze(0)

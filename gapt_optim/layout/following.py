@@ -8,7 +8,7 @@ many channels as positions. What it found is kept by layer; later passes run wit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,13 +23,13 @@ from .operations import (
     PRODUCTS,
     RECURRENT,
     Axes,
-    argument,
+    Operation,
     axes_after,
     indexed_axes,
     tensors_within,
 )
 
-Source: TypeAlias = tuple[object, str]
+Source: TypeAlias = tuple[Any, str]
 """A call, and the name of an argument of it."""
 
 
@@ -107,44 +107,54 @@ class Following(TorchFunctionMode):
             # An operation in a form that is not known here, or on tensors without a shape, leaves its result without a
             # trace, and the model as it is.
             with contextlib.suppress(Exception):
-                self._note(_name(func), list(args), kwargs, result)
+                self._note(Operation(_name(func), list(args), kwargs, result))
         return result
 
-    def _note(self, name: str, args: list[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        if name == "__setitem__":
-            target, value = args[0], self.of(args[2])
+    def _note(self, op: Operation) -> None:
+        if op.name == "setitem":
+            target, value = op.args[0], self.of(op.args[2])
             if value is not None and isinstance(target, Tensor):
                 self._traces[target] = _united(self.of(target), value, target)
             return
-        if name in _JOINED:
-            self._note_joined(args, kwargs, result)
+        if op.name in _JOINED:
+            self._note_joined(op)
             return
-        source = self._source(name, args, kwargs)
+        source = self._source(op)
         if source is None:
             return
-        trace = self.of(source)
-        assert trace is not None
-        if args and args[0] is source and source.ndim == 3:
-            if name in (*RECURRENT, "_pack_padded_sequence") and isinstance(args[-1], bool):
-                self._hear(trace, sequence_first=not args[-1])
-            elif name == "multi_head_attention_forward":
-                self._hear(trace, sequence_first=True)
-            elif name in ("conv1d", "linear") and trace.axes == (BATCH, LENGTH, None):
-                heard = self.channels_first if name == "conv1d" else self.features_last
-                heard.update(trace.spans.keys() - self._derived)
-        if name in _PARTS:
-            self._note_parts(name, args, kwargs, source, trace, result)
+        trace = self._traces[source]
+        if op.args and op.args[0] is source and source.ndim == 3:
+            self._listen(op, trace)
+        if op.name in _PARTS:
+            self._note_parts(op, source, trace)
             return
-        out = result if isinstance(result, Tensor) else result[0]
+        out = op.out if isinstance(op.out, Tensor) else op.out[0]
         if isinstance(out, Tensor):
-            axes = axes_after(name, args, kwargs, source, trace.axes, out, self._last_of_product(name, args, source))
-            spans = _spans(name, args, source, trace)
-            if name not in _REORDERED and _pooled(source, trace.axes, out, axes):
-                spans = dict.fromkeys(spans, POOLED)
-            found = Trace(spans, axes)
-            for tensor, other in self._others(name, args, source):
-                found = _united(found, other, out, alike=tensor.shape == source.shape == out.shape)
-            self._traces[out] = found
+            self._note_result(op._replace(out=out), source, trace)
+
+    def _note_result(self, op: Operation, source: Tensor, trace: Trace) -> None:
+        out = op.out
+        axes = axes_after(op, source, trace.axes, self._last_of_product(op, source))
+        spans = _spans(op, source, trace)
+        if op.name not in _REORDERED and _pooled(source, trace.axes, out, axes):
+            spans = dict.fromkeys(spans, POOLED)
+        found = Trace(spans, axes)
+        if op.name in _UNITED:
+            for tensor in tensors_within(op.args[1:] if op.name == "where" else op.args):
+                other = None if tensor is source or _is_index(op.name, tensor) else self.of(tensor)
+                if other is not None:
+                    found = _united(found, other, out, alike=tensor.shape == source.shape == out.shape)
+        self._traces[out] = found
+
+    def _listen(self, op: Operation, trace: Trace) -> None:
+        """A module may say which axis of what it was given is which."""
+        if op.name in (*RECURRENT, "pack_padded_sequence") and isinstance(op.args[-1], bool):
+            self._hear(trace, sequence_first=not op.args[-1])
+        elif op.name == "multi_head_attention_forward":
+            self._hear(trace, sequence_first=True)
+        elif op.name in ("conv1d", "linear") and trace.axes == (BATCH, LENGTH, None):
+            heard = self.channels_first if op.name == "conv1d" else self.features_last
+            heard.update(trace.spans.keys() - self._derived)
 
     def _hear(self, trace: Trace, *, sequence_first: bool) -> None:
         """A module says which axis of what it was given is the sequence."""
@@ -154,26 +164,24 @@ class Following(TorchFunctionMode):
         elif trace.axes[:2] == says[::-1] and not self.batch_first.intersection(trace.spans):
             self.sequence_first.update(trace.spans.keys() - self._derived)
 
-    def _note_joined(self, args: list[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-        dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % out.ndim
+    def _note_joined(self, op: Operation) -> None:
+        dim = op.dim(1, op.out)
         before, found = 0, None
-        for part in args[0]:
+        for part in op.args[0]:
             trace = self.of(part)
             if trace is not None:
                 if trace.axes[dim] == LENGTH:
-                    trace = trace._replace(spans=_shifted(trace, before, out.shape[dim] - part.shape[dim]))
-                found = _united(found, trace, out)
+                    trace = trace._replace(spans=_shifted(trace, before, op.out.shape[dim] - part.shape[dim]))
+                found = _united(found, trace, op.out)
             before += part.shape[dim]
         if found is not None:
-            self._traces[out] = found
+            self._traces[op.out] = found
 
-    def _note_parts(
-        self, name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, trace: Trace, parts: Any
-    ) -> None:
-        dim = argument(args, kwargs, 1 if name == "unbind" else 2, "dim", 0) % source.ndim
+    def _note_parts(self, op: Operation, source: Tensor, trace: Trace) -> None:
+        dim = op.dim(1 if op.name == "unbind" else 2, source)
         before = 0
-        for part in parts:
-            if name == "unbind":
+        for part in op.out:
+            if op.name == "unbind":
                 self._traces[part] = trace._replace(axes=(*trace.axes[:dim], *trace.axes[dim + 1 :]))
             elif trace.axes[dim] == LENGTH:
                 spans = _shifted(trace, -before, part.shape[dim] - source.shape[dim])
@@ -182,49 +190,41 @@ class Following(TorchFunctionMode):
             else:
                 self._traces[part] = trace
 
-    def _source(self, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _source(self, op: Operation) -> Tensor | None:
         """The tensor whose rows the result has: that of a query, the first factor, the first one that is traced."""
-        tensors = list(tensors_within([*args, *kwargs.values()]))
-        if name in _ATTENTION or name in PRODUCTS:
+        tensors = list(tensors_within([op.args, op.kwargs]))
+        if op.name in _ATTENTION or op.name in PRODUCTS:
             first = tensors[0] if tensors else None
             if self.of(first) is not None:
                 return first
             # A matrix of weights times x; but a query that comes of no argument has rows of its own.
-            weights = name in PRODUCTS and first is not None and first.ndim <= 2
-            tensors = tensors[1:] if weights or name in ("addmm", "baddbmm") else []
-        if name == "where":
+            weights = op.name in PRODUCTS and first is not None and first.ndim <= 2
+            tensors = tensors[1:] if weights or op.name in ("addmm", "baddbmm") else []
+        if op.name == "where":
             tensors = tensors[1:]
         traced = [tensor for tensor in tensors if self.of(tensor) is not None]
-        traced = [tensor for tensor in traced if not _is_index(name, tensor)] or traced
-        if name in _UNITED:  # of which the largest has the shape
+        traced = [tensor for tensor in traced if not _is_index(op.name, tensor)] or traced
+        if op.name in _UNITED:  # of which the largest has the shape
             traced.sort(key=lambda tensor: -tensor.ndim)
         return traced[0] if traced else None
 
-    def _last_of_product(self, name: str, args: list[Any], source: Tensor) -> str | None:
+    def _last_of_product(self, op: Operation, source: Tensor) -> str | None:
         """The last axis of a product: features, but of scores it is that of keys."""
-        second = self.of(args[1]) if name in PRODUCTS and len(args) == 2 and args[0] is source else None
+        second = self.of(op.args[1]) if op.name in PRODUCTS and len(op.args) == 2 and op.args[0] is source else None
         return FEATURES if second is None else second.axes[-1]
-
-    def _others(self, name: str, args: list[Any], source: Tensor) -> Iterator[tuple[Tensor, Trace]]:
-        if name in _UNITED:
-            for tensor in tensors_within(args[1:] if name == "where" else args):
-                trace = None if tensor is source or _is_index(name, tensor) else self.of(tensor)
-                if trace is not None:
-                    yield tensor, trace
 
 
 _ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention", "cdist"}
 _UNITED = {
-    *("add", "sub", "mul", "div", "true_divide", "where", "lerp", "maximum", "minimum", "addcmul"),
-    *("add_", "sub_", "mul_", "div_", "rsub", "masked_scatter", "index_add", "index_add_"),
-    *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__"),
-    *("__truediv__", "copy_", "index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "true_divide", "truediv"),
+    *("where", "lerp", "maximum", "minimum", "addcmul", "copy", "masked_scatter"),
+    *("index_add", "index_put", "scatter", "scatter_add"),
 }
 """Operations whose result has the rows of several of their tensors."""
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "unbind"}
 _REORDERED = {
     *("index_select", "gather", "take_along_dim", "masked_select", "sort", "topk", "take", "argsort", "roll"),
-    *("_pack_padded_sequence", "_pad_packed_sequence"),
+    *("pack_padded_sequence", "pad_packed_sequence"),
 }
 _JOINED = {"cat", "concat", "concatenate"}
 
@@ -233,7 +233,7 @@ def _name(func: Any) -> str:
     name: str = getattr(func, "__name__", "")
     if name == "__get__":  # a property, as x.T
         name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return name
+    return name.strip("_")
 
 
 def _is_index(name: str, tensor: Tensor) -> bool:
@@ -244,21 +244,22 @@ def _is_index(name: str, tensor: Tensor) -> bool:
 # Spans
 
 
-def _spans(name: str, args: list[Any], source: Tensor, trace: Trace) -> Mapping[Source, Span | None]:
+def _spans(op: Operation, source: Tensor, trace: Trace) -> Mapping[Source, Span | None]:
     """Where the tokens lie in the result, of what lay in ``source``."""
-    if name in _REORDERED:
+    if op.name in _REORDERED:
         return dict.fromkeys(trace.spans)
-    if name == "__getitem__" and args[0] is source:
-        indexed = indexed_axes(args[1], source)
+    if op.name == "getitem" and op.args[0] is source:
+        indexed = indexed_axes(op.args[1], source)
         if indexed is None:
             return dict.fromkeys(trace.spans)
         for axis, part in indexed:
             if axis is not None and part is not None and trace.axes[axis] == LENGTH:
                 return _sliced(trace, part, source.shape[axis])
-    if name == "pad" and (len(args) < 3 or args[2] == "constant"):
-        for i in range(len(args[1]) // 2):
+    if op.name == "pad" and (len(op.args) < 3 or op.args[2] == "constant"):
+        pads = op.args[1]
+        for i in range(len(pads) // 2):
             if trace.axes[source.ndim - 1 - i] == LENGTH:
-                return _shifted(trace, args[1][2 * i], args[1][2 * i] + args[1][2 * i + 1])
+                return _shifted(trace, pads[2 * i], pads[2 * i] + pads[2 * i + 1])
     return trace.spans
 
 

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 BATCH, LENGTH, POSITION, FEATURES = "batch", "length", "position", "features"
 FLAT, FLAT_SEQUENCE_FIRST = "batch * length", "length * batch"
+FLATTENED = (FLAT, FLAT_SEQUENCE_FIRST)
 
 Axes: TypeAlias = tuple[str | None, ...]
 """What each axis of a tensor is, None where that is not known."""
 
-PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"}
-_RESHAPED = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as", "reshape_as"}
-_SWAPPED = {"transpose", "swapaxes", "swapdims", "transpose_"}
+PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "rmatmul", "einsum"}
+_RESHAPED = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "unsafe_view", "view_as", "reshape_as"}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
+class Operation(NamedTuple):
+    """One that ran."""
+
+    name: str
+    """Without the underscores around it: what an operator or an operation in place does is the same."""
+    args: list[Any]
+    kwargs: Mapping[str, Any]
+    out: Any
+    """What it returned."""
+
+    def argument(self, position: int, name: str, default: Any) -> Any:
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def dim(self, position: int, tensor: Tensor) -> int:
+        """The axis that it works along, 0 by default."""
+        axis: int = self.argument(position, "dim", self.kwargs.get("axis", 0)) % tensor.ndim
+        return axis
 
 
 def tensors_within(values: Any) -> Iterator[Tensor]:
@@ -26,41 +45,36 @@ def tensors_within(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from tensors_within(value)
+        elif isinstance(value, Mapping):
+            yield from tensors_within(value.values())
 
 
-def argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-def axes_after(
-    name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor, last: str | None
-) -> Axes:
-    """The axes of the result ``out``, where those of ``source`` are ``axes``; ``last`` is the last one of a product."""
-    layer = _of_layer(name, args, axes, out)
-    if layer is not None:
-        return layer
-    moved = _moved(name, args, kwargs, axes)
-    if moved is not None:
-        return moved
-    if name == "__getitem__":
-        return _axes_of_part(args, source, axes, out)
-    if name == "einsum":
-        return _einsum(args, source, axes)
-    if name == "stack":
-        dim = argument(args, kwargs, 1, "dim", 0) % out.ndim
+def axes_after(op: Operation, source: Tensor, axes: Axes, last: str | None) -> Axes:
+    """The axes of the result, where those of ``source`` are ``axes``; ``last`` is the last one of a product."""
+    known = _of_layer(op, axes) or _moved(op, axes)
+    if known is not None:
+        return known
+    if op.name == "getitem":
+        return _axes_of_part(op, source, axes)
+    if op.name == "einsum":
+        return _einsum(op.args, source, axes)
+    if op.name == "stack":
+        dim = op.dim(1, op.out)
         return (*axes[:dim], None, *axes[dim:])
-    if name in PRODUCTS and out.ndim == len(axes):
+    if op.name in PRODUCTS and op.out.ndim == len(axes):
         return (*axes[:-1], last)
-    return _generic(name, args, kwargs, source, axes, out)
+    return _by_shapes(op, source, axes)
 
 
-def _generic(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
-    if out.shape == source.shape or (out.ndim == source.ndim and name not in _RESHAPED):
+def _by_shapes(op: Operation, source: Tensor, axes: Axes) -> Axes:
+    """Of any other operation."""
+    out: Tensor = op.out
+    if out.shape == source.shape or (out.ndim == source.ndim and op.name not in _RESHAPED):
         return axes
     if out.numel() == source.numel():
         return reshaped(tuple(source.shape), tuple(out.shape), axes)
     if out.ndim == source.ndim - 1:
-        dim = argument(args, kwargs, 1, "dim", None)
+        dim = op.argument(1, "dim", None)
         if isinstance(dim, (tuple, list)) and len(dim) == 1:
             dim = dim[0]
         if isinstance(dim, int):
@@ -71,8 +85,9 @@ def _generic(name: str, args: list[Any], kwargs: Mapping[str, Any], source: Tens
     return (None,) * out.ndim
 
 
-def _of_layer(name: str, args: list[Any], axes: Axes, out: Tensor) -> Axes | None:
+def _of_layer(op: Operation, axes: Axes) -> Axes | None:
     """Of an operation that says which axis has the features."""
+    name, args, n = op.name, op.args, op.out.ndim
     if name == "linear" or (name in ("layer_norm", "rms_norm") and len(args[1]) == 1):
         return (*axes[:-1], FEATURES)
     if name == "embedding":
@@ -82,35 +97,39 @@ def _of_layer(name: str, args: list[Any], axes: Axes, out: Tensor) -> Axes | Non
         if "pool" in name and axes.count(FEATURES) == 1 and None not in axes:  # which may pool over features
             return axes
         positions = tuple(LENGTH if axis == LENGTH else POSITION for axis in axes[-int(convolution[1]) :])
-        batch: Axes = (axes[0] or BATCH,) if out.ndim == len(positions) + 2 else ()
+        batch: Axes = (axes[0] or BATCH,) if n == len(positions) + 2 else ()
         return (*batch, FEATURES, *positions)
-    if name in ("batch_norm", "group_norm", "instance_norm") and out.ndim > 2:
+    if name in ("batch_norm", "group_norm", "instance_norm") and n > 2:
         return (axes[0] or BATCH, FEATURES, *(axis or POSITION for axis in axes[2:]))
-    if name in RECURRENT and out.ndim == 3 and isinstance(args[-1], bool):
-        return (BATCH, LENGTH, FEATURES) if args[-1] else (LENGTH, BATCH, FEATURES)
-    if name == "multi_head_attention_forward" and out.ndim == 3:
-        return (LENGTH, BATCH, FEATURES)
-    if name == "_pad_packed_sequence" and out.ndim == 3:
-        return (BATCH, LENGTH, FEATURES) if args[2] else (LENGTH, BATCH, FEATURES)
-    return None
+    if n != 3:
+        return None
+    batch_first = None
+    if name in RECURRENT and isinstance(args[-1], bool):
+        batch_first = args[-1]
+    elif name == "multi_head_attention_forward":
+        batch_first = False
+    elif name == "pad_packed_sequence":
+        batch_first = args[2]
+    if batch_first is None:
+        return None
+    return (BATCH, LENGTH, FEATURES) if batch_first else (LENGTH, BATCH, FEATURES)
 
 
-def _moved(name: str, args: list[Any], kwargs: Mapping[str, Any], axes: Axes) -> Axes | None:
+def _moved(op: Operation, axes: Axes) -> Axes | None:
     n = len(axes)
     order = list(range(n))
-    if name in _SWAPPED:
-        first = argument(args, kwargs, 1, "dim0", kwargs.get("axis0", 0))
-        second = argument(args, kwargs, 2, "dim1", kwargs.get("axis1", 0))
+    if op.name in ("transpose", "swapaxes", "swapdims"):
+        first = op.argument(1, "dim0", op.kwargs.get("axis0", 0))
+        second = op.argument(2, "dim1", op.kwargs.get("axis1", 0))
         order[first], order[second] = order[second], order[first]
-    elif name in ("t", "T", "mT", "H", "mH", "adjoint") and n >= 2:
+    elif op.name in ("t", "T", "mT", "H", "mH", "adjoint") and n >= 2:
         order[-1], order[-2] = order[-2], order[-1]
-    elif name == "permute":
-        dims = kwargs.get("dims", args[1:])
+    elif op.name == "permute":
+        dims = op.kwargs.get("dims", op.args[1:])
         dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
         order = [dim % n for dim in dims]
-    elif name in ("movedim", "moveaxis"):
-        source, target = args[1] % n, args[2] % n
-        order.insert(target, order.pop(source))
+    elif op.name in ("movedim", "moveaxis"):
+        order.insert(op.args[2] % n, order.pop(op.args[1] % n))
     else:
         return None
     return tuple(axes[axis] for axis in order)
@@ -124,8 +143,6 @@ def reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Axes) -> Axe
     >>> reshaped((2, 5, 12), (10, 12), ("batch", "length", "features"))
     ('batch * length', 'features')
     """
-    if before == after:
-        return axes
     found: list[str | None] = [None] * len(after)
     left = [axis for axis, size in enumerate(before) if size != 1]
     right = [axis for axis, size in enumerate(after) if size != 1]
@@ -148,34 +165,28 @@ def _regrouped(axes: list[str | None], parts: int) -> list[str | None]:
     """Several axes as ``parts`` others."""
     if axes == [BATCH, FEATURES] and parts == 2:  # heads, which attention counts with the batch
         return [BATCH, FEATURES]
-    return _split(_joint(axes), parts)
-
-
-def _joint(axes: list[str | None]) -> str | None:
-    """What several axes are as one."""
     if axes == [BATCH, LENGTH]:
-        return FLAT
-    if axes == [LENGTH, BATCH]:
-        return FLAT_SEQUENCE_FIRST
-    return axes[0] if len(set(axes)) == 1 else None
-
-
-def _split(axis: str | None, parts: int) -> list[str | None]:
-    if parts == 2 and axis == FLAT:
+        joint: str | None = FLAT
+    elif axes == [LENGTH, BATCH]:
+        joint = FLAT_SEQUENCE_FIRST
+    else:
+        joint = axes[0] if len(set(axes)) == 1 else None
+    if parts == 2 and joint == FLAT:
         return [BATCH, LENGTH]
-    if parts == 2 and axis == FLAT_SEQUENCE_FIRST:
+    if parts == 2 and joint == FLAT_SEQUENCE_FIRST:
         return [LENGTH, BATCH]
-    if parts > 1 and axis in (BATCH, FLAT, FLAT_SEQUENCE_FIRST):  # a batch of frames, say, is one of videos again
+    if parts > 1 and joint in (BATCH, *FLATTENED):  # a batch of frames, say, is one of videos again
         return [None] * parts
-    return [axis] * parts
+    return [joint] * parts
 
 
-def _axes_of_part(args: list[Any], source: Tensor, axes: Axes, out: Tensor) -> Axes:
-    if args[0] is not source:  # a table, indexed by the tokens
-        return (*axes, *(FEATURES,) * (out.ndim - source.ndim))
-    indexed = indexed_axes(args[1], source)
+def _axes_of_part(op: Operation, source: Tensor, axes: Axes) -> Axes:
+    n: int = op.out.ndim
+    if op.args[0] is not source:  # a table, indexed by the tokens
+        return (*axes, *(FEATURES,) * (n - source.ndim))
+    indexed = indexed_axes(op.args[1], source)
     if indexed is None:
-        return (None,) * out.ndim
+        return (None,) * n
     return tuple(axes[axis] if axis is not None else None for axis, _ in indexed)
 
 

@@ -54,7 +54,10 @@ def checked_hidden(name: str, output: Any, pick: Callable[[Any], Tensor] | None)
         TypeError: it is no tensor, or not of floating point.
         ValueError: it has fewer than two dimensions.
     """
-    h = hidden_tensor(output) if pick is None else pick(output)
+    if pick is not None:
+        h = pick(output)
+    else:
+        h = output if isinstance(output, Tensor) else hidden_tensor(output)
     if isinstance(h, PackedSequence):
         raise TypeError(
             f'module "{name}" returned a PackedSequence, in which the rows of all sequences are mixed; watch a module '

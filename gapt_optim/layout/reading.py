@@ -12,35 +12,38 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from .._tell import tell
-from . import axes as axes_
-from .axes import Kind, View, kind_of
+from .axes import Kind, View, check_features, decided, described, given, kind_of, parsed, turns
 from .following import Following, Trace, compiled_within
-from .operations import BATCH, FEATURES, FLAT, FLAT_SEQUENCE_FIRST, LENGTH
+from .operations import BATCH, FEATURES, FLATTENED, LENGTH, Axes
 from .outputs import Reading, checked_hidden, hidden_tensor, padded
 from .selection import by_layer
 from .tokens import (
     Call,
     Caller,
-    are_lengths,
+    Choice,
     axes_of,
     by_shape,
     callers_of,
-    counts_rows,
     documents,
+    fits,
     followed,
     has_ones,
     is_on_stack,
     live_rows,
+    may_be_lengths,
     may_mask,
-    still_fits,
+    may_turn,
+    turn_arguments,
 )
-from .turning import TURN, Decision, is_assumed, names_with_batch_second, turn_arguments, turned, turns
 
 Pick: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """From the arguments of the model's call, by name, to (batch, length), or None."""
 
 _MOST_LOOKS = 32
 """Forward passes under :class:`Following`, of one model: one for each kind of call that it gets."""
+
+_TURN = 'layout="length batch features" if the model is called with the sequence first'
+"""What is a guess in a first forward pass: a layer runs before the module that says it."""
 
 
 class Watched(NamedTuple):
@@ -50,8 +53,32 @@ class Watched(NamedTuple):
     layout: str | None
     mask: Pick | None
     segments: Pick | None
-    inside: list[int]
-    """The callers around it, the outermost first."""
+
+
+class Decision(NamedTuple):
+    """What was found out about the outputs of one layer in calls of one kind."""
+
+    axes: Axes
+    why_axes: str
+    guess: str | None
+    mask: Choice | str | None
+    """Which one, or what to tell of one that does not fit."""
+
+
+class Calls(Caller):
+    """What the hooks on a caller call: ``enter`` before its forward, ``leave`` after it, also where it raised."""
+
+    def __init__(self, layout: Layout, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self._layout = layout
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: Callable[[], bool]) -> None:
+        """A call begins; ``reads`` tells whether watched modules are read in it."""
+        self._layout.enter(self, args, kwargs, reads)
+
+    def leave(self) -> None:
+        """The innermost call ended, or raised."""
+        self._layout.leave(self)
 
 
 class Layout:
@@ -99,28 +126,24 @@ class Layout:
             for glob, pick in value.items():
                 _check_function(f"{argument}[{glob!r}]", pick)
         for text in layouts.values():
-            axes_.parsed(text)
-        found = dict(callers_of(model, modules))
-        self._callers = [(weakref.ref(module), Calls(self, module, i)) for i, module in enumerate(found.values())]
-        names = list(found)
+            parsed(text)
+        self._callers = [
+            (weakref.ref(module), Calls(self, name, module)) for name, module in callers_of(model, modules)
+        ]
+        """From the outermost to the innermost."""
         self._watched = {
-            name: Watched(
-                kind_of(model, name, module),
-                layouts.get(name),
-                masks.get(name),
-                segment_picks.get(name),
-                [i for i, around in enumerate(names) if i and (name == around or name.startswith(around + "."))],
-            )
+            name: Watched(kind_of(model, name, module), layouts.get(name), masks.get(name), segment_picks.get(name))
             for name, module in modules.items()
         }
-        self._names = names
-        self._batch_second = names_with_batch_second(model)
+        self._batch_second = any(
+            isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first
+            for module in model.modules()
+        )
         self.calls: list[Call] = []
         """Under way, the innermost last."""
         self._following: Following | None = None
         self._decisions: dict[Any, Decision] = {}
-        self._refused: dict[Any, str] = {}
-        self._plain: dict[Any, tuple[Any, ...]] = {}
+        self._plain: dict[Any, tuple[View, tuple[str, str, str, str | None]]] = {}
         """How outputs are read of which every row counts, whatever their sizes are."""
         self._repeated: set[str] = set()
         """Layers that ran more than once in a pass."""
@@ -140,19 +163,19 @@ class Layout:
 
     # Calls
 
-    def enter(self, call: Call, reads: Callable[[], bool]) -> None:
-        """A call begins; ``reads`` tells whether watched modules are read in it."""
+    def enter(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], reads: Callable[[], bool]) -> None:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             while self.calls and not is_on_stack(self.calls[-1].frame):  # it ended by an interrupt, which runs no hook
                 self.calls.pop()
-            call.frame = sys._getframe(3)  # the module's call, around the hook that enters
-            if self._following is not None and not self.calls:
-                self._stop()
+            if not self.calls and self._following is not None:
+                self._stop(self._following)
+        call = Call(caller, args, kwargs, self.calls[-1] if self.calls else None)
         self.calls.append(call)
         if compiling:
             return
-        if len(self.calls) == 1 and self._following is None and self._is_new(call, reads):
+        call.frame = sys._getframe(3)  # the module's call, around the hook that enters
+        if len(self.calls) == 1 and self._is_new(call, reads):
             self._following = Following(call.situation)
             self._following.__enter__()  # type: ignore[no-untyped-call]
         if self._following is not None:
@@ -160,43 +183,42 @@ class Layout:
                 axes, known = axes_of(call, name)
                 self._following.begin(tensor, (call, name), axes, known=known)
 
-    def leave(self, number: int) -> None:
-        """The innermost call of this caller ended, or raised."""
-        if self.calls and self.calls[-1].caller.number == number:
+    def leave(self, caller: Caller) -> None:
+        if self.calls and self.calls[-1].caller is caller:
             self.calls.pop().frame = None
-            if not self.calls and self._following is not None and not torch.compiler.is_compiling():
-                self._stop()
+            if self._following is not None and not self.calls and not torch.compiler.is_compiling():
+                self._stop(self._following)
 
     def _is_new(self, call: Call, reads: Callable[[], bool]) -> bool:
         """No pass of this kind was looked at yet."""
         if call.situation in self._situations or self._looks >= _MOST_LOOKS or not reads():
             return False
         model = self._model()
-        if model is None or compiled_within(model):
-            return False
-        self._situations.add(call.situation)
-        self._looks += 1
-        return True
+        return model is not None and not compiled_within(model)
 
-    def _stop(self) -> None:
-        following, self._following = self._following, None
-        if following is not None and _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
-            following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if following is None:
-            return
-        if not following.read:  # none of the watched modules ran: the next pass is looked at
-            self._situations.discard(following.situation)
-            self._looks -= 1
+    def _stop(self, following: Following) -> None:
+        """A pass ended: what it showed counts from now on."""
+        self._following = None
+        if _get_current_function_mode() is following:  # type: ignore[no-untyped-call]
+            following.__exit__(None, None, None)
+        if following.read:  # else, the next pass is looked at
+            self._situations.add(following.situation)
+            self._looks += 1
         if following.changed:
-            self.tell_once(turned(following.changed))
+            name, axes = next(iter(following.changed.items()))
+            self.tell_once(
+                f"the first forward pass of {', '.join(following.changed)} was read otherwise than this one: a module "
+                "in it showed that the model is called with the sequence or the channels first. To say it from the "
+                f'start, pass layout={{"{name}": "{axes}"}}'
+            )
         if turn_arguments(following):
             self.corrections += 1
             self._before = dict(self._decisions)
-            for known in (self._decisions, self._refused, self._plain, self._situations):  # read them anew
+            for known in (self._decisions, self._plain, self._situations):  # read them anew
                 known.clear()
         elif following.batch_first:
             self._decisions = {
-                key: each._replace(guess=None) if each.guess == TURN else each for key, each in self._decisions.items()
+                key: each._replace(guess=None) if each.guess == _TURN else each for key, each in self._decisions.items()
             }
 
     # Outputs
@@ -211,107 +233,100 @@ class Layout:
             ValueError: its axes are ambiguous, or it does not have those of ``layout=``, or the shape of a mask or of
                 segments that was given, or a mask has other values than 0 and 1.
         """
-        watched = self._watched[name]
         own = h = checked_hidden(name, output, self._output)
         if whole is not None:
             h = whole
+        kind = (name, h.ndim, self.calls[-1].situation if self.calls else ())
+        keeps = whole is None and self._following is None and not torch.compiler.is_compiling() and not h.is_nested
+        if keeps and kind in self._plain:
+            view, why = self._plain[kind]
+            return Reading(h, view(h), None, None, *why, view)
+        watched = self._watched[name]
         if self._output is not None and own is not hidden_tensor(output):
             # The module's flags are not about this tensor.
             watched = watched._replace(kind=watched.kind._replace(sequence_first=False))
         if h.is_nested:
             return self._read_nested(name, h, watched)
-        key = None if whole is not None or torch.compiler.is_compiling() else self._key(name, h)
-        if key in self._plain and self._following is None:
-            view, axes, why_axes, why_rows, guess = self._plain[key]
-            return Reading(h, view(h), None, None, axes, why_axes, why_rows, guess, view)
-        decision = self._decision(name, h, watched, own)
-        batch_and_length = None
-        if h.ndim == 2 and decision.axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
-            batch_and_length = self._sizes_of_flat(len(h))
-            if batch_and_length is None:  # not as many rows as tokens this time
-                decision = decision._replace(axes=(BATCH, FEATURES), choice=None)
-        view = View(decision.axes, batch_and_length)
+        decision = self._decision(name, kind, h, watched, own)
+        check_features(name, h, watched.kind, decision.axes)
+        view = self._view(decision.axes, h)
+        if view.axes != decision.axes:  # not as many rows as tokens this time
+            decision = decision._replace(axes=view.axes, mask=None)
         rows = view(h)
         live, why_rows, guess = self._live(name, watched, rows, h, decision)
         if live is not None and live.shape != rows.shape[:2]:
             # flat rows, which do not cross sequences
-            view = View(decision.axes, batch_and_length, (live.shape[0], live.shape[1]))
+            view = View(view.axes, view.flat, (live.shape[0], live.shape[1]))
             rows = view(h)
         segments, why_segments = self._segments(name, watched, rows, live)
         why_rows += f"; documents by {why_segments}" if why_segments else ""
-        why = axes_.described(decision.axes), decision.why_axes, why_rows, guess
-        if key is not None and live is None and segments is None and self._is_plain(name, watched, decision):
-            self._plain[key] = (view, *why)
+        why = described(decision.axes), decision.why_axes, why_rows, guess
+        if keeps and live is None and segments is None and self._is_plain(name, watched, view):
+            self._plain[kind] = view, why
         return Reading(h, rows, live, segments, *why, view)
 
-    def _key(self, name: str, h: Tensor) -> Any:
-        """Of outputs of one kind."""
-        return name, h.ndim, *[call.situation for call in self.calls]
+    def _view(self, axes: Axes, h: Tensor) -> View:
+        """Flat rows are those of the tokens of a call, or else samples."""
+        if axes[0] not in FLATTENED:
+            return View(axes)
+        sizes = next((sizes for sizes in self._sizes() if sizes[0] * sizes[1] == len(h)), None)
+        return View((BATCH, FEATURES)) if sizes is None else View(axes, sizes)
 
-    def _is_plain(self, name: str, watched: Watched, decision: Decision) -> bool:
+    def _is_plain(self, name: str, watched: Watched, view: View) -> bool:
         """Outputs of this kind are always read so: nothing in the calls under way could mask them or cut them."""
-        picked = self._picks_masks or watched.segments is not None or self._following is not None
-        named = any(call.masks or call.knows_documents or any(map(may_mask, call.tensors)) for call in self.calls)
-        return not (picked or named or name in self._repeated) and decision.axes[0] not in (FLAT, FLAT_SEQUENCE_FIRST)
+        if self._picks_masks or watched.segments is not None or name in self._repeated or view.flat is not None:
+            return False
+        return not any(call.masks or call.knows_documents or any(map(may_mask, call.tensors)) for call in self.calls)
 
     def hidden(self, name: str, output: Any) -> Tensor:
         """The hidden tensor in an output of the watched module ``name``."""
         return checked_hidden(name, output, self._output)
 
-    def _decision(self, name: str, h: Tensor, watched: Watched, own: Tensor) -> Decision:
+    def _decision(self, name: str, kind: Any, h: Tensor, watched: Watched, own: Tensor) -> Decision:
         """What is known of outputs of this kind; found out once where the pass is followed."""
-        compiling = torch.compiler.is_compiling()
         turn = 0
-        if self.calls and not compiling:
+        if self.calls and not torch.compiler.is_compiling():
             turn = self.calls[0].runs.get(name, 0)
             self.calls[0].runs[name] = turn + 1
             if turn:
                 self._repeated.add(name)
-        kind = self._key(name, h)
-        key = (*kind, turn)
+        key = (kind, turn)
         if self._following is None:
-            known = self._decisions.get(key, self._decisions.get((*kind, 0)))
-            if known is not None:
-                return known
-            if key in self._refused:
-                raise ValueError(self._refused[key])
-            return self._decided(name, h, watched, None)
+            known = self._decisions.get(key, self._decisions.get((kind, 0)))
+            return self._decided(name, h, watched, None) if known is None else known
         self._following.read = True
-        try:
-            decision = self._decided(name, h, watched, self._following.of(own))
-        except axes_.FollowedError as error:
-            self._refused[key] = str(error)
-            raise
+        decision = self._decided(name, h, watched, self._following.of(own))
         before = self._before.pop(key, None)
         if before is not None and turns(before.axes, decision.axes):
-            self._following.changed[name] = axes_.described(decision.axes)
-        if decision.followed:
-            self._decisions[key] = decision
+            self._following.changed[name] = described(decision.axes)
+        self._decisions[key] = decision
         return decision
 
     def _decided(self, name: str, h: Tensor, watched: Watched, trace: Trace | None) -> Decision:
-        sizes = self._sizes()
         if watched.layout is not None:
-            axes, why, guess = axes_.given(name, watched.layout, h), "layout=", None
+            axes, why, guess = given(name, watched.layout, h), "layout=", None
         else:
-            axes, why, guess = axes_.decided(name, h, watched.kind, trace, sizes)
-            if self._batch_second and is_assumed(axes, trace, self._following):
-                why, guess = "assumed, with the batch first", guess or TURN
-        if self._following is None:
-            return Decision(axes, why, None, None, guess, followed=False)
-        if self._picks_masks:
-            return Decision(axes, why, None, None, guess, followed=True)
-        batch, length = axes_.batch_and_length(h, axes)
-        if axes[0] in (FLAT, FLAT_SEQUENCE_FIRST):
-            batch, length = self._sizes_of_flat(len(h)) or (1, len(h))
-        if trace is None or not trace.spans:  # it comes from no argument, or got lost
-            choice, _, _ = by_shape(self.calls, name, (batch, length))
-            if choice is not None and h.ndim > 2:
-                lost = "its rows could not be followed from the arguments of the call"
-                return Decision(axes, why, choice, None, guess or lost, followed=True)
-            return Decision(axes, why, None, None, guess, followed=True)
-        choice, problem = followed(self.calls, trace, (batch, length), flat=h.ndim == 2)
-        return Decision(axes, why, choice, problem, guess, followed=True)
+            axes, why, guess = decided(name, h, watched.kind, None if trace is None else trace.axes, self._sizes())
+            if trace is not None and self._is_assumed(axes, trace):
+                why, guess = "assumed, with the batch first", guess or _TURN
+        if self._picks_masks or FEATURES not in axes:
+            return Decision(axes, why, guess, None)
+        batch, length = self._view(axes, h)(h).shape[:2]
+        if trace is not None and trace.spans:
+            return Decision(axes, why, guess, followed(self.calls, trace, (batch, length), flat=h.ndim == 2))
+        mask, guessed = by_shape(self.calls, name, (batch, length))
+        if self._following is not None:
+            guessed = "its rows could not be followed from the arguments of the call"
+            if h.ndim == 2 or not isinstance(mask, Choice):
+                mask = guessed = None
+        return Decision(axes, why, guess or guessed, mask)
+
+    def _is_assumed(self, axes: Axes, trace: Trace) -> bool:
+        """Nothing but habit says so far that the batch of a layer comes first."""
+        if self._following is None or not self._batch_second or axes[:2] != (BATCH, LENGTH):
+            return False
+        known = self._following.batch_first | self._following.sequence_first
+        return any(source not in known and may_turn(source) for source in trace.spans)
 
     def _sizes(self) -> list[tuple[int, int]]:
         """(batch, length) of the tokens that the calls under way were given, the innermost first."""
@@ -323,9 +338,6 @@ class Layout:
                     found.append((call.tensors[name].shape[0], call.tensors[name].shape[1]))
         return found
 
-    def _sizes_of_flat(self, rows: int) -> tuple[int, int] | None:
-        return next(((batch, length) for batch, length in self._sizes() if batch * length == rows), None)
-
     # Rows
 
     def _live(
@@ -334,32 +346,22 @@ class Layout:
         """(batch, length) of the rows that count, why, and what of it is a guess."""
         if self._picks_masks:
             return self._picked(name, "mask", watched.mask, rows, h), "mask=", decision.guess
-        batch, length = rows.shape[0], rows.shape[1]
-        choice, problem, guess = decision.choice, decision.problem, decision.guess
-        if not decision.followed:
-            choice, problem, guessed = by_shape(self.calls, name, (batch, length))
-            guess = guess or guessed
-        if choice is not None and not still_fits(self.calls[choice.call], choice, (batch, length)):
-            shape = tuple(self.calls[choice.call].tensors[choice.name].shape)
-            problem, choice = f"{choice.name} of shape {shape}", None
+        sizes = rows.shape[0], rows.shape[1]
+        mask, guess = decision.mask, decision.guess
+        if isinstance(mask, Choice) and not fits(self.calls[mask.call], mask, sizes):
+            mask = self.calls[mask.call].with_shape(mask.name)
         if guess is not None and not guess.startswith("layout="):
             self.tell_once(f'which rows of layer "{name}" count is a guess: {guess}; pass mask=')
-        if choice is None:
-            self._tell_unmasked(name, watched, decision, problem, rows, h)
-            return None, "no mask of its tokens" if problem is None else f"{problem} does not fit", guess
-        live = live_rows(self.calls[choice.call], choice, length).to(rows.device)
-        return live if live.shape[0] == batch else live.expand(batch, -1), choice.why, guess
-
-    def _tell_unmasked(
-        self, name: str, watched: Watched, decision: Decision, problem: str | None, rows: Tensor, h: Tensor
-    ) -> None:
-        sizes = rows.shape[0], rows.shape[1]
-        pooled = h.ndim == 2 and decision.axes[0] == BATCH  # one vector for each sequence has no tokens left
-        if problem is not None and not pooled:
-            self._tell_misfit(name, problem, sizes)
-        elif self.calls and all(not call.masks for call in self.calls):
-            self._tell_bypassed(name, watched)
-            self._tell_unknown(name, sizes)
+        if not isinstance(mask, Choice):
+            pooled = h.ndim == 2 and decision.axes[0] == BATCH  # one vector for each sequence has no tokens left
+            if mask is not None and not pooled:
+                self._tell_misfit(name, mask, sizes)
+            elif not any(call.masks for call in self.calls):
+                self._tell_bypassed(name)
+                self._tell_unknown(name, sizes)
+            return None, "no mask of its tokens" if mask is None else f"{mask} does not fit", guess
+        live = live_rows(self.calls[mask.call], mask, sizes[1]).to(rows.device)
+        return live if live.shape[0] == sizes[0] else live.expand(sizes[0], -1), mask.why, guess
 
     def _picked(self, name: str, argument: str, pick: Pick | None, rows: Tensor, h: Tensor) -> Tensor | None:
         """What ``mask=`` or ``segments=`` gives for these rows."""
@@ -433,14 +435,15 @@ class Layout:
             subject=f"{argument} does not fit {name}",  # once, whatever the sizes of later batches
         )
 
-    def _tell_bypassed(self, name: str, watched: Watched) -> None:
+    def _tell_bypassed(self, name: str) -> None:
         """A module around the layer takes a mask, but did not run as a module: its forward was called."""
-        under_way = {call.caller.number for call in self.calls}
-        innermost = watched.inside[-1] if watched.inside else 0
-        if self.calls and innermost not in under_way:
-            masks = self._callers[innermost][1].caller.masks
+        if not self.calls or torch.compiler.is_compiling():
+            return
+        around = [calls for _, calls in self._callers if f"{name}.".startswith(f"{calls.name}.") or calls.is_model]
+        innermost = around[-1]
+        if innermost.masks and all(call.caller is not innermost for call in self.calls):
             self.tell_once(
-                f'module "{self._names[innermost]}" takes {masks[0]}, but its forward was called past '
+                f'module "{innermost.name}" takes {innermost.masks[0]}, but its forward was called past '
                 f'its hooks, so that the mask of layer "{name}" is not known; call the module itself, or pass mask='
             )
 
@@ -448,15 +451,13 @@ class Layout:
         """A call was given what may be a mask of these rows, or how many there are of each sequence."""
         for call in self.calls:
             for argument, value in call.tensors.items():
-                if counts_rows(argument) and self._following is not None and are_lengths(value, rows):
-                    length = next(
-                        (f'call["{k}"].shape[1]' for k, v in call.tensors.items() if v.shape[:2] == rows), rows[1]
-                    )
+                if self._following is not None and may_be_lengths(argument, value, rows):
+                    tokens = (f'call["{k}"].shape[1]' for k, v in call.tensors.items() if v.shape[:2] == rows)
                     self.tell_once(
                         f'argument "{argument}" of shape {tuple(value.shape)} may say how many rows of each sequence '
                         f'count in layer "{name}": all {rows[1]} do until mask= says otherwise, as mask=lambda call: '
-                        f'torch.arange({length}, device=call["{argument}"].device) < call["{argument}"][:, None], or '
-                        "lambda call: None",
+                        f'torch.arange({next(tokens, rows[1])}, device=call["{argument}"].device) < '
+                        f'call["{argument}"][:, None], or lambda call: None',
                         subject=f"argument {argument}",
                     )
                 if may_mask(argument) and value.shape == rows and not value.is_floating_point():
@@ -472,20 +473,6 @@ class Layout:
             return
         self._told.add(subject or message)
         tell(message)
-
-
-class Calls:
-    """What the hooks on one caller call: ``enter`` before its forward, ``leave`` after it, also where it raised."""
-
-    def __init__(self, layout: Layout, module: nn.Module, number: int) -> None:
-        self._layout = layout
-        self.caller = Caller(module, number)
-
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: Callable[[], bool]) -> None:
-        self._layout.enter(Call(self.caller, args, kwargs), reads)
-
-    def leave(self) -> None:
-        self._layout.leave(self.caller.number)
 
 
 def _check_function(argument: str, value: Any) -> None:

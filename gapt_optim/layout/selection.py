@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._unsaved import Unsaved, leave_out
+from .operations import tensors_within
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_PROPOSED = 6
@@ -130,19 +131,21 @@ class Candidates:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._groups: dict[str, dict[str, nn.Module]] = {}
-        for name, module in model.named_modules():
-            for glob in _globs(name):
-                if not isinstance(module, (*_CONTAINERS, torch.jit.ScriptModule)):
-                    self._groups.setdefault(glob, {})[name] = module
-        self._groups = {glob: group for glob, group in self._groups.items() if len(group) > 1}
-        grouped = {name for group in self._groups.values() for name in group}
-        self.modules = {name: module for name, module in model.named_modules() if name in grouped}
+        called = {
+            name: module
+            for name, module in model.named_modules()
+            if not isinstance(module, (*_CONTAINERS, torch.jit.ScriptModule))
+        }
+        sizes = Counter(glob for name in called for glob in _globs(name))
+        self._ran: dict[str, list[str]] = {glob: [] for glob, size in sizes.items() if size > 1}
+        self.modules = {name: module for name, module in called.items() if self._chains_of(name)}
         """Where hooks belong, by name."""
-        self._ran: dict[str, list[str]] = {glob: [] for glob in self._groups}
         self._links: Counter[str] = Counter()
         self._last: dict[str, list[Tensor]] = {}
         self._passed_on: dict[str, set[str]] = {}  # the chains whose last output a module returned as its own
+
+    def _chains_of(self, name: str) -> list[str]:
+        return [glob for glob in _globs(name) if glob in self._ran]
 
     def place(self) -> list[Any]:
         """Hooks on the candidates; returns their handles."""
@@ -153,10 +156,11 @@ class Candidates:
 
     def ran(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         """A candidate ran: note whether it goes on with what the one before it gave."""
-        given, gave = list(_tensors([*args, *kwargs.values()])), list(_tensors([output]))
-        for glob in _globs(name):
-            if glob not in self._groups:
-                continue
+        given, gave = (
+            [tensor for tensor in tensors_within(values) if tensor.is_floating_point() and tensor.ndim > 1]
+            for values in ([args, kwargs], [output])
+        )
+        for glob in self._chains_of(name):
             before = self._last.get(glob, [])
             if name not in self._passed_on:
                 self._passed_on[name] = {
@@ -175,16 +179,15 @@ class Candidates:
         """
         self._last.clear()
         chains = {glob: self._blocks(glob) for glob, ran in self._ran.items() if self._is_chain(glob, ran)}
+        parted = {glob for glob, blocks in chains.items() if any(self.modules[blocks[0]].children())}
         # A number at the end of a word, as in fc1, may count the parts of a block; but not where these have parts.
-        single = {glob for glob, (first, *_) in chains.items() if not any(self.modules[first].children())}
-        chains = {g: blocks for g, blocks in chains.items() if g not in single or not _counts_words(g)} or chains
-        chains = {glob: inner for glob, inner in chains.items() if not self._is_inside_blocks(glob, inner, chains)}
+        chains = _preferred(chains, lambda glob: glob in parted or not _counts_words(glob))
+        chains = _preferred(chains, lambda glob: not self._is_inside_blocks(glob, chains))
         longest = max(map(len, chains.values()), default=0)
-        chains = {glob: blocks for glob, blocks in chains.items() if len(blocks) == longest}
-        whole = {glob: blocks for glob, blocks in chains.items() if len(self._ran[glob]) == longest}
-        chains = whole or chains
-        parted = {glob: blocks for glob, blocks in chains.items() if any(self.modules[blocks[0]].children())}
-        found = {name for blocks in (parted or chains).values() for name in blocks}
+        chains = _preferred(chains, lambda glob: len(chains[glob]) == longest)
+        chains = _preferred(chains, lambda glob: len(self._ran[glob]) == longest)
+        chains = _preferred(chains, lambda glob: glob in parted)
+        found = {name for blocks in chains.values() for name in blocks}
         if not found:
             ran = [glob for glob, names in self._ran.items() if len(names) > 1]
             globs = sorted(ran, key=lambda glob: (glob.count("."), -len(self._ran[glob])))[:_MOST_PROPOSED]
@@ -196,10 +199,10 @@ class Candidates:
         """More than half go on with what the one before gave; between stages, something may stand."""
         return len(ran) > 1 and 2 * self._links[glob] >= len(ran) - 1
 
-    def _is_inside_blocks(self, glob: str, inner: list[str], chains: Mapping[str, list[str]]) -> bool:
+    def _is_inside_blocks(self, glob: str, chains: Mapping[str, list[str]]) -> bool:
         """A chain inside the blocks of another one, which do more than to pass on its last output, as a stage does."""
         for other, blocks in chains.items():
-            around = [block for block in blocks if any(name.startswith(block + ".") for name in inner)]
+            around = [block for block in blocks if any(name.startswith(block + ".") for name in chains[glob])]
             passing = [block for block in around if glob in self._passed_on[block]]
             if other != glob and len(around) > 1 and 2 * len(passing) < len(around):
                 return True
@@ -220,15 +223,9 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and first.numel() > 0 and first.data_ptr() == second.data_ptr()
 
 
-def _tensors(values: Any) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and value.ndim > 1:
-                yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-        elif isinstance(value, Mapping):
-            yield from _tensors(value.values())
+def _preferred(chains: dict[str, list[str]], wanted: Callable[[str], bool]) -> dict[str, list[str]]:
+    """The chains whose globs are wanted, or all where none is."""
+    return {glob: blocks for glob, blocks in chains.items() if wanted(glob)} or chains
 
 
 def _outer_lists(model: nn.Module) -> dict[str, nn.Module]:
@@ -305,7 +302,8 @@ def _globs(name: str) -> list[str]:
 
 def _counts_words(glob: str) -> bool:
     """A number ends a word in it, as in fc1."""
-    return glob.rpartition(".")[2] not in ("*", glob.rpartition(".")[2].rstrip("*"))
+    last = glob.rpartition(".")[2]
+    return last.endswith("*") and last != "*"
 
 
 def _pass(globs: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .following import POOLED, Span, Trace
+from .following import POOLED, Following, Source, Span, Trace
 from .operations import BATCH, FEATURES, LENGTH, Axes
 
 _MASKS = ("attention_mask", "key_padding_mask", "padding_mask", "input_mask")
@@ -29,15 +29,17 @@ _OF_SOMETHING_ELSE = (
     "lm_mask",
 )
 _NOT_TEXT = ("vision", "visual", "image", "img", "pixel", "patch", "audio", "video", "speech")
-_PADDING = {
-    nn.MultiheadAttention: "key_padding_mask",
-    nn.TransformerEncoder: "src_key_padding_mask",
-    nn.TransformerEncoderLayer: "src_key_padding_mask",
-    nn.TransformerDecoder: "tgt_key_padding_mask",
-    nn.TransformerDecoderLayer: "tgt_key_padding_mask",
-}
+TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 _ENDS_OF_DOCUMENTS = ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seq_lens_q")
 _DOCUMENTS = ("seq_idx", "document_ids", "sequence_ids")
+SEQUENCE_FIRST = (LENGTH, BATCH, FEATURES)
+CHANNELS_FIRST = (BATCH, FEATURES, LENGTH)
 IGNORED = -100
 """The label of what no loss is taken of: in encoder-decoders, padding."""
 
@@ -45,51 +47,67 @@ IGNORED = -100
 class Caller:
     """A module whose calls bring tokens and masks: the model, or one around a watched module."""
 
-    def __init__(self, module: nn.Module, number: int) -> None:
-        self.number = number
-        self.is_model = number == 0
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.is_model = not name
         self.kind = type(module).__name__
         self.parameters = argument_names(module)
         self.sequence_first = sequence_first(module)
-        self.turned: set[str] = set()
-        """Arguments that a forward pass showed to have the sequence first."""
-        self.channels_first: set[str] = set()
-        """Those that it showed to have (batch, channels, length)."""
+        self.shown: dict[str, Axes] = {}
+        """The axes of arguments that a forward pass showed to be others than assumed."""
         self.masks = [name for name in self.parameters if is_mask(name)]
         self.decodes = "decoder_input_ids" in self.parameters
-        self.reads_memory = "encoder_hidden_states" in self.parameters or "tgt_key_padding_mask" in self.parameters
 
 
 class Call:
     """One call of it, with its arguments by name; those inside a mapping or dataclass under their own names."""
 
-    def __init__(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], around: Call | None) -> None:
         self.caller = caller
         names = list(caller.parameters)
         names += [f"argument {i}" for i in range(len(names), len(args))]
-        self.arguments: dict[str, Any] = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo of torch 2.6
-        named = {name: self.arguments[name] for name in names if name in self.arguments}
-        named = {**named, **self.arguments}  # in the order of the signature
-        self.tensors = tensors_of(named, within=caller.is_model)
+        given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo of torch 2.6
+        self.arguments: dict[str, Any] = {**{name: given[name] for name in names if name in given}, **given}
+        self.tensors = tensors_of(self.arguments, within=caller.is_model)
         self.masks = [name for name in self.tensors if is_mask(name) and self.tensors[name].ndim in (2, 3, 4)]
-        self.situation = (caller.number, *[(name, value.ndim) for name, value in self.tensors.items()])
-        self.live: dict[str, Tensor] = {}
+        own = (caller.name, *[(name, value.ndim) for name, value in self.tensors.items()])
+        self.situation: tuple[Any, ...] = (own,) if around is None else (*around.situation, own)
+        """What kind of call it is, behind what kinds of calls it is in."""
         ids = any(name.endswith(("input_ids", "inputs_embeds")) for name in self.tensors)
         self.counts_tokens = "position_ids" in self.tensors and (caller.is_model or ids)
         """It was given the positions of the tokens of a whole model, not of a layer in it."""
-        self.knows_documents = self.counts_tokens or any(
-            name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS)
-        )
+        named = any(name in self.tensors for name in (*_DOCUMENTS, *_ENDS_OF_DOCUMENTS))
+        self.knows_documents = self.counts_tokens or named
         self.documents: tuple[Tensor | None, Tensor] | None = None
         """The mask, and the documents of the rows that count by it."""
+        self.live: dict[str, Tensor] = {}
+        """Where tokens count, by each mask that was read."""
         self.picked: dict[tuple[str, int], Any] = {}
+        """What functions of ``mask=`` and ``segments=`` gave."""
         self.runs: dict[str, int] = {}
+        """How often each layer ran."""
         self.frame: FrameType | None = None
         """Of the module's call; a frame that is no longer on the stack ended."""
 
+    @property
+    def reads_memory(self) -> bool:
+        """It is of a decoder in a model, and was given what the encoder made."""
+        parameters, given = self.caller.parameters, self.tensors
+        decodes = "encoder_hidden_states" in parameters or "tgt_key_padding_mask" in parameters
+        return decodes and not self.caller.is_model and ("encoder_hidden_states" in given or "memory" in given)
+
+    def with_shape(self, name: str) -> str:
+        """The argument ``name``, as errors and warnings call it."""
+        return f"{name} of shape {tuple(self.tensors[name].shape)}"
+
+    def sizes(self, mask: str) -> tuple[int, int]:
+        """(batch, length) of the tokens that the argument ``mask`` is of."""
+        shape = self.tensors[mask].shape
+        return shape[0], shape[-1]
+
     def tokens(self, mask: str) -> list[str]:
         """The arguments that have the tokens of the argument ``mask``, by names and shapes; the first ones count."""
-        batch, length = sizes_of_mask(self.tensors[mask])
+        batch, length = self.sizes(mask)
         fitting = [
             name
             for name in of_prefix(prefix_of(mask), self.tensors, self.caller.parameters)
@@ -167,13 +185,10 @@ def may_mask(name: str) -> bool:
     return name == "mask" or (name.endswith("_mask") and not name.endswith(_OF_SOMETHING_ELSE) and not is_mask(name))
 
 
-def counts_rows(name: str) -> bool:
-    """An argument whose name says that it has the lengths of sequences."""
-    return name.endswith(("lengths", "seq_lens", "_lens", "_len")) or name == "lens"
-
-
-def are_lengths(value: Tensor, rows: tuple[int, int]) -> bool:
-    """``value`` may be the lengths of sequences that have ``rows`` (batch, length). It waits for the device."""
+def may_be_lengths(name: str, value: Tensor, rows: tuple[int, int]) -> bool:
+    """The name says lengths of sequences, and they may be of ``rows`` (batch, length); waits for the device."""
+    if not (name.endswith(("lengths", "_lens", "_len")) or name == "lens"):
+        return False
     counts = value.shape == rows[:1] and not value.is_floating_point() and value.dtype != torch.bool
     return bool(counts and rows[1] > 1 and value.numel() and int(value.max()) <= rows[1])
 
@@ -194,10 +209,6 @@ def of_prefix(prefix: str, tensors: Mapping[str, Tensor], parameters: Iterable[s
     return [name for name in names if not any(p and (name.startswith(p) or name == p[:-1]) for p in prefixes)]
 
 
-def sizes_of_mask(mask: Tensor) -> tuple[int, int]:
-    return mask.shape[0], mask.shape[-1]
-
-
 def fits_tokens(tensor: Tensor, batch: int, length: int) -> bool:
     """``tensor`` has as many tokens as a mask (batch, length), or fewer where those before them are cached."""
     if tensor.ndim < 2 or tensor.dtype == torch.bool:
@@ -211,56 +222,65 @@ def fits_tokens(tensor: Tensor, batch: int, length: int) -> bool:
 def axes_of(call: Call, name: str) -> tuple[Axes, bool]:
     """The axes of an argument before anything is computed from it, and whether more than habit says so."""
     tensor = call.tensors[name]
-    unknown = (None,) * tensor.ndim
-    if tensor.ndim not in (2, 3) or (tensor.ndim == 2 and tensor.is_floating_point()):
+    n = tensor.ndim
+    unknown = (None,) * n
+    if n not in (2, 3) or (n == 2 and tensor.is_floating_point()):
         return unknown, False
-    features = (FEATURES,) * (tensor.ndim - 2)
-    if name in call.caller.channels_first and tensor.ndim == 3:
-        return (BATCH, FEATURES, LENGTH), True
-    if call.caller.sequence_first or name in call.caller.turned:
-        return (LENGTH, BATCH, *features), True
-    shapes = [sizes_of_mask(call.tensors[mask]) for mask in call.masks if name in call.tokens(mask)]
+    shown = call.caller.shown.get(name)
+    if shown == CHANNELS_FIRST and n == 3:
+        return CHANNELS_FIRST, True
+    if call.caller.sequence_first or shown == SEQUENCE_FIRST:
+        return SEQUENCE_FIRST[:n], True
+    shapes = [call.sizes(mask) for mask in call.masks if name in call.tokens(mask)]
     for batch, length in shapes:
         if batch != length and (length, batch) == tuple(tensor.shape[:2]):
-            return (LENGTH, BATCH, *features), True
+            return SEQUENCE_FIRST[:n], True
         if (batch, length) == tuple(tensor.shape[:2]):
-            return (BATCH, LENGTH, *features), batch != length
-    if shapes and tensor.ndim == 3:
+            return (BATCH, LENGTH, FEATURES)[:n], batch != length
+    if shapes and n == 3:
         return unknown, False  # (batch, channels, length), as of audio
     return (BATCH, LENGTH, *unknown[2:]), False
+
+
+def may_turn(source: Source) -> bool:
+    """That an argument has the batch first is only assumed: neither its module nor the sizes of a mask say so."""
+    return not axes_of(*source)[1]
+
+
+def turn_arguments(following: Following) -> bool:
+    """From now on, read the arguments as the modules took them that were followed; whether that is news."""
+    channels_first = following.channels_first - following.batch_first - following.features_last
+    turned = [source for source in following.sequence_first | channels_first if may_turn(source)]
+    for call, name in turned:
+        call.caller.shown[name] = CHANNELS_FIRST if (call, name) in channels_first else SEQUENCE_FIRST
+    return bool(turned)
 
 
 # Which mask
 
 
-def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool) -> tuple[Choice | None, str | None]:
+def followed(calls: list[Call], trace: Trace, rows: tuple[int, int], *, flat: bool) -> Choice | str | None:
     """The mask of rows that were followed, from the innermost call on; or what to tell of the one that does not fit.
 
     Rows in another order have none where they are ``flat``, as those that were sent to an expert. In the shape of the
     tokens they were put back.
     """
     problem = None
-    for call, position, name in _masks_of(calls):
-        spans = [trace.spans[(call, token)] for token in call.tokens(name) if (call, token) in trace.spans]
+    masks = [(position, name) for position in reversed(range(len(calls))) for name in calls[position].masks]
+    masks.sort(key=lambda mask: calls[mask[0]].tensors[mask[1]].ndim > 2)  # those of (batch, length) first
+    for position, name in masks:
+        call = calls[position]
+        spans = [trace.spans[call, token] for token in call.tokens(name) if (call, token) in trace.spans]
         spans = [span for span in spans if span != POOLED]
         if not spans:
             continue
         span = next((span for span in spans if span is not None), None)
         if span is None and not flat:
-            span = Span(0, call.tensors[name].shape[-1])
-        if span is not None and fits(call.tensors[name], span, rows):
-            return Choice(position, name, span.start, f"{name} of {call.caller.kind}"), None
-        problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
-    return _labels(calls, trace, rows), problem
-
-
-def _masks_of(calls: list[Call]) -> Iterator[tuple[Call, int, str]]:
-    """Those of (batch, length) first, and of the innermost call first."""
-    for two_dimensional in (True, False):
-        for position in reversed(range(len(calls))):
-            for name in calls[position].masks:
-                if (calls[position].tensors[name].ndim == 2) == two_dimensional:
-                    yield calls[position], position, name
+            span = Span(0, call.sizes(name)[1])
+        if span is not None and fits_span(call.sizes(name), span, rows):
+            return Choice(position, name, span.start, f"{name} of {call.caller.kind}")
+        problem = problem or call.with_shape(name)
+    return _labels(calls, trace, rows) or problem
 
 
 def _labels(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> Choice | None:
@@ -269,14 +289,14 @@ def _labels(calls: list[Call], trace: Trace, rows: tuple[int, int]) -> Choice | 
         call = calls[position]
         if call.caller.decodes and "decoder_attention_mask" not in call.tensors and "labels" in call.tensors:
             span = trace.spans.get((call, "labels")) or trace.spans.get((call, "decoder_input_ids"))
-            if span is not None and fits(call.tensors["labels"], span, rows):
+            if span is not None and fits_span(call.sizes("labels"), span, rows):
                 return Choice(position, "labels", span.start, f"labels of {IGNORED}")
     return None
 
 
-def fits(mask: Tensor, span: Span, rows: tuple[int, int]) -> bool:
-    """The mask has a value for each of the rows (batch, length)."""
-    batch, length = sizes_of_mask(mask)
+def fits_span(mask: tuple[int, int], span: Span, rows: tuple[int, int]) -> bool:
+    """A mask of these sizes has a value for each of the rows (batch, length)."""
+    batch, length = mask
     if batch not in (1, rows[0]):
         return False
     if span.length is None:
@@ -284,50 +304,39 @@ def fits(mask: Tensor, span: Span, rows: tuple[int, int]) -> bool:
     return span.length == rows[1] and length >= rows[1] - max(span.start, 0)
 
 
-def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choice | None, str | None, str | None]:
-    """The mask by nesting and shape alone, where nothing was followed; what does not fit; what makes it a guess."""
+def by_shape(calls: list[Call], layer: str, rows: tuple[int, int]) -> tuple[Choice | str | None, str | None]:
+    """The mask by nesting and shape alone, where nothing was followed, or what does not fit; what makes it a guess."""
     problem = None
-    parts = layer.split(".")
     for position in reversed(range(len(calls))):
         call = calls[position]
-        decoding = call.caller.decodes and any("decoder" in part for part in parts)
-        names = [name for name in call.masks if decoding == name.startswith("decoder_")] if call.caller.decodes else (
-            [name for name in call.masks if prefix_of(name) in ("", "src_", "tgt_")]
-        )  # fmt: skip
+        decoding = call.caller.decodes and "decoder" in layer
+        if call.caller.decodes:
+            names = [name for name in call.masks if name.startswith("decoder_") == decoding]
+        else:
+            names = [name for name in call.masks if prefix_of(name) in ("", "src_", "tgt_")]
         for name in sorted(names, key=lambda name: call.tensors[name].ndim):
-            batch, length = sizes_of_mask(call.tensors[name])
-            if batch in (1, rows[0]) and (length == rows[1] or (length > rows[1] and is_past(call, rows))):
+            choice = Choice(position, name, 0, f"{name} of {call.caller.kind}, by its shape")
+            if fits(call, choice, rows):
                 others = call.others(name)
                 if others and any(word in layer for word in _NOT_TEXT):
-                    return None, None, f"{name} is not taken for that of {others[0]}"
-                guess = f"{name} may belong to another argument than {others[0]}" if others else None
-                return Choice(position, name, 0, f"{name} of {call.caller.kind}, by its shape"), None, guess
-            problem = problem or f"{name} of shape {tuple(call.tensors[name].shape)}"
+                    return None, f"{name} is not taken for that of {others[0]}"
+                return choice, f"{name} may belong to another argument than {others[0]}" if others else None
+            problem = problem or call.with_shape(name)
         if decoding and not names and "labels" in call.tensors and call.tensors["labels"].shape == rows:
-            return Choice(position, "labels", 0, f"labels of {IGNORED}"), None, None
-        if not names and not call.caller.is_model and call.caller.reads_memory and _reads_memory(call):
-            return None, None, None  # the mask around a decoder is that of the tokens which the encoder has
-        if decoding and not names:
-            return None, None, None
-    return None, problem, None
+            return Choice(position, "labels", 0, f"labels of {IGNORED}"), None
+        if not names and (decoding or call.reads_memory):
+            return None, None  # the mask around a decoder is that of the tokens which the encoder has
+    return problem, None
 
 
-def _reads_memory(call: Call) -> bool:
-    return "encoder_hidden_states" in call.tensors or "memory" in call.tensors
-
-
-def still_fits(call: Call, choice: Choice, rows: tuple[int, int]) -> bool:
-    """What was chosen in another pass has the sizes of this one too."""
-    batch, length = sizes_of_mask(call.tensors[choice.name])
+def fits(call: Call, choice: Choice, rows: tuple[int, int]) -> bool:
+    """The mask has the sizes of these rows; or it is also of tokens that are cached, before those of this call."""
+    batch, length = call.sizes(choice.name)
     tokens = rows[1] - choice.start
-    return batch in (1, rows[0]) and (length == tokens or (length > tokens and is_past(call, (rows[0], tokens))))
-
-
-def is_past(call: Call, rows: tuple[int, int]) -> bool:
-    """The call was given as many tokens as there are rows; its mask is also of those that are cached."""
-    return any(
-        value.ndim > 1 and tuple(value.shape[:2]) == rows for name, value in call.tensors.items() if not is_mask(name)
-    )
+    if batch not in (1, rows[0]) or length < tokens:
+        return False
+    others = [value.shape[:2] for name, value in call.tensors.items() if not is_mask(name)]
+    return length == tokens or any(tuple(shape) == (rows[0], tokens) for shape in others)
 
 
 # Reading it
@@ -410,21 +419,15 @@ def documents(calls: list[Call], rows: Tensor, live: Tensor | None) -> tuple[Ten
                 ends = call.tensors[name]
                 places = torch.arange(length, device=ends.device, dtype=ends.dtype)
                 return torch.searchsorted(ends, places, right=True)[None], name
-        positions = positions_of(call, batch, length)
-        if positions is not None and length:
+        if not call.counts_tokens or not length:
+            continue
+        positions = call.tensors["position_ids"]
+        positions = positions[None] if positions.ndim == 1 else positions
+        if positions.shape in ((batch, length), (1, length)):  # all sequences may share them
             if call.documents is None or call.documents[0] is not live:  # once for all layers of one mask
                 call.documents = live, restarted(positions, live)
             return call.documents[1].expand(batch, -1), "position_ids that restart"
     return None, ""
-
-
-def positions_of(call: Call, batch: int, length: int) -> Tensor | None:
-    """The positions of the tokens of a whole model, (batch, length), or (1, length) where all sequences share them."""
-    if not call.counts_tokens:
-        return None
-    positions = call.tensors["position_ids"]
-    positions = positions[None] if positions.ndim == 1 else positions
-    return positions if positions.shape in ((batch, length), (1, length)) else None
 
 
 def restarted(positions: Tensor, live: Tensor | None) -> Tensor:
@@ -468,7 +471,7 @@ def sequence_first(module: Any) -> bool | None:
 
 def bring_tokens(module: nn.Module) -> bool:
     """A call of ``module`` takes a mask of tokens."""
-    return isinstance(module, tuple(_PADDING)) or any(is_mask(name) for name in argument_names(module))
+    return isinstance(module, (nn.MultiheadAttention, *TRANSFORMERS)) or any(map(is_mask, argument_names(module)))
 
 
 def callers_of(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
