@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,16 +160,11 @@ def explain(hook: RepresentationHook, *args: Any, **kwargs: Any) -> Explanation:
                     raise
                 unreadable[name] = str(error)
                 found.clear()
-                reads = _without(hook, model, unreadable)
+                left = [name for name in hook.names if name not in unreadable]
+                reads = type(hook)(model, left, **hook.options, placements=hook.placements) if left else None
     ran = {layer.name for layer in found}
     silent = tuple(name for name in hook.names if name not in ran and name not in unreadable)
     return Explanation(tuple(found), silent, unreadable)
-
-
-def _without(hook: RepresentationHook, model: nn.Module, names: dict[str, str]) -> RepresentationHook | None:
-    """A hook as this one, on the other modules; None where there is none."""
-    left = [name for name in hook.names if name not in names]
-    return type(hook)(model, left, **hook.options, placements=hook.placements) if left else None
 
 
 def _explained(name: str, call: int, reading: Reading, window: int | None, fewest: int) -> LayerExplanation:
@@ -209,26 +205,19 @@ def _randomness_kept(model: nn.Module) -> AbstractContextManager[None]:
 def modules_of(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, str, str]]:
     """Name, class and shape of the output of each module, in a pass without gradients; "" where it did not run."""
     shapes: dict[str, str] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_hook(_keeper(name, shapes)))
+
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        shapes[name] = _shape(output)
+
+    named = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in named]
     try:
         with in_evaluation(model), _randomness_kept(model), torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        (name, type(module).__name__, shapes.get(name, "did not run")) for name, module in model.named_modules() if name
-    ]
-
-
-def _keeper(name: str, shapes: dict[str, str]) -> Callable[..., None]:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        shapes[name] = _shape(output)
-
-    return keep
+    return [(name, type(module).__name__, shapes.get(name, "did not run")) for name, module in named]
 
 
 def _shape(output: Any) -> str:

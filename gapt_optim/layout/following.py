@@ -254,7 +254,9 @@ def _spans(op: Operation, source: Tensor, trace: Trace) -> Mapping[Source, Span 
             return dict.fromkeys(trace.spans)
         for axis, part in indexed:
             if axis is not None and part is not None and trace.axes[axis] == LENGTH:
-                return _sliced(trace, part, source.shape[axis])
+                size = source.shape[axis]
+                start, stop, step = part.indices(size)
+                return _shifted(trace, -start, max(stop - start, 0) - size) if step == 1 else dict.fromkeys(trace.spans)
     if op.name == "pad" and (len(op.args) < 3 or op.args[2] == "constant"):
         pads = op.args[1]
         for i in range(len(pads) // 2):
@@ -280,13 +282,6 @@ def _shifted(trace: Trace, start: int, more: int) -> Mapping[Source, Span | None
         source: None if span is None else Span(span.start + start, None if span.length is None else span.length + more)
         for source, span in trace.spans.items()
     }
-
-
-def _sliced(trace: Trace, part: slice, size: int) -> Mapping[Source, Span | None]:
-    start, stop, step = part.indices(size)
-    if step != 1:
-        return dict.fromkeys(trace.spans)
-    return _shifted(trace, -start, max(stop - start, 0) - size)
 
 
 # Several tensors

@@ -469,16 +469,16 @@ def sequence_first(module: Any) -> bool | None:
     return None
 
 
-def bring_tokens(module: nn.Module) -> bool:
-    """A call of ``module`` takes a mask of tokens."""
-    return isinstance(module, (nn.MultiheadAttention, *TRANSFORMERS)) or any(map(is_mask, argument_names(module)))
-
-
 def callers_of(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The model, and the modules around or at the named ones whose call takes a mask of tokens."""
+    """The model, and the modules around or at the named ones whose call takes a mask of tokens, from the outermost."""
     around = {".".join(parts[:i]) for parts in (name.split(".") for name in names) for i in range(1, len(parts) + 1)}
-    found = [(name, module) for name, module in model.named_modules() if name in around and module is not model]
-    return [("", model), *((name, module) for name, module in found if bring_tokens(module))]
+    found = [(name, module) for name, module in model.named_modules() if name and name in around]
+    return [("", model), *((name, module) for name, module in found if _brings_tokens(module))]
+
+
+def _brings_tokens(module: nn.Module) -> bool:
+    """A call of it takes a mask of tokens."""
+    return isinstance(module, (nn.MultiheadAttention, *TRANSFORMERS)) or any(map(is_mask, argument_names(module)))
 
 
 def is_on_stack(frame: FrameType | None) -> bool:
