@@ -40,6 +40,8 @@ def load_batches(
         raise ValueError(f"--length {length} is longer than the model takes, {longest} tokens")
     if length is not None and length < 2:
         raise ValueError("--length must be at least 2 tokens")
+    if batch_size < 1:
+        raise ValueError("--batch-size must be at least 1")
     check_text(spec)
     return TextBatches(spec, tokenizer, length or min(512, longest), batch_size, tokens)
 

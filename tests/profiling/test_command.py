@@ -176,6 +176,7 @@ ERRORS = [
     (["profile", "MODEL", "--data", "short.txt"], "short.txt is too short"),
     (["profile", "MODEL", "--data", "bad.jsonl"], "bad.jsonl, line 1, is no JSON object"),
     (["profile", "MODEL", "--data", "text.txt", "--length", "1"], "--length must be at least 2 tokens"),
+    (["profile", "MODEL", "--data", "text.txt", "--batch-size", "0"], "--batch-size must be at least 1"),
     (["profile", "MODEL", "--data", "text.txt", "--length", "99"], "longer than the model takes, 32 tokens"),
     (["profile", "MODEL", "--data", "text.txt", "--windows", "one"], "--windows takes numbers of at least 2"),
     (["profile", "MODEL", "--data", "text.txt", "--orders", "0"], "orders must hold numbers"),
