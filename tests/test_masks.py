@@ -249,6 +249,26 @@ def test_values_are_looked_at_until_a_batch_shows_ones(monkeypatch: pytest.Monke
         assert len(looks) == seen
 
 
+def test_a_mask_of_samples() -> None:
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 12)
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)
+            return out
+
+    torch.manual_seed(0)
+    model, x, counts = Weighed(), torch.randn(24, 8), torch.arange(24) < 16
+    hook = RepresentationHook(model, "layer", mask=lambda call: call["counts"])
+    with torch.no_grad(), hook.measuring() as found:
+        model(x, counts)
+    with torch.no_grad(), RepresentationHook(model, "layer").measuring() as expected:
+        model(x[:16], counts)
+    assert found.mean == pytest.approx(expected.mean, rel=1e-6)
+
+
 # What a window with too few rows counts for
 
 

@@ -385,7 +385,9 @@ class Layout:
         if not about_tokens:
             found = found.flatten(1)
         shape = tuple(rows.shape[:2])
-        if found.shape == shape or (h.ndim == 2 and found.numel() == len(h)):
+        if h.ndim == 2 and found.shape == (shape[0] * shape[1],):  # a value for each sample
+            return found.reshape(shape)
+        if found.shape == shape or (h.ndim == found.ndim == 2 and found.numel() == len(h)):
             return found
         if h.ndim == 2 and len(found) == len(h):
             return None  # a vector for each sequence, which has no tokens left
